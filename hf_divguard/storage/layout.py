@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 
 __all__ = [
+    "DELETING_PREFIX",
+    "INCOMPLETE_NAME",
     "MANIFEST_NAME",
     "REPLACED_PREFIX",
     "SIDECAR_NAME",
     "STAGING_NAME",
+    "TEMPORARY_PREFIX",
     "checkpoint_folders",
     "checkpoint_name",
     "checkpoint_step",
@@ -22,6 +25,9 @@ MANIFEST_NAME = "divguard_manifest.json"
 SIDECAR_NAME = "divguard_state.json"
 """State of callbacks, metric and history of a checkpoint."""
 
+INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"
+"""Marker that the Trainer's own save on SIGTERM (``enable_jit_checkpoint``) leaves until it has finished."""
+
 STAGING_NAME = "_divguard_staging"
 """Folder inside the run folder where a checkpoint is written before it gets its name.
 
@@ -32,6 +38,12 @@ counts, and may delete, whatever does.
 
 REPLACED_PREFIX = "_divguard_replaced-"
 """Where the old folder of a step stands while a new one of the same step takes its name."""
+
+DELETING_PREFIX = "_divguard_deleting-"
+"""Where the folder of a step stands while its files are removed."""
+
+TEMPORARY_PREFIX = "_divguard_tmp"
+"""Beginning of the names of files that are still being written."""
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
 
@@ -53,8 +65,8 @@ def checkpoint_step(name: str) -> int | None:
     behind the digits.
 
     Example:
-        >>> checkpoint_step("checkpoint-120"), checkpoint_step("checkpoint-120.bak"), checkpoint_step("checkpoint-best")
-        (120, None, None)
+        >>> checkpoint_step("checkpoint-120"), checkpoint_step("checkpoint-120.bak")
+        (120, None)
     """
     match = _CHECKPOINT.fullmatch(name)
     if match is None or checkpoint_name(int(match[1])) != name:
