@@ -7,6 +7,7 @@
     │   ├── NoCompleteCheckpointError   folders exist, none of them is complete
     │   └── CheckpointSaveError         a save failed; on every rank alike
     ├── HistoryError               a training history cannot be read
+    ├── MetricNotFoundError        no evaluation produced the metric that ranks (also a KeyError)
     └── TrainingDivergedError      a run was given up; carries the finding
 
 Bad arguments raise ``ValueError`` or ``TypeError``, as in the standard library.
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointSaveError",
     "DivGuardError",
     "HistoryError",
+    "MetricNotFoundError",
     "NoCompleteCheckpointError",
     "TrainingDivergedError",
 ]
@@ -47,6 +49,14 @@ class CheckpointSaveError(CheckpointError):
 
 class HistoryError(DivGuardError):
     """A training history cannot be read."""
+
+
+class MetricNotFoundError(DivGuardError, KeyError):
+    """No evaluation produced the metric that ranks checkpoints."""
+
+    def __str__(self) -> str:
+        # A KeyError shows the repr of its argument, which is no sentence.
+        return str(self.args[0]) if self.args else ""
 
 
 class TrainingDivergedError(DivGuardError):

@@ -1,0 +1,94 @@
+"""Keeps Hugging Face ``Trainer`` runs alive.
+
+The names below load on first use: importing this package alone imports neither torch
+nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_divguard._version import __version__
+
+if TYPE_CHECKING:
+    from hf_divguard.core.findings import Finding
+    from hf_divguard.errors import (
+        CheckpointError,
+        CheckpointSaveError,
+        DivGuardError,
+        HistoryError,
+        MetricNotFoundError,
+        NoCompleteCheckpointError,
+        TrainingDivergedError,
+    )
+    from hf_divguard.hf.detectors import (
+        DivergenceDetector,
+        DualTimeScaleDivergenceDetector,
+        DualWindowDivergenceDetector,
+    )
+    from hf_divguard.hf.trainer import DivGuardMixin, DivGuardTrainer
+    from hf_divguard.hf.training_args import DivGuardArgumentsMixin, DivGuardTrainingArguments
+    from hf_divguard.storage.checkpoints import (
+        best_checkpoints,
+        find_checkpoints,
+        latest_complete_checkpoint,
+        verify_checkpoint,
+    )
+
+_HOME = {
+    "CheckpointError": "errors",
+    "CheckpointSaveError": "errors",
+    "DivGuardArgumentsMixin": "hf.training_args",
+    "DivGuardError": "errors",
+    "DivGuardMixin": "hf.trainer",
+    "DivGuardTrainer": "hf.trainer",
+    "DivGuardTrainingArguments": "hf.training_args",
+    "DivergenceDetector": "hf.detectors",
+    "DualTimeScaleDivergenceDetector": "hf.detectors",
+    "DualWindowDivergenceDetector": "hf.detectors",
+    "Finding": "core.findings",
+    "HistoryError": "errors",
+    "MetricNotFoundError": "errors",
+    "NoCompleteCheckpointError": "errors",
+    "TrainingDivergedError": "errors",
+    "best_checkpoints": "storage.checkpoints",
+    "find_checkpoints": "storage.checkpoints",
+    "latest_complete_checkpoint": "storage.checkpoints",
+    "verify_checkpoint": "storage.checkpoints",
+}
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointSaveError",
+    "DivGuardArgumentsMixin",
+    "DivGuardError",
+    "DivGuardMixin",
+    "DivGuardTrainer",
+    "DivGuardTrainingArguments",
+    "DivergenceDetector",
+    "DualTimeScaleDivergenceDetector",
+    "DualWindowDivergenceDetector",
+    "Finding",
+    "HistoryError",
+    "MetricNotFoundError",
+    "NoCompleteCheckpointError",
+    "TrainingDivergedError",
+    "__version__",
+    "best_checkpoints",
+    "find_checkpoints",
+    "latest_complete_checkpoint",
+    "verify_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

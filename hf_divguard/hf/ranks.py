@@ -1,0 +1,105 @@
+"""What the ranks of a run decide together. Every method is called by all ranks alike."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import uuid
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from hf_divguard.errors import CheckpointSaveError
+
+__all__ = ["Ranks"]
+
+T = TypeVar("T")
+
+# How long one rank may wait for another. Writing a large checkpoint to a slow disk takes longer than the ten
+# minutes that collectives on an accelerator are allowed, so decisions travel over a group of their own.
+_PATIENCE = datetime.timedelta(hours=3)
+
+_RANKS_FOLDER = "_divguard_ranks"
+
+
+class Ranks:
+    """The processes of one training run.
+
+    Decisions are exchanged over a CPU group (gloo), so they neither synchronise an
+    accelerator nor share its short timeout. With one process nothing is exchanged.
+
+    Args:
+        rank: Index of this process.
+        world_size: Number of processes.
+    """
+
+    _group: Any = None
+    _group_belongs_to: Any = None
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size if dist.is_available() and dist.is_initialized() else 1
+        if self.world_size > 1 and Ranks._group_belongs_to is not dist.group.WORLD:
+            Ranks._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            Ranks._group_belongs_to = dist.group.WORLD
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Return the value of rank 0 on every rank."""
+        return self.gather(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def agree(self, error: BaseException | None, what: str) -> None:
+        """Raise on every rank if there is an error on any of them; else return.
+
+        Args:
+            error: The error of this rank, if it has one.
+            what: What was being done, for the sentence.
+
+        Raises:
+            CheckpointSaveError: On every rank, naming the first rank that failed.
+        """
+        told = None if error is None else f"{type(error).__name__}: {error}"
+        for rank, message in enumerate(self.gather(told)):
+            if message is not None:
+                where = f" on rank {rank}" if self.world_size > 1 else ""
+                raise CheckpointSaveError(f"{what} failed{where}: {message}") from error
+
+    def on_same_file_system(self, folder: Path) -> list[int]:
+        """Return the ranks that see the same ``folder`` as this one, itself included, in order.
+
+        The first of them moves and deletes checkpoints there: rank 0 on a shared disk,
+        one rank of every node where the nodes have disks of their own.
+
+        Raises:
+            CheckpointSaveError: On every rank, if one cannot write to ``folder``.
+        """
+        if self.world_size == 1:
+            return [self.rank]
+        token = self.from_main(uuid.uuid4().hex)
+        meeting = folder / _RANKS_FOLDER
+        mine = meeting / f"{token}-{self.rank}"
+        error = None
+        try:
+            meeting.mkdir(parents=True, exist_ok=True)
+            mine.touch()
+        except OSError as caught:
+            error = caught
+        self.agree(error, f"Preparing {folder} for checkpoints")
+        prefix = f"{token}-"
+        present = sorted(int(n.removeprefix(prefix)) for n in os.listdir(meeting) if n.startswith(prefix))
+        self.gather(None)
+        mine.unlink(missing_ok=True)
+        self.gather(None)
+        if self.rank == present[0]:
+            with contextlib.suppress(OSError):
+                meeting.rmdir()
+        return present

@@ -1,0 +1,263 @@
+"""What guards one call of ``train()``: its ledger, its saver, the state of its callbacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_divguard.core.metric_names import with_eval_prefix
+from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
+from hf_divguard.hf.callback_state import (
+    collect_states,
+    named_callbacks,
+    read_callback_states,
+    restore_states,
+)
+from hf_divguard.hf.checkpoint_saver import CheckpointSaver
+from hf_divguard.hf.compat import hidden_save_limit, rotate_as_stock
+from hf_divguard.hf.ledger import CheckpointLedger, describe
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.training_args import options_of
+from hf_divguard.storage.deletion import delete_checkpoint
+from hf_divguard.storage.sidecar import CheckpointRecord, Sidecar
+
+__all__ = ["RunGuard"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunGuard(TrainerCallback):
+    """Keeps the checkpoints of one ``train()`` call of a :class:`DivGuardTrainer`.
+
+    It stands last in the list of callbacks while training runs, so that it sees the
+    others after they have dealt with an event.
+
+    Args:
+        trainer: The trainer.
+        run_dir: Folder that gets the checkpoints.
+        resumed_from: Checkpoint that training resumes from, if any.
+        initial_states: State of each stateful callback before its first training.
+    """
+
+    def __init__(
+        self, trainer: Any, run_dir: str, resumed_from: str | None, initial_states: dict[str, Any] | None
+    ) -> None:
+        self._trainer = trainer
+        self._args = trainer.args
+        self._options = options_of(trainer.args)
+        self.run_dir = run_dir
+        self._resumed_from = resumed_from
+        self._initial_states = initial_states
+        self._callbacks = named_callbacks(trainer.callback_handler.callbacks)
+        self._metrics: dict[str, float] = {}
+        self._metrics_step: int | None = None
+        self._pushes: dict[int, Any] = {}
+        self.pending_push: str | None = None
+        self.is_saving = False
+        self.preserves = bool(self._options.preserve_best_model)
+        self.ranking_key = self._options.divguard_ranking_key
+        self.is_active = bool(self.preserves or self._options.eval_on_save or self._callbacks)
+        safe_save = self._options.divguard_safe_save
+        self.is_active |= safe_save not in ("auto", "off")
+        self._ranks = Ranks(self._args.process_index, self._args.world_size)
+        self.ledger = CheckpointLedger(run_dir=run_dir, run_id="", records=[])
+        self._saver: CheckpointSaver | None = None
+        if self.is_active:
+            self._saver = CheckpointSaver(
+                run_dir,
+                self._ranks,
+                safe_save=safe_save,
+                checksums=self._options.divguard_checksums,
+                flush=self._options.divguard_flush,
+            )
+            read = CheckpointLedger.read(run_dir, resumed_from, self.ranking_key) if self._ranks.rank == 0 else None
+            self.ledger = self._ranks.from_main(read)  # type: ignore[assignment]
+
+    # ---- start of training
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Direction of the ranking metric."""
+        return bool(self._options.divguard_greater_is_better)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the callbacks their state: from the checkpoint, or as before their first training."""
+        if self._resumed_from is not None:
+            self._recall_evaluation(state)
+            if self._callbacks:
+                states = self._ranks.from_main(
+                    read_callback_states(self._resumed_from) if self._ranks.rank == 0 else None
+                )
+                if states is not None:
+                    restore_states(self._callbacks, states)
+        elif self._initial_states is not None:
+            known = {name: cb for name, cb in self._callbacks.items() if name in self._initial_states}
+            restore_states(known, self._initial_states)
+        self._point_to_best(state)
+
+    def initial_states(self) -> dict[str, Any]:
+        """Return the present state of the stateful callbacks."""
+        return collect_states(self._callbacks)
+
+    # ---- evaluation
+
+    def note_evaluation(self, step: int, metrics: dict[str, float] | None) -> None:
+        """Remember the results of the evaluation at ``step``."""
+        self._metrics = dict(metrics or {})
+        self._metrics_step = step
+
+    def _recall_evaluation(self, state: Any) -> None:
+        """Take the results for the step that training resumes at from its log."""
+        for entry in state.log_history:
+            metrics = {key: value for key, value in entry.items() if key.startswith("eval_")}
+            if metrics and entry.get("step") == state.global_step:
+                self.note_evaluation(state.global_step, {**self._metrics, **metrics})
+
+    def has_evaluated(self, step: int) -> bool:
+        """Return whether ``step`` was evaluated, in this run or in the one it resumes."""
+        return self._metrics_step == step
+
+    def metric_of_step(self, step: int) -> float | None:
+        """Return the ranking metric that was evaluated at exactly ``step``, if it was."""
+        if self._metrics_step != step or self.ranking_key not in self._metrics:
+            return None
+        return float(self._metrics[self.ranking_key])
+
+    def is_new_best(self, metrics: dict[str, float]) -> bool:
+        """Return whether an evaluation beats every checkpoint there is.
+
+        Raises:
+            MetricNotFoundError: If the evaluation did not produce the ranking metric.
+        """
+        if self.ranking_key not in metrics:
+            there = sorted(key for key in metrics if key.startswith("eval_"))
+            raise MetricNotFoundError(
+                f"`best_model_metric={self._options.best_model_metric!r}` ranks checkpoints, but the evaluation produced "
+                f"no `{self.ranking_key}`. It produced {there}. Set `best_model_metric` to one of them, or let "
+                "`compute_metrics` return it."
+            )
+        return self.ledger.would_be_best(float(metrics[self.ranking_key]), self.greater_is_better)
+
+    # ---- saving
+
+    @property
+    def redirect(self) -> str | None:
+        """Folder that stands in for the run folder while the host saves."""
+        return self._saver.redirect if self._saver else None
+
+    def save(self, write: Callable[[], None], push: Callable[[str], None]) -> None:
+        """Save a checkpoint of the present step through ``write``, publish it, delete what need not stay."""
+        assert self._saver is not None
+        state = self._trainer.state
+        step = state.global_step
+        metric = self._ranks.from_main(self.metric_of_step(step))
+        before = list(self.ledger.records)
+        self.ledger.add(step, metric)
+        best_global_step = state.best_global_step
+
+        def write_without_pointer() -> None:
+            # The host would look for the best checkpoint beside the folder it writes to, behind a barrier that
+            # a rank with an error never reaches. The pointer is set when the checkpoint is finished.
+            state.best_global_step = None
+            self.is_saving = True
+            try:
+                with hidden_save_limit(self._args):
+                    write()
+            finally:
+                self.is_saving = False
+                state.best_global_step = best_global_step
+
+        def finish(folder: Path) -> None:
+            self._point_to_best(state, being_saved=step)
+            if self._args.should_save:
+                state.save_to_json(os.path.join(folder, "trainer_state.json"))
+
+        try:
+            self._saver.save(step, write=write_without_pointer, finish=finish, sidecar=lambda: self._sidecar(step))
+        except CheckpointSaveError as error:
+            self.ledger.records = before
+            self.ledger.drop_missing()
+            self.pending_push = None
+            if self._options.divguard_save_error == "raise":
+                raise
+            if self._ranks.rank == 0:
+                logger.warning("%s Training goes on without this checkpoint.", error)
+            return
+        self._point_to_best(state)
+        if self.pending_push is not None:
+            self.pending_push = None
+            push(self.ledger.path(step))
+            self._pushes[step] = getattr(self._trainer, "push_in_progress", None)
+        self._delete_surplus()
+
+    def _sidecar(self, step: int) -> Sidecar:
+        assert self._saver is not None
+        record = self.ledger.records[-1]
+        return Sidecar(
+            step=step,
+            run_id=self.ledger.run_id,
+            sequence=record.sequence,
+            metric_name=self.ranking_key,
+            metric=record.metric,
+            greater_is_better=self._options.divguard_greater_is_better,
+            records=tuple(CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records),
+            callbacks=collect_states(self._callbacks),
+            manifest_expected=self._saver.mode != "off",
+        )
+
+    def _point_to_best(self, state: Any, being_saved: int | None = None) -> None:
+        """Let the host's pointer to the best checkpoint, metric and step agree with what stands on disk."""
+        if not self.is_active:
+            return
+        if not self.preserves:
+            # As the host does it, with the folder under its final name.
+            step = state.best_global_step
+            if step and (step == being_saved or os.path.exists(self.ledger.path(step))):
+                state.best_model_checkpoint = self.ledger.path(step)
+            return
+        best = self.ledger.finite_best(self.greater_is_better)
+        state.best_model_checkpoint = best.path if best else None
+        state.best_metric = best.metric if best else None
+        state.best_global_step = best.step if best else None
+
+    def _delete_surplus(self) -> None:
+        assert self._saver is not None
+        if not self.preserves:
+            if self._args.should_save:
+                rotate_as_stock(self._trainer, self.run_dir)
+            self.ledger.drop_missing()
+            return
+        doomed = self.ledger.to_delete(
+            self._args.save_total_limit, self._options.preserve_n_best, self.greater_is_better
+        )
+        uploading = {step for step, job in self._pushes.items() if job is not None and not job.is_done()}
+        for step in self._ranks.from_main([step for step in doomed if step not in uploading]):
+            self._pushes.pop(step, None)
+            self.ledger.forget(step)
+            if not self._saver.leads:
+                continue
+            path = self.ledger.path(step)
+            try:
+                logger.info("Deleting older checkpoint %s (save_total_limit, preserve_n_best).", path)
+                delete_checkpoint(path, self.run_dir)
+            except (OSError, ValueError) as error:
+                logger.warning("Checkpoint %s could not be deleted (%s); training goes on.", path, error)
+
+    # ---- end of training
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell which checkpoints are the best."""
+        if not self.preserves or self._ranks.rank != 0:
+            return
+        best = self.ledger.best(self.greater_is_better, self._options.preserve_n_best)
+        if best:
+            logger.info("Best checkpoints: %s.", describe(best, with_eval_prefix(self._options.best_model_metric)))
+        else:
+            logger.warning(
+                "No checkpoint was saved at a step that was evaluated: there is no best one. Set `eval_on_save=True`."
+            )

@@ -1,0 +1,254 @@
+"""A ``Trainer`` that keeps its best checkpoints and evaluates before it saves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer
+
+from hf_divguard.hf.callback_state import StandaloneStateKeeper
+from hf_divguard.hf.compat import HAS_FINALIZE, HAS_ROTATE_METHOD, hidden_save_limit
+from hf_divguard.hf.ledger import RankedCheckpoint
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.resume import choose_checkpoint
+from hf_divguard.hf.run_guard import RunGuard
+from hf_divguard.hf.training_args import options_of
+
+__all__ = ["DivGuardMixin", "DivGuardTrainer"]
+
+
+class DivGuardMixin:
+    """Adds the guards of hf_divguard to any ``Trainer`` class.
+
+    Put it left of the class it extends. The options are fields of the arguments (see
+    :class:`DivGuardArgumentsMixin`); with a stock ``TrainingArguments`` all of them are
+    at their defaults.
+
+    Raises:
+        ValueError: If an option needs an evaluation data set and there is none, or names
+            a metric that no data set of several can produce.
+
+    Example:
+        >>> from transformers import Seq2SeqTrainer
+        >>> class MyTrainer(DivGuardMixin, Seq2SeqTrainer):
+        ...     pass
+    """
+
+    _guard: RunGuard | None = None
+    _initial_callback_states: dict[str, Any] | None = None
+    _limit_to_record: int | None = None
+    _is_in_guarded_loop = False
+    _is_evaluating = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_guard_options()
+
+    @property
+    def _options(self) -> Any:
+        return options_of(self.args)  # type: ignore[attr-defined]
+
+    def _check_guard_options(self) -> None:
+        args = self._options
+        eval_dataset = getattr(self, "eval_dataset", None)
+        if args.eval_on_save and eval_dataset is None:
+            raise ValueError(
+                "`eval_on_save=True` evaluates before every save, but there is no `eval_dataset`. Pass one to the "
+                "trainer, or set `eval_on_save=False`."
+            )
+        if args.preserve_best_model and isinstance(eval_dataset, Mapping):
+            metric = args.divguard_ranking_key.removeprefix("eval_")
+            if not any(metric.startswith(f"{name}_") for name in eval_dataset):
+                likely = [f"{name}_{metric}" for name in eval_dataset]
+                raise ValueError(
+                    f"`best_model_metric={args.best_model_metric!r}` names no metric of the evaluation sets "
+                    f"{list(eval_dataset)}: with several sets each metric carries the name of its set. Set it to one "
+                    f"of {likely}."
+                )
+
+    # ---- public
+
+    def best_checkpoints(self, n: int | None = None) -> list[RankedCheckpoint]:
+        """Return the best checkpoints of this run, best first.
+
+        Args:
+            n: How many at most; ``None`` for ``args.preserve_n_best``.
+
+        Returns:
+            Path, step and metric of each. Checkpoints that were not evaluated at their
+            own step are left out; non-finite metrics come last. Empty before training.
+        """
+        if self._guard is None:
+            return []
+        return self._guard.ledger.best(
+            self._guard.greater_is_better, self._options.preserve_n_best if n is None else n
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the stock Trainer does, resuming only from complete checkpoints.
+
+        Args:
+            resume_from_checkpoint: ``True`` or ``"latest"``: the newest complete checkpoint
+                in ``output_dir``, saying which were passed over and why. ``"best"``: the best
+                complete one. A path: that one.
+            *args: As for the stock Trainer.
+            **kwargs: As for the stock Trainer.
+
+        Raises:
+            NoCompleteCheckpointError: If there are checkpoints but none is complete.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _choose_checkpoint(self, asked: str | bool) -> str | None:
+        training_args: Any = self.args  # type: ignore[attr-defined]
+        ranks = Ranks(training_args.process_index, training_args.world_size)
+        chosen: str | None = None
+        error: Exception | None = None
+        if ranks.rank == 0:
+            try:
+                chosen = choose_checkpoint(
+                    asked,
+                    training_args.output_dir,
+                    metric=self._options.divguard_ranking_key,
+                    greater_is_better=self._options.divguard_greater_is_better,
+                )
+            except Exception as caught:
+                error = caught
+        chosen, error = ranks.from_main((chosen, error))
+        if error is not None:
+            raise error
+        return chosen
+
+    # ---- the host's seams
+
+    def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Entered anew when `auto_find_batch_size` tries a smaller batch: everything starts over.
+        handler = self.callback_handler  # type: ignore[attr-defined]
+        trial = kwargs.get("trial")
+        resumed_from = kwargs.get("resume_from_checkpoint")
+        for callback in handler.callbacks:
+            keeper = getattr(callback, "_keeper", None)
+            if isinstance(keeper, StandaloneStateKeeper):
+                keeper.kept_by_trainer = True
+        guard = RunGuard(self, self._get_output_dir(trial), resumed_from, self._initial_callback_states)
+        if self._initial_callback_states is None:
+            self._initial_callback_states = guard.initial_states()
+        self._guard = guard
+        handler.callbacks.append(guard)
+        self._is_in_guarded_loop = True
+        try:
+            return super()._inner_training_loop(batch_size, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._is_in_guarded_loop = False
+            handler.callbacks.remove(guard)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._options.eval_on_save:
+            self._evaluate_once_for_save()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def _evaluate_once_for_save(self) -> None:
+        control = self.control  # type: ignore[attr-defined]
+        evaluated = self._guard is not None and self._guard.has_evaluated(self.state.global_step)  # type: ignore[attr-defined]
+        if evaluated:
+            control.should_evaluate = False
+        elif control.should_save:
+            control.should_evaluate = True
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log, as the stock Trainer does; a callback that asks for a save here gets its evaluation too."""
+        super().log(*args, **kwargs)  # type: ignore[misc]
+        if self._options.eval_on_save and self.is_in_train and not self._is_evaluating:  # type: ignore[attr-defined]
+            self._evaluate_once_for_save()
+
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        step = self.state.global_step  # type: ignore[attr-defined]
+        guard = self._guard
+        if self._options.eval_on_save and guard is not None and guard.has_evaluated(step):
+            # Only `eval_on_start` after a resume comes here, and it does not look at the result.
+            return {}
+        self._is_evaluating = True
+        try:
+            metrics = super()._evaluate(trial, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._is_evaluating = False
+        if guard is not None:
+            guard.note_evaluation(step, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # The host records a best metric although no checkpoint may hold it. Ours is recorded when the checkpoint
+        # is complete, together with its step and folder.
+        if self._guard is None or not self._guard.preserves:
+            return bool(super()._determine_best_metric(metrics=metrics, trial=trial))  # type: ignore[misc]
+        return self._guard.is_new_best(metrics)
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(self.state, "divguard_aborted", False):  # type: ignore[attr-defined]
+            return
+        host_save = super()._save_checkpoint  # type: ignore[misc]
+        guard = self._guard
+        if guard is None or not guard.is_active:
+            host_save(model, trial, *args, **kwargs)
+            return
+        self._limit_to_record = self.args.save_total_limit  # type: ignore[attr-defined]
+        guard.save(
+            write=lambda: host_save(model, trial, *args, **kwargs),
+            push=super()._push_from_checkpoint,  # type: ignore[misc]
+        )
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # `training_args.bin` is written in here and must hold the user's own limit.
+        training_args: Any = self.args  # type: ignore[attr-defined]
+        hidden = training_args.save_total_limit
+        if self._guard is not None and self._guard.is_saving:
+            training_args.save_total_limit = self._limit_to_record
+        try:
+            super()._save(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            training_args.save_total_limit = hidden
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._guard is not None and self._guard.redirect is not None:
+            return self._guard.redirect
+        return str(super()._get_output_dir(trial))  # type: ignore[misc]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._guard is not None and self._guard.is_saving:
+            self._guard.pending_push = checkpoint_folder
+            return
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    if HAS_FINALIZE:
+
+        def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+            # With a limit of 1 the host deletes everything but the best checkpoint here.
+            preserves = self._guard is not None and self._guard.preserves
+            with hidden_save_limit(self.args) if preserves else contextlib.nullcontext():  # type: ignore[attr-defined]
+                return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+
+    if HAS_ROTATE_METHOD:
+
+        def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:
+            # The host asks once for the end of training, to delete everything but the best with a limit of 1.
+            if self._is_in_guarded_loop and self._guard is not None and self._guard.preserves:
+                return []
+            return list(super()._sorted_checkpoints(*args, **kwargs))  # type: ignore[misc]
+
+
+class DivGuardTrainer(DivGuardMixin, Trainer):
+    """``transformers.Trainer`` with the guards of hf_divguard.
+
+    Takes the arguments of ``Trainer``, and :class:`DivGuardTrainingArguments` for the
+    options. With every option at its default, or with a stock ``TrainingArguments``, it
+    trains, logs and saves as the stock Trainer does; callbacks that have a
+    ``state_dict`` are still kept in the checkpoints.
+
+    Raises:
+        ValueError: If an option needs an evaluation data set and there is none.
+    """

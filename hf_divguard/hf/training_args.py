@@ -1,0 +1,257 @@
+"""The options of hf_divguard as fields of ``TrainingArguments``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+
+from hf_divguard.core.metric_names import greater_is_better, with_eval_prefix
+
+__all__ = ["DivGuardArgumentsMixin", "DivGuardTrainingArguments", "SafeSave", "options_of"]
+
+logger = logging.getLogger(__name__)
+
+SafeSave = Literal["auto", "staged", "in_place", "off"]
+
+_TRUE = {"true", "yes", "1", "t", "y"}
+_FALSE = {"false", "no", "0", "f", "n"}
+
+
+def _optional_bool(name: str, value: Any) -> bool | None:
+    """Return true, false or none as written on a command line or in a file."""
+    word = str(value).strip().lower()
+    if value is None or word in {"none", "null", ""}:
+        return None
+    if word in _TRUE:
+        return True
+    if word in _FALSE:
+        return False
+    raise ValueError(f"`{name}` must be true, false or none, got {value!r}.")
+
+
+def _require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be true or false, got {value!r} of type {type(value).__name__}.")
+
+
+def _require_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"`{name}` must be one of {list(get_args(choices))}, got {value!r}.")
+
+
+@dataclass
+class DivGuardArgumentsMixin:
+    """Adds the options of hf_divguard to any ``TrainingArguments`` dataclass.
+
+    Put it left of the class it extends. Each field says what it does in its help text
+    (``--help`` on a command line). With every field at its default the training is the
+    stock one.
+
+    Raises:
+        ValueError: At construction, for values out of range and for options that
+            contradict each other; the sentence says what to change.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from transformers import Seq2SeqTrainingArguments
+        >>> @dataclass
+        ... class MyArguments(DivGuardArgumentsMixin, Seq2SeqTrainingArguments):
+        ...     pass
+        >>> args = MyArguments("out", save_steps=7, eval_on_save=True, load_best_model_at_end=True, use_cpu=True)
+        >>> args.save_steps, str(args.eval_strategy.value), args.load_best_model_at_end
+        (7, 'no', True)
+    """
+
+    preserve_best_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the best checkpoints out of reach of save_total_limit: after every save the last "
+            "save_total_limit and the best preserve_n_best stay on disk. Needs evaluations (eval_on_save, or an "
+            "eval_strategy whose steps meet the save steps)."
+        },
+    )
+    best_model_metric: str = field(
+        default="loss",
+        metadata={"help": "The evaluation metric that ranks checkpoints, with or without the prefix eval_."},
+    )
+    best_model_greater_is_better: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a greater best_model_metric is better: true, false or none. none takes the direction "
+            "from a table of known metric names (loss, perplexity, wer, ... lower; accuracy, f1, bleu, ... higher)."
+        },
+    )
+    preserve_n_best: int = field(
+        default=1,
+        metadata={"help": "How many of the best checkpoints preserve_best_model keeps, at least 1."},
+    )
+    eval_on_save: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate before every save, so that each checkpoint has metrics of its own step. save_steps need "
+            "not be a multiple of eval_steps then, also with load_best_model_at_end; eval_strategy may be no."
+        },
+    )
+    divguard_safe_save: SafeSave = field(
+        default="auto",
+        metadata={
+            "help": "How a checkpoint becomes complete. staged: written in a folder of another name and renamed when "
+            "whole; in_place: written under its name, complete when its manifest is there; off: as the stock Trainer "
+            "writes it; auto: staged where the file system renames folders, else in_place, and off as long as no "
+            "other option or callback of hf_divguard is in use."
+        },
+    )
+    divguard_checksums: bool = field(
+        default=False,
+        metadata={
+            "help": "Put a SHA-256 of every file into the manifest, and check it on resume. Finds flipped bits; costs "
+            "one more read of each checkpoint."
+        },
+    )
+    divguard_flush: bool = field(
+        default=False,
+        metadata={
+            "help": "Flush every file of a checkpoint to the disk (fsync) before it counts as complete. Protects "
+            "against power loss, not needed against killed processes; makes saving slower."
+        },
+    )
+    divguard_save_error: Literal["raise", "continue"] = field(
+        default="raise",
+        metadata={
+            "help": "What follows when a checkpoint cannot be written (disk full, input/output error). raise: training "
+            "ends with the error, the older checkpoints stay; continue: a warning, and training goes on without it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._check_divguard_fields()
+        if self.preserve_best_model:
+            self._take_ranking_metric()
+        # The parent couples load_best_model_at_end to aligned save and eval steps. An evaluation before every
+        # save makes that needless, so the parent checks everything else with it switched off.
+        lift_alignment = self.eval_on_save and bool(getattr(self, "load_best_model_at_end", False))
+        if lift_alignment:
+            self._fill_metric_for_best_model("loss")
+            self.load_best_model_at_end = False
+        try:
+            super().__post_init__()  # type: ignore[misc]
+        finally:
+            if lift_alignment:
+                self.load_best_model_at_end = True
+        if self.preserve_best_model:
+            self._check_ranking_has_evaluations()
+
+    @property
+    def divguard_greater_is_better(self) -> bool | None:
+        """Direction of ``best_model_metric`` as it will be used; ``None`` for an unknown name."""
+        for given in (self.best_model_greater_is_better, getattr(self, "greater_is_better", None)):
+            if given is not None:
+                return bool(given)
+        return greater_is_better(self.best_model_metric)
+
+    @property
+    def divguard_ranking_key(self) -> str:
+        """Key of the ranking metric in the evaluation's results: ``best_model_metric`` with ``eval_``."""
+        return with_eval_prefix(self.best_model_metric)
+
+    def _check_divguard_fields(self) -> None:
+        for name in ("preserve_best_model", "eval_on_save", "divguard_checksums", "divguard_flush"):
+            _require_bool(name, getattr(self, name))
+        self.best_model_greater_is_better = _optional_bool(  # type: ignore[assignment]
+            "best_model_greater_is_better", self.best_model_greater_is_better
+        )
+        if not isinstance(self.best_model_metric, str) or not self.best_model_metric.strip():
+            raise ValueError(
+                f"`best_model_metric` must be the name of an evaluation metric, got {self.best_model_metric!r}."
+            )
+        number = self.preserve_n_best
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(
+                f"`preserve_n_best` must be a whole number of checkpoints, at least 1, got {number!r}. "
+                "To keep no best checkpoint, set `preserve_best_model=False`."
+            )
+        _require_choice("divguard_safe_save", self.divguard_safe_save, SafeSave)
+        _require_choice("divguard_save_error", self.divguard_save_error, Literal["raise", "continue"])
+
+    def _take_ranking_metric(self) -> None:
+        """Let the parent's own best-model bookkeeping use the same metric and direction."""
+        host_metric = getattr(self, "metric_for_best_model", None)
+        if host_metric is not None and with_eval_prefix(host_metric) != self.divguard_ranking_key:
+            raise ValueError(
+                f"`metric_for_best_model={host_metric!r}` and `best_model_metric={self.best_model_metric!r}` name two "
+                "metrics, and there can be one best checkpoint only. Set both to the same metric, or leave "
+                "`metric_for_best_model` out."
+            )
+        host_direction = getattr(self, "greater_is_better", None)
+        own_direction = self.best_model_greater_is_better
+        if own_direction is not None and host_direction is not None and bool(host_direction) != own_direction:
+            raise ValueError(
+                f"`greater_is_better={host_direction}` and `best_model_greater_is_better={own_direction}` contradict "
+                "each other. Set one of them, or both to the same value."
+            )
+        if self.divguard_greater_is_better is None:
+            raise ValueError(
+                f"The direction of `best_model_metric={self.best_model_metric!r}` is not known. Set "
+                "`best_model_greater_is_better` to true if a greater value is better, else to false."
+            )
+        self._fill_metric_for_best_model(self.best_model_metric)
+
+    def _fill_metric_for_best_model(self, metric: str) -> None:
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = metric
+        if self.greater_is_better is None:
+            if self.preserve_best_model:
+                self.greater_is_better = self.divguard_greater_is_better
+            else:
+                self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+
+    def _check_ranking_has_evaluations(self) -> None:
+        if self.eval_on_save:
+            return
+        eval_strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
+        save_strategy = str(getattr(self.save_strategy, "value", self.save_strategy))
+        if eval_strategy == "no":
+            raise ValueError(
+                "`preserve_best_model=True` ranks checkpoints by evaluations, but `eval_strategy` is 'no' and "
+                "`eval_on_save` is off. Set `eval_on_save=True` to evaluate before every save."
+            )
+        apart = save_strategy in ("steps", "epoch") and save_strategy != eval_strategy
+        if save_strategy == eval_strategy == "steps" and self.save_steps >= 1 and self.eval_steps >= 1:
+            apart = self.save_steps % self.eval_steps != 0
+        if apart:
+            logger.warning(
+                "Checkpoints are ranked only where an evaluation falls on the very step of a save; with "
+                "eval_strategy=%s (eval_steps=%s) and save_strategy=%s (save_steps=%s) some saves have none and can "
+                "never be best. Set `eval_on_save=True` to evaluate before every save.",
+                eval_strategy,
+                self.eval_steps,
+                save_strategy,
+                self.save_steps,
+            )
+
+
+def options_of(args: Any) -> Any:
+    """Return what holds the options: ``args`` itself, or all defaults for a stock ``TrainingArguments``."""
+    if isinstance(args, DivGuardArgumentsMixin):
+        return args
+    defaults = {option.name: option.default for option in fields(DivGuardArgumentsMixin)}
+    return SimpleNamespace(**defaults, divguard_greater_is_better=False, divguard_ranking_key="eval_loss")
+
+
+@dataclass
+class DivGuardTrainingArguments(DivGuardArgumentsMixin, TrainingArguments):
+    """``transformers.TrainingArguments`` with the options of hf_divguard.
+
+    See :class:`DivGuardArgumentsMixin` for the fields that are added.
+
+    Example:
+        >>> args = DivGuardTrainingArguments(
+        ...     "out", save_steps=7, save_total_limit=2, eval_on_save=True,
+        ...     preserve_best_model=True, best_model_metric="accuracy", use_cpu=True)
+        >>> args.divguard_ranking_key, args.divguard_greater_is_better
+        ('eval_accuracy', True)
+    """
