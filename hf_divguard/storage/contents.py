@@ -137,7 +137,9 @@ def judge_contents(folder: str | os.PathLike[str], *, step: int | None, read_all
             "without a manifest.".replace("has another layout", "has a layout of another way of saving"),
         )
     weight_problems = _weight_problems(folder, weights)
-    problems = state_problems + weight_problems + _training_problems(sizes)
+    problems = (
+        state_problems + weight_problems + _missing_companions(names, weights) + _training_problems(sizes)
+    )
     for name in names:
         problems += _whole_file_problems(folder, name, read_all)
     problems += [f"{name!r} is {kind} instead of a file" for name, kind in others.items()]
@@ -215,6 +217,22 @@ def _weight_problems(folder: Path, weights: list[str]) -> list[str]:
         if not whole:
             problems.append("the index of the model's shards is missing")
     return problems
+
+
+def _missing_companions(names: list[str], weights: list[str]) -> list[str]:
+    """Return the files that the Trainer always writes beside the weights and that are not there.
+
+    A model that is no ``PreTrainedModel`` has no configuration; one with an index of shards or
+    settings for generation is one.
+    """
+    expected = {"training_args.bin"} if weights else set()
+    for name in weights:
+        folder, slash, base = name.rpartition("/")
+        if base.startswith("adapter_model."):
+            expected.add(f"{folder}{slash}adapter_config.json")
+        elif base.endswith(".index.json") or f"{folder}{slash}generation_config.json" in names:
+            expected.add(f"{folder}{slash}config.json")
+    return [f"`{name}` is missing" for name in sorted(expected.difference(names))]
 
 
 def _training_problems(sizes: dict[str, int]) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from hf_divguard.storage.strict_json import from_strict
 
-__all__ = ["FORMAT_VERSION", "LARGEST_INTEGER", "Fields", "Quarantine", "RecordError"]
+__all__ = ["FORMAT_VERSION", "LARGEST_INTEGER", "Fields", "Quarantine", "RecordError", "sealed"]
 
 FORMAT_VERSION = 1
 """Version of the manifest's and the sidecar's form. A reader refuses higher ones."""
@@ -19,6 +21,22 @@ Quarantine = dict[str, Any]
 """Why a checkpoint must never be resumed: ``reason``, ``onset_step``, ``time``."""
 
 _LONGEST_TEXT = 2000
+_SEAL = "digest"
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``data`` with a checksum of itself, by which a reader notices a changed byte.
+
+    Example:
+        >>> sealed({"step": 1})["digest"][:8]
+        '8565a568'
+    """
+    return {**data, _SEAL: _digest(data)}
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in data.items() if key != _SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class RecordError(ValueError):
@@ -59,7 +77,7 @@ class Fields:
         raise self._error(f"`{key}` in {self._what} must be {must}, found {_shown(self._data.get(key))}.")
 
     def check_format(self) -> None:
-        """Raise if the object has no version or one of the future."""
+        """Raise if the object has no version or one of the future, or is not as it was written."""
         version = self.integer("format")
         if version > FORMAT_VERSION:
             raise self._error(
@@ -69,6 +87,8 @@ class Fields:
             )
         if version < 1:
             self.refuse("format", "at least 1")
+        if _SEAL in self._data and self._data[_SEAL] != _digest(self._data):
+            raise self._error(f"{self._what} must be as it was written, but its own checksum differs.")
 
     def integer(self, key: str) -> int:
         """Return the whole number under ``key``."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_divguard.errors import CheckpointSaveError
-from hf_divguard.storage.fields import FORMAT_VERSION, Fields, Quarantine, RecordError
+from hf_divguard.storage.fields import FORMAT_VERSION, Fields, Quarantine, RecordError, sealed
 from hf_divguard.storage.layout import (
     INCOMPLETE_NAME,
     MANIFEST_NAME,
@@ -238,7 +238,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         },
     }
     _parse(data)
-    return encode_json(data, max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
+    return encode_json(sealed(data), max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:

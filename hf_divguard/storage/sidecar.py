@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_divguard._version import __version__
 from hf_divguard.core.retention import CheckpointRecord
-from hf_divguard.storage.fields import FORMAT_VERSION, Fields, Quarantine, RecordError
+from hf_divguard.storage.fields import FORMAT_VERSION, Fields, Quarantine, RecordError, sealed
 from hf_divguard.storage.layout import SIDECAR_NAME
 from hf_divguard.storage.strict_json import encode_json, from_strict, read_json, to_strict, write_bytes_atomic
 
@@ -113,7 +113,7 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
         "callbacks": {name: to_strict(state) for name, state in sidecar.callbacks.items()},
     }
     _parse(data)
-    return encode_json(data, max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
+    return encode_json(sealed(data), max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
 
 
 def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_divguard.errors import CheckpointSaveError
+from hf_divguard.storage.fields import sealed
+from hf_divguard.storage.layout import INCOMPLETE_NAME, MANIFEST_NAME
+from hf_divguard.storage.manifest import (
+    FileEntry,
+    Manifest,
+    ManifestError,
+    build_manifest,
+    check_manifest,
+    read_manifest,
+    remove_manifest,
+    write_manifest,
+)
+
+PLACE = {"step": 20, "run_id": "run", "sequence": 1, "world_size": 1}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint-20"
+    (folder / "sub" / "deep").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"12345678")
+    (folder / "sub" / "deep" / "shard.bin").write_bytes(b"123")
+    return folder
+
+
+def test_a_manifest_names_every_file_by_its_posix_path_but_itself_and_unfinished_ones(folder: Path) -> None:
+    (folder / MANIFEST_NAME).write_text("{}")
+    (folder / "_divguard_tmp-x").write_text("")
+    (folder / INCOMPLETE_NAME).write_text("in progress")
+    manifest = build_manifest(folder, **PLACE)
+    assert manifest.files == {"model.safetensors": FileEntry(8), "sub/deep/shard.bin": FileEntry(3)}
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_everything_in_a_manifest_comes_back(folder: Path, checksums: bool) -> None:
+    manifest = build_manifest(
+        folder,
+        **PLACE,
+        metric_name="eval_loss",
+        metric=float("inf"),
+        greater_is_better=False,
+        checksums=checksums,
+    )
+    write_manifest(folder, manifest, flush=True)
+    assert read_manifest(folder) == manifest
+    assert check_manifest(folder, manifest) == []
+
+
+def test_a_name_that_is_not_text_comes_back(folder: Path) -> None:
+    (folder / os.fsdecode(b"caf\xe9.bin")).write_bytes(b"1")
+    write_manifest(folder, build_manifest(folder, **PLACE))
+    assert check_manifest(folder, read_manifest(folder)) == []
+
+
+@pytest.mark.parametrize("kind", ["symlink", "fifo"])
+def test_what_is_not_a_file_is_not_certified(folder: Path, kind: str) -> None:
+    if kind == "symlink":
+        (folder / "odd").symlink_to("/etc/hostname")
+    else:
+        os.mkfifo(folder / "odd")
+    with pytest.raises(CheckpointSaveError, match="'odd'"):
+        build_manifest(folder, **PLACE)
+
+
+def test_a_missing_random_state_of_one_rank_is_not_certified(folder: Path) -> None:
+    for rank in (0, 1, 3):
+        (folder / f"rng_state_{rank}.pth").write_bytes(b"1")
+    with pytest.raises(CheckpointSaveError, match=r"rng_state_2.pth` \(random state of rank 2\)"):
+        build_manifest(folder, **{**PLACE, "world_size": 4})
+    assert build_manifest(folder, **{**PLACE, "world_size": 4}, ranks=(0, 1, 3)).ranks == (0, 1, 3)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_the_manifest_is_the_last_thing_written(
+    folder: Path, flush: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    real_replace, real_fsync = os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(Path(b).name), real_replace(a, b))[1])
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), real_fsync(fd))[1],
+    )
+    write_manifest(folder, build_manifest(folder, **PLACE), flush=flush)
+    at = done.index(MANIFEST_NAME)
+    if flush:
+        assert {"model.safetensors", "shard.bin", "deep", "sub"} <= set(done[:at])
+        assert done[-1] == "checkpoint-20"
+    else:
+        assert done == [MANIFEST_NAME]
+
+
+def test_each_kind_of_damage_is_told_in_words(folder: Path) -> None:
+    for name in ("gone", "short", "long", "empty", "changed", "link", "dir"):
+        (folder / name).write_bytes(b"abcd")
+    for rank in (0, 1):
+        (folder / f"rng_state_{rank}.pth").write_bytes(b"1")
+    manifest = build_manifest(folder, **{**PLACE, "world_size": 2}, checksums=True)
+    (folder / "gone").unlink()
+    (folder / "short").write_bytes(b"abc")
+    (folder / "long").write_bytes(b"abcde")
+    (folder / "empty").write_bytes(b"")
+    (folder / "changed").write_bytes(b"abcD")
+    (folder / "link").unlink()
+    (folder / "link").symlink_to("long")
+    (folder / "dir").unlink()
+    (folder / "dir").mkdir()
+    (folder / "rng_state_1.pth").unlink()
+    assert check_manifest(folder, manifest) == [
+        "`changed` has other contents than when it was saved: its SHA-256 differs",
+        "`dir` is a folder instead of a file",
+        "`empty` is empty: 0 bytes instead of 4",
+        "`gone` is missing",
+        "`link` is a symbolic link instead of a file",
+        "`long` is too long: 5 bytes instead of 4",
+        "`rng_state_1.pth` (random state of rank 1) is missing",
+        "`short` is too short: 3 bytes instead of 4",
+    ]
+    assert not any("changed" in problem for problem in check_manifest(folder, manifest, checksums=False))
+
+
+def test_a_shard_that_is_missing_is_named_with_its_rank(folder: Path) -> None:
+    files = {
+        "global_step20/bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt": FileEntry(1),
+        "pytorch_model_fsdp_0/__2_0.distcp": FileEntry(1),
+    }
+    words = " ".join(check_manifest(folder, Manifest(**PLACE, files=files)))
+    assert "shard of rank 3" in words
+    assert "shard of rank 2" in words
+
+
+def test_a_manifest_of_another_step_is_a_problem(folder: Path) -> None:
+    write_manifest(folder, replace(build_manifest(folder, **PLACE), step=10))
+    assert check_manifest(folder, read_manifest(folder)) == [
+        "`divguard_manifest.json` is of step 10, not of checkpoint-20"
+    ]
+
+
+def test_a_folder_behind_a_symbolic_link_is_not_looked_into(folder: Path, tmp_path: Path) -> None:
+    manifest = build_manifest(folder, **PLACE)
+    (folder / "sub").rename(tmp_path / "elsewhere")
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    assert check_manifest(folder, manifest) == ["`sub/deep/shard.bin` stands behind a symbolic link"]
+
+
+OUTSIDE = [
+    "/etc/passwd",
+    "../outside",
+    "a/../../b",
+    "a/./b",
+    "",
+    "a//b",
+    "a/",
+    "..",
+    "C:/x",
+    "c:x",
+    "a\\b",
+    "\\\\host\\x",
+    "a\0b",
+    "\ud800",
+    "x" * 5000,
+    MANIFEST_NAME,
+    "_divguard_tmp-1",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=ascii)
+def test_a_path_that_leads_outside_is_refused_on_reading_and_on_checking(folder: Path, name: str) -> None:
+    write_manifest(folder, build_manifest(folder, **PLACE))
+    data = json.loads((folder / MANIFEST_NAME).read_text())
+    data["files"][name] = {"size": 1, "sha256": None}
+    (folder / MANIFEST_NAME).write_text(json.dumps(sealed(data)))
+    with pytest.raises(ManifestError, match="file name"):
+        read_manifest(folder)
+    assert len(check_manifest(folder, Manifest(**PLACE, files={name: FileEntry(1)}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("files", []),
+        ("files", {"a": 1}),
+        ("files", {"a": {"size": -1}}),
+        ("files", {"a": {"size": "1"}}),
+        ("files", {"a": {"size": 1, "sha256": "xyz"}}),
+        ("files", {"a": {"size": 1, "sha256": 5}}),
+        ("ranks", [-1]),
+        ("ranks", "0"),
+        ("ranks", [True]),
+        ("world_size", 2.0),
+        ("format", 99),
+        ("format", None),
+        ("quarantine", []),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused(folder: Path, key: str, value: object) -> None:
+    write_manifest(folder, build_manifest(folder, **PLACE))
+    data = json.loads((folder / MANIFEST_NAME).read_text())
+    (folder / MANIFEST_NAME).write_text(json.dumps(sealed({**data, key: value})))
+    with pytest.raises(ManifestError):
+        read_manifest(folder)
+
+
+def test_removing_a_manifest_twice_is_fine(folder: Path) -> None:
+    write_manifest(folder, build_manifest(folder, **PLACE))
+    remove_manifest(folder)
+    remove_manifest(folder)
+    with pytest.raises(FileNotFoundError):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_no_flipped_bit_of_a_manifest_goes_by_unnoticed(folder: Path, bit: int) -> None:
+    manifest = build_manifest(folder, **PLACE, metric_name="eval_loss", metric=0.5, checksums=True)
+    write_manifest(folder, manifest)
+    data = (folder / MANIFEST_NAME).read_bytes()
+    for place in range(len(data)):
+        flipped = bytes((*data[:place], data[place] ^ (1 << bit), *data[place + 1 :]))
+        (folder / MANIFEST_NAME).write_bytes(flipped)
+        try:
+            found = read_manifest(folder)
+        except ManifestError:
+            continue
+        assert found == manifest, flipped
