@@ -191,7 +191,10 @@ def _state_problems(folder: Path, step: int | None) -> list[str]:
 
 def _weight_problems(folder: Path, weights: list[str]) -> list[str]:
     if not weights:
-        return ["the model's weights are missing"]
+        return [
+            "the model's weights are missing: no `model.safetensors`, `pytorch_model.bin`, index of shards, "
+            "`adapter_model.safetensors` or `adapter_model.bin`"
+        ]
     problems: list[str] = []
     for index in (name for name in weights if name.endswith(".index.json")):
         parent = index.rpartition("/")[0]
@@ -212,10 +215,12 @@ def _weight_problems(folder: Path, weights: list[str]) -> list[str]:
                     problems.append(f"`{index}` names a shard outside its folder, {shard[:80]!a}")
                 elif prefix + shard not in weights:
                     problems.append(f"`{prefix}{shard}` is missing, a shard that `{index}` names")
-    if not any(name.endswith(".index.json") for name in weights):
-        whole = [name for name in weights if _SHARD.fullmatch(name.rpartition("/")[2]) is None]
-        if not whole:
-            problems.append("the index of the model's shards is missing")
+    for name in weights:
+        parent, slash, base = name.rpartition("/")
+        if _SHARD.fullmatch(base) is not None:
+            whole = f"{parent}{slash}{base.partition('-')[0]}{os.path.splitext(base)[1]}"
+            if not {whole, f"{whole}.index.json"} & set(weights):
+                return [f"`{whole}.index.json` is missing, the index of the model's shards"]
     return problems
 
 

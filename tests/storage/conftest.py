@@ -41,7 +41,14 @@ def certify(folder: Path, *, sequence: int = 1, checksums: bool = False, **optio
     write_sidecar(folder, sidecar_of(step, sequence=sequence, **options))
     write_manifest(
         folder,
-        build_manifest(folder, step=step, run_id="run", sequence=sequence, world_size=1, checksums=checksums),
+        build_manifest(
+            folder,
+            step=step,
+            run_id="run",
+            sequence=sequence,
+            world_size=max(1, len(list(folder.glob("rng_state_*.pth")))),
+            checksums=checksums,
+        ),
     )
     return folder
 
