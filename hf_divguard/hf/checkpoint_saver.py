@@ -23,7 +23,13 @@ from hf_divguard.storage.free_space import require_free_space, tree_bytes
 from hf_divguard.storage.layout import checkpoint_name
 from hf_divguard.storage.manifest import build_manifest, remove_manifest, write_manifest
 from hf_divguard.storage.sidecar import Sidecar, write_sidecar
-from hf_divguard.storage.staging import discard_staging, folders_can_be_renamed, publish, recover, staging_folder
+from hf_divguard.storage.staging import (
+    discard_staging,
+    folders_can_be_renamed,
+    publish,
+    recover,
+    staging_folder,
+)
 
 __all__ = ["CheckpointSaver"]
 
@@ -137,7 +143,9 @@ class CheckpointSaver:
             folder.mkdir(parents=True)
             write_sidecar(folder, sidecar())
 
-    def _publish(self, step: int, folder: Path, finish: Callable[[Path], None], sidecar: Callable[[], Sidecar]) -> None:
+    def _publish(
+        self, step: int, folder: Path, finish: Callable[[Path], None], sidecar: Callable[[], Sidecar]
+    ) -> None:
         finish(folder)
         record = sidecar()
         write_sidecar(folder, record, flush=self._flush)
@@ -178,10 +186,10 @@ class CheckpointSaver:
         except OSError:
             return error
         room = f" The last checkpoint took {_megabytes(need)}; {_megabytes(free)} are free in {self.run_dir}."
-        return CheckpointSaveError(f"{error}.{room if need else ''} Complete checkpoints from before are untouched.")
+        return CheckpointSaveError(
+            f"{error}.{room if need else ''} Complete checkpoints from before are untouched."
+        )
 
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
-
-

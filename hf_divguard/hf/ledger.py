@@ -67,7 +67,11 @@ class CheckpointLedger:
             ancestor = ancestors.get(info.step) if at_home else None
             if info.verdict.status in ("incomplete", "quarantined"):
                 ancestor = None
-            if ancestor and None not in (ancestor.sequence, info.sequence) and ancestor.sequence != info.sequence:
+            if (
+                ancestor
+                and None not in (ancestor.sequence, info.sequence)
+                and ancestor.sequence != info.sequence
+            ):
                 ancestor = None  # another run has written over that step since
             records.append(
                 CheckpointRecord(
@@ -153,7 +157,8 @@ def _ancestors(checkpoint: str, ranking_key: str) -> tuple[dict[int, _Ancestor],
     same_metric = sidecar.metric_name == ranking_key
     return {
         record.step: _Ancestor(
-            record.sequence, record.metric if same_metric and record.metric is not None else logged.get(record.step)
+            record.sequence,
+            record.metric if same_metric and record.metric is not None else logged.get(record.step),
         )
         for record in sidecar.records
         if record.in_lineage

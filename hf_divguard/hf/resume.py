@@ -7,7 +7,12 @@ import os
 from pathlib import Path
 
 from hf_divguard.errors import CheckpointError, NoCompleteCheckpointError
-from hf_divguard.storage.checkpoints import CheckpointInfo, best_checkpoints, find_checkpoints, verify_checkpoint
+from hf_divguard.storage.checkpoints import (
+    CheckpointInfo,
+    best_checkpoints,
+    find_checkpoints,
+    verify_checkpoint,
+)
 
 __all__ = ["choose_checkpoint"]
 
