@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NoCompleteCheckpointError,
         TrainingDivergedError,
     )
+    from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
     from hf_divguard.hf.detectors import (
         DivergenceDetector,
         DualTimeScaleDivergenceDetector,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     )
     from hf_divguard.hf.trainer import DivGuardMixin, DivGuardTrainer
     from hf_divguard.hf.training_args import DivGuardArgumentsMixin, DivGuardTrainingArguments
+    from hf_divguard.replay import replay
     from hf_divguard.storage.checkpoints import (
         best_checkpoints,
         find_checkpoints,
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "replay": "replay",
+    "NonFiniteDetector": "hf.adaptive_detectors",
+    "AdaptiveDivergenceDetector": "hf.adaptive_detectors",
     "CheckpointError": "errors",
     "CheckpointSaveError": "errors",
     "DivGuardArgumentsMixin": "hf.training_args",
@@ -59,6 +64,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaptiveDivergenceDetector",
     "CheckpointError",
     "CheckpointSaveError",
     "DivGuardArgumentsMixin",
@@ -73,11 +79,13 @@ __all__ = [
     "HistoryError",
     "MetricNotFoundError",
     "NoCompleteCheckpointError",
+    "NonFiniteDetector",
     "TrainingDivergedError",
     "__version__",
     "best_checkpoints",
     "find_checkpoints",
     "latest_complete_checkpoint",
+    "replay",
     "verify_checkpoint",
 ]
 

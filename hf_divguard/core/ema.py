@@ -125,7 +125,9 @@ class DualTimeScaleRule:
         """
         missing = {"short_ema", "long_ema", "initialized"} - state_dict.keys()
         if missing:
-            raise ValueError(f"The state of the two averages lacks {sorted(missing)}; it holds {sorted(state_dict)}.")
+            raise ValueError(
+                f"The state of the two averages lacks {sorted(missing)}; it holds {sorted(state_dict)}."
+            )
         if not state_dict["initialized"]:
             self.reset()
             return

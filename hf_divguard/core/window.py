@@ -144,7 +144,9 @@ class DualWindowRule:
         for name, window in (("short_buffer", self.short_window), ("long_buffer", self.long_window)):
             values = state_dict.get(name)
             if not isinstance(values, (list, tuple)):
-                raise ValueError(f"The state of the two windows needs a list `{name}`; it holds {sorted(state_dict)}.")
+                raise ValueError(
+                    f"The state of the two windows needs a list `{name}`; it holds {sorted(state_dict)}."
+                )
             if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
                 raise ValueError(f"`{name}` must hold finite numbers only, got {values!r}.")
             buffers[name] = deque(_in_units(float(v)) for v in values[-window:])

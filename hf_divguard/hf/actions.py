@@ -11,12 +11,13 @@ __all__ = ["Action", "act_on", "check_action", "is_world_zero", "keep_aborted", 
 
 logger = logging.getLogger(__name__)
 
-Action = Literal["warn", "stop", "abort"]
+Action = Literal["warn", "stop", "abort", "rollback"]
 
 _CONSEQUENCE = {
     "warn": "Training goes on.",
     "stop": "Training stops after this step's log, evaluation and save.",
     "abort": "Training ends now and nothing more is saved.",
+    "rollback": "Training goes back to a checkpoint from before it.",
 }
 
 
@@ -40,7 +41,7 @@ def act_on(finding: Finding, action: str, args: Any, state: Any, control: Any, *
 
     Args:
         finding: What was found.
-        action: ``"warn"``, ``"stop"`` or ``"abort"``.
+        action: ``"warn"``, ``"stop"``, ``"abort"`` or ``"rollback"``.
         args: The ``TrainingArguments``, or ``None`` outside of a Trainer.
         state: The ``TrainerState``, or ``None``; gets ``divguard_finding`` and
             ``divguard_stop_reason``.
@@ -50,6 +51,12 @@ def act_on(finding: Finding, action: str, args: Any, state: Any, control: Any, *
     if is_world_zero(state):
         logger.warning("%s: %s %s", source, finding.message, _CONSEQUENCE[action])
     if action == "warn":
+        return
+    if action == "rollback":
+        # `DivGuardTrainer` picks the request up at the end of the step; nothing is saved until then.
+        if getattr(state, "divguard_rollback_request", None) is None:
+            state.divguard_rollback_request = finding
+        control.should_save = False
         return
     control.should_training_stop = True
     if state is not None and getattr(state, "divguard_finding", None) is None:
@@ -64,10 +71,14 @@ def act_on(finding: Finding, action: str, args: Any, state: Any, control: Any, *
         if state is not None:
             state.divguard_aborted = True
         return
-    save_strategy = getattr(getattr(args, "save_strategy", None), "value", getattr(args, "save_strategy", None))
+    save_strategy = getattr(
+        getattr(args, "save_strategy", None), "value", getattr(args, "save_strategy", None)
+    )
     if save_strategy != "no":
         control.should_save = True
-    eval_strategy = getattr(getattr(args, "eval_strategy", None), "value", getattr(args, "eval_strategy", "no"))
+    eval_strategy = getattr(
+        getattr(args, "eval_strategy", None), "value", getattr(args, "eval_strategy", "no")
+    )
     if eval_strategy != "no" and not finding.metric.startswith("eval_"):
         control.should_evaluate = True
 
@@ -85,4 +96,4 @@ def mark_run_output(state: Any, logs: dict[str, Any] | None) -> None:
     if finding is None or not logs or "train_runtime" not in logs:
         return
     logs["divguard/finished"] = 0
-    logs["divguard/stopped_at_step"] = finding.step
+    logs["divguard/stopped_at_step"] = state.global_step

@@ -25,9 +25,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+
 def is_stateful(callback: Any) -> bool:
     """Return whether ``callback`` follows PyTorch's ``Stateful`` protocol."""
-    return callable(getattr(callback, "state_dict", None)) and callable(getattr(callback, "load_state_dict", None))
+    return callable(getattr(callback, "state_dict", None)) and callable(
+        getattr(callback, "load_state_dict", None)
+    )
 
 
 def _given_name(callback: Any) -> str | None:
@@ -95,7 +98,9 @@ def restore_states(named: dict[str, Any], states: dict[str, Any]) -> list[str]:
     for name, callback in named.items():
         if name not in states:
             logger.warning(
-                "The checkpoint holds no state of callback %s (it holds %s); it starts anew.", name, sorted(states)
+                "The checkpoint holds no state of callback %s (it holds %s); it starts anew.",
+                name,
+                sorted(states),
             )
             continue
         try:

@@ -51,7 +51,9 @@ class DivergenceDetector(TrainerCallback):
         ValueError: If ``action`` is unknown.
     """
 
-    def __init__(self, rule: Rule, *, action: str = "stop", metric_key: str = "loss", name: str | None = None) -> None:
+    def __init__(
+        self, rule: Rule, *, action: str = "stop", metric_key: str = "loss", name: str | None = None
+    ) -> None:
         check_action(action)
         self.rule = rule
         self.action = action
@@ -100,14 +102,22 @@ class DivergenceDetector(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Feed the watched key of a log."""
-        mark_run_output(state, logs)
+        self._after_log(state, logs)
         value = self._value(logs)
         if value is None:
-            if logs and "loss" in logs and not self.metric_key.startswith("eval_"):
-                self._tell_if_missing(state, logs)
             return
         self._just_logged = (self._step(state), value)
-        self._feed(value, args, state, control)
+        self._feed(logs or {}, value, args, state, control)
+
+    def _after_log(self, state: Any, logs: dict[str, Any] | None) -> None:
+        mark_run_output(state, logs)
+        if (
+            logs
+            and "loss" in logs
+            and self.metric_key not in logs
+            and not self.metric_key.startswith("eval_")
+        ):
+            self._tell_if_missing(state, logs)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
@@ -121,7 +131,7 @@ class DivergenceDetector(TrainerCallback):
         logged, self._just_logged = self._just_logged, None
         if logged is not None and logged[0] == self._step(state) and _same(logged[1], value):
             return
-        self._feed(value, args, state, control)
+        self._feed(metrics or {}, value, args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep an aborted run from saving."""
@@ -138,18 +148,29 @@ class DivergenceDetector(TrainerCallback):
 
     # ---- feeding
 
-    def _feed(self, value: float, args: Any, state: Any, control: Any) -> None:
+    def _feed(self, values: dict[str, Any], value: float, args: Any, state: Any, control: Any) -> None:
         self._seen = True
         self._count += 1
         step = self._step(state)
-        finding = self.rule.observe(self._count if step is None else step, value)
+        self._handle(
+            self._observe(self._count if step is None else step, value, values), args, state, control
+        )
+
+    def _observe(self, step: int, value: float, values: dict[str, Any]) -> Finding | None:
+        """Give the rule one value; ``values`` is the whole log that it stood in."""
+        return self.rule.observe(step, value)
+
+    def _handle(self, finding: Finding | None, args: Any, state: Any, control: Any) -> None:
         was_firing, self._was_firing = self._was_firing, finding is not None
         if finding is None:
             return
         self.findings.append(finding)
+        if finding.severity == "note" or getattr(state, "divguard_finding", None) is not None:
+            return
+        action = self.action if finding.severity == "error" else "warn"
         # While the condition lasts it is one incident: a warning is told once.
-        if finding.severity == "error" and not (self.action == "warn" and was_firing):
-            act_on(finding, self.action, args, state, control, source=self._label)
+        if not (action == "warn" and was_firing):
+            act_on(finding, action, args, state, control, source=self._label)
 
     @property
     def _label(self) -> str:
@@ -259,7 +280,11 @@ class DualTimeScaleDivergenceDetector(DivergenceDetector):
     ) -> None:
         key = _metric_key(metric_key, use_eval_loss)
         rule = DualTimeScaleRule(
-            short_alpha, long_alpha, threshold, metric=key, greater_is_better=_direction(key, greater_is_better)
+            short_alpha,
+            long_alpha,
+            threshold,
+            metric=key,
+            greater_is_better=_direction(key, greater_is_better),
         )
         super().__init__(rule, action=action, metric_key=key, name=name)
 
@@ -312,6 +337,10 @@ class DualWindowDivergenceDetector(DivergenceDetector):
     ) -> None:
         key = _metric_key(metric_key, use_eval_loss)
         rule = DualWindowRule(
-            short_window, long_window, threshold, metric=key, greater_is_better=_direction(key, greater_is_better)
+            short_window,
+            long_window,
+            threshold,
+            metric=key,
+            greater_is_better=_direction(key, greater_is_better),
         )
         super().__init__(rule, action=action, metric_key=key, name=name)

@@ -21,6 +21,7 @@ from hf_divguard.hf.callback_state import (
 from hf_divguard.hf.checkpoint_saver import CheckpointSaver
 from hf_divguard.hf.compat import hidden_save_limit, rotate_as_stock
 from hf_divguard.hf.ledger import CheckpointLedger, describe
+from hf_divguard.hf.loss_watch import LossWatch
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.training_args import options_of
 from hf_divguard.storage.deletion import delete_checkpoint
@@ -65,6 +66,7 @@ class RunGuard(TrainerCallback):
         safe_save = self._options.divguard_safe_save
         self.is_active |= safe_save not in ("auto", "off")
         self._ranks = Ranks(self._args.process_index, self._args.world_size)
+        self.watch = LossWatch(trainer, self._options.divguard_check_steps)
         self.ledger = CheckpointLedger(run_dir=run_dir, run_id="", records=[])
         self._saver: CheckpointSaver | None = None
         if self.is_active:
@@ -75,7 +77,11 @@ class RunGuard(TrainerCallback):
                 checksums=self._options.divguard_checksums,
                 flush=self._options.divguard_flush,
             )
-            read = CheckpointLedger.read(run_dir, resumed_from, self.ranking_key) if self._ranks.rank == 0 else None
+            read = (
+                CheckpointLedger.read(run_dir, resumed_from, self.ranking_key)
+                if self._ranks.rank == 0
+                else None
+            )
             self.ledger = self._ranks.from_main(read)  # type: ignore[assignment]
 
     # ---- start of training
@@ -87,6 +93,7 @@ class RunGuard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the callbacks their state: from the checkpoint, or as before their first training."""
+        self.watch.start(state.global_step)
         if self._resumed_from is not None:
             self._recall_evaluation(state)
             if self._callbacks:
@@ -178,7 +185,9 @@ class RunGuard(TrainerCallback):
                 state.save_to_json(os.path.join(folder, "trainer_state.json"))
 
         try:
-            self._saver.save(step, write=write_without_pointer, finish=finish, sidecar=lambda: self._sidecar(step))
+            self._saver.save(
+                step, write=write_without_pointer, finish=finish, sidecar=lambda: self._sidecar(step)
+            )
         except CheckpointSaveError as error:
             self.ledger.records = before
             self.ledger.drop_missing()
@@ -205,7 +214,9 @@ class RunGuard(TrainerCallback):
             metric_name=self.ranking_key,
             metric=record.metric,
             greater_is_better=self._options.divguard_greater_is_better,
-            records=tuple(CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records),
+            records=tuple(
+                CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records
+            ),
             callbacks=collect_states(self._callbacks),
             manifest_expected=self._saver.mode != "off",
         )
@@ -256,7 +267,9 @@ class RunGuard(TrainerCallback):
             return
         best = self.ledger.best(self.greater_is_better, self._options.preserve_n_best)
         if best:
-            logger.info("Best checkpoints: %s.", describe(best, with_eval_prefix(self._options.best_model_metric)))
+            logger.info(
+                "Best checkpoints: %s.", describe(best, with_eval_prefix(self._options.best_model_metric))
+            )
         else:
             logger.warning(
                 "No checkpoint was saved at a step that was evaluated: there is no best one. Set `eval_on_save=True`."

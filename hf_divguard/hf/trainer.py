@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import Trainer
 
 from hf_divguard.hf.callback_state import StandaloneStateKeeper
 from hf_divguard.hf.compat import HAS_FINALIZE, HAS_ROTATE_METHOD, hidden_save_limit
+from hf_divguard.hf.detector_choice import make_detector
 from hf_divguard.hf.ledger import RankedCheckpoint
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.resume import choose_checkpoint
@@ -46,6 +46,9 @@ class DivGuardMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check_guard_options()
+        detector = make_detector(self._options)
+        if detector is not None:
+            self.add_callback(detector)  # type: ignore[attr-defined]
 
     @property
     def _options(self) -> Any:
@@ -147,10 +150,19 @@ class DivGuardMixin:
             self._is_in_guarded_loop = False
             handler.callbacks.remove(guard)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Train on one micro-batch, as the stock Trainer does, and show its loss to the detectors."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self._guard is not None:
+            self._guard.watch.add_micro_batch(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self._guard is not None:
+            self._guard.watch.end_step(grad_norm)
         if self._options.eval_on_save:
             self._evaluate_once_for_save()
-        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
 
     def _evaluate_once_for_save(self) -> None:
         control = self.control  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from hf_divguard.core.metric_names import greater_is_better, with_eval_prefix
+from hf_divguard.core.registry import make_rule
+from hf_divguard.hf.actions import Action
 
-__all__ = ["DivGuardArgumentsMixin", "DivGuardTrainingArguments", "SafeSave", "options_of"]
+__all__ = ["DetectorName", "DivGuardArgumentsMixin", "DivGuardTrainingArguments", "SafeSave", "options_of"]
 
 logger = logging.getLogger(__name__)
 
+DetectorName = Literal["adaptive", "ema", "window", "nonfinite", "none"]
 SafeSave = Literal["auto", "staged", "in_place", "off"]
 
 _TRUE = {"true", "yes", "1", "t", "y"}
@@ -36,6 +40,27 @@ def _optional_bool(name: str, value: Any) -> bool | None:
 def _require_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be true or false, got {value!r} of type {type(value).__name__}.")
+
+
+def _require_whole(name: str, value: Any, unit: str, *, at_least: int, instead: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(
+            f"`{name}` must be a whole number of {unit}, at least {at_least}, got {value!r}.{instead}"
+        )
+
+
+def _json_object(name: str, value: Any) -> dict[str, Any] | None:
+    """Return settings that were given as a mapping or, on a command line, as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}` must be a JSON object like '{{\"threshold\": 1.0}}', got {value!r}: {error}."
+            ) from None
+    if value is None or (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+        return value
+    raise ValueError(f"`{name}` must be a JSON object or a dict of settings, got {value!r}.")
 
 
 def _require_choice(name: str, value: Any, choices: Any) -> None:
@@ -127,6 +152,42 @@ class DivGuardArgumentsMixin:
         },
     )
 
+    divguard_detector: DetectorName = field(
+        default="none",
+        metadata={
+            "help": "Watch the training for divergence. adaptive: needs no tuning, sees the raw loss of every step; "
+            "ema: two moving averages; window: two windows; nonfinite: NaN and infinity only; none: do not watch."
+        },
+    )
+    divguard_action: Action = field(
+        default="stop",
+        metadata={
+            "help": "What divguard_detector does when it finds a divergence. warn: a line in the log; stop: after the "
+            "step's log, evaluation and save; abort: at once, saving nothing more."
+        },
+    )
+    divguard_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "Log key that divguard_detector watches. Default: loss for adaptive and nonfinite, eval_loss for "
+            "ema and window."
+        },
+    )
+    divguard_detector_params: dict | str | None = field(  # type: ignore[type-arg]
+        default=None,
+        metadata={
+            "help": "Settings of divguard_detector's rule as JSON, for example '{\"threshold\": 1.0}' for ema. An "
+            "unknown setting is an error that lists the known ones."
+        },
+    )
+    divguard_check_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Optimizer steps between two looks at the raw losses, which stay on the device until then. They "
+            "are also looked at before every log, evaluation and save. At least 1."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._check_divguard_fields()
         if self.preserve_best_model:
@@ -168,14 +229,32 @@ class DivGuardArgumentsMixin:
             raise ValueError(
                 f"`best_model_metric` must be the name of an evaluation metric, got {self.best_model_metric!r}."
             )
-        number = self.preserve_n_best
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(
-                f"`preserve_n_best` must be a whole number of checkpoints, at least 1, got {number!r}. "
-                "To keep no best checkpoint, set `preserve_best_model=False`."
-            )
+        _require_whole(
+            "preserve_n_best",
+            self.preserve_n_best,
+            "checkpoints",
+            at_least=1,
+            instead=" To keep no best checkpoint, set `preserve_best_model=False`.",
+        )
         _require_choice("divguard_safe_save", self.divguard_safe_save, SafeSave)
         _require_choice("divguard_save_error", self.divguard_save_error, Literal["raise", "continue"])
+        _require_choice("divguard_detector", self.divguard_detector, DetectorName)
+        _require_choice("divguard_action", self.divguard_action, Action)
+        _require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)
+        self.divguard_detector_params = _json_object(
+            "divguard_detector_params", self.divguard_detector_params
+        )
+        if self.divguard_detector != "none":
+            make_rule(
+                self.divguard_detector,
+                metric=self.divguard_metric or "loss",
+                **self.divguard_detector_params or {},
+            )
+        elif self.divguard_detector_params or self.divguard_metric:
+            raise ValueError(
+                "`divguard_detector_params` and `divguard_metric` are settings of a detector, but `divguard_detector` "
+                "is 'none'. Set it to one of adaptive, ema, window, nonfinite."
+            )
 
     def _take_ranking_metric(self) -> None:
         """Let the parent's own best-model bookkeeping use the same metric and direction."""
