@@ -1,0 +1,119 @@
+# Every target does its own set-up: the environment in .venv is made when it is missing
+# and brought up to date when setup.cfg has changed. `make` alone lists the targets.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OLD_TRANSFORMERS ?= transformers==4.57.6
+
+VENV := .venv
+OLD_VENV := .venv-old-transformers
+BIN := $(VENV)/bin
+OLD_BIN := $(OLD_VENV)/bin
+READY := $(VENV)/.ready
+OLD_READY := $(OLD_VENV)/.ready
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+# More arguments for pytest, e.g. `make test PYTEST="-x -k sidecar"`.
+PYTEST ?=
+# The parts of the suite in which the versions of Transformers differ.
+OLD_TESTS ?= tests/hf tests/test_examples.py
+# What a benchmark gets; continuous integration runs them with `BENCH=--short`.
+BENCH ?=
+
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all cov style quality types docs-check notebooks \
+	bench bench-kill bench-detection bench-recovery bench-overhead \
+	old-transformers ci-long build clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- environments
+
+install: $(READY) ## Make the environment in .venv: PyTorch, the package (editable), its tools
+
+# PyTorch comes first and alone: an open range would bring a build for graphics cards, of some gigabytes.
+$(READY): setup.cfg
+	@echo "Setting up $(VENV) (some minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	@$(BIN)/python $(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+$(OLD_READY): setup.cfg
+	@echo "Setting up $(OLD_VENV) with $(OLD_TRANSFORMERS) (some minutes the first time) ..."
+	@test -x $(OLD_BIN)/python || $(PYTHON) -m venv $(OLD_VENV)
+	@$(OLD_BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	@$(OLD_BIN)/python $(PIP_INSTALL) "$(OLD_TRANSFORMERS)" -e ".[dev]"
+	@touch $@
+
+# ---- to see it
+
+demo: $(READY) ## Train one model twice through the same fault, stock and guarded; table and picture
+	@$(BIN)/python examples/demo.py
+
+# ---- to check it
+
+test: $(READY) ## Run the tests that are not slow, with doctests
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+test-all: $(READY) ## Run every test
+	@$(BIN)/python -m pytest $(PYTEST)
+
+cov: $(READY) ## Run the tests that are not slow and show which lines they miss
+	@$(BIN)/python -m pytest -m "not slow" --cov=hf_divguard --cov-report=term-missing:skip-covered $(PYTEST)
+
+old-transformers: $(OLD_READY) ## Run the tests with the oldest Transformers that is supported
+	@$(OLD_BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+style: $(READY) ## Mend and format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+quality: $(READY) ## Check style and format, changing nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY) ## Check the types
+	@$(BIN)/mypy
+
+docs-check: $(READY) ## Check that documentation, code and Makefile agree
+	@$(BIN)/python -m pytest tests/test_docs.py $(PYTEST)
+
+notebooks: $(READY) ## Run every notebook from top to bottom
+	@$(BIN)/python notebooks/execute.py notebooks/*.ipynb
+
+# ---- to measure it
+
+bench: bench-overhead bench-detection bench-kill bench-recovery ## Run every benchmark (hours)
+
+bench-kill: $(READY) ## Kill training runs and resume them, stock and guarded
+	@$(BIN)/python benchmarks/kill_resume.py $(BENCH)
+
+bench-detection: $(READY) ## Compare detection rules on labelled loss curves
+	@$(BIN)/python -m benchmarks.detection $(BENCH)
+
+bench-recovery: $(READY) ## Put faults into runs and compare how they end
+	@$(BIN)/python benchmarks/recovery.py $(BENCH)
+
+bench-overhead: $(READY) ## Measure what guarding costs per step and per save
+	@$(BIN)/python benchmarks/overhead.py $(BENCH)
+
+# ---- to publish it
+
+build: $(READY) ## Build the source archive and the wheel into dist/
+	@$(BIN)/python -m build
+
+ci-long: $(READY) $(OLD_READY) ## What continuous integration runs after `make test`, in shortened form
+	@$(MAKE) --no-print-directory notebooks
+	@for name in kill recovery; do \
+		case $$name in kill) file=benchmarks/kill_resume.py ;; *) file=benchmarks/$$name.py ;; esac; \
+		if [ -f $$file ]; then $(MAKE) --no-print-directory bench-$$name BENCH=--short || exit 1; fi; \
+	done
+	@$(OLD_BIN)/python -m pytest -m "not slow" $(OLD_TESTS) $(PYTEST)
+
+clean: ## Remove environments, builds and results
+	@rm -rf $(VENV) $(OLD_VENV) build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

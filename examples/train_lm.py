@@ -1,0 +1,78 @@
+"""Train a small language model, driven by flags alone.
+
+Every field of ``TrainingArguments`` is a flag, and so is every option of hf_divguard::
+
+    python examples/train_lm.py --output_dir out --max_steps 60 --logging_steps 5 \\
+        --save_steps 20 --save_total_limit 1 --eval_on_save --preserve_best_model \\
+        --preserve_n_best 2 --divguard_detector adaptive --use_cpu --report_to none
+
+``--resume_from_checkpoint`` takes ``latest``, ``best`` or a path. Without ``--text_folder`` the
+source code of Python's standard library is learnt; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import transformers
+from python_corpus import read_texts, small_llama, tokenize_and_pack
+from transformers import HfArgumentParser
+
+from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
+
+
+@dataclass
+class ScriptArguments:
+    """What is learnt, and by which model."""
+
+    text_folder: str | None = field(
+        default=None, metadata={"help": "Folder of text files. Default: Python's own standard library."}
+    )
+    text_pattern: str = field(default="*.py", metadata={"help": "Which files of text_folder to take."})
+    text_limit: int = field(default=1_000_000, metadata={"help": "Characters of text to take, about."})
+    vocabulary: int = field(default=1024, metadata={"help": "Tokens of the tokenizer, at least 257."})
+    block: int = field(default=64, metadata={"help": "Tokens per training example."})
+    eval_blocks: int = field(default=64, metadata={"help": "Examples set aside for evaluation."})
+    hidden: int = field(default=128, metadata={"help": "Width of the model, a multiple of 32."})
+    layers: int = field(default=2, metadata={"help": "Layers of the model."})
+
+
+def main() -> None:
+    """Parse the flags, train, and say which checkpoints are the best."""
+    script, args = HfArgumentParser(
+        (ScriptArguments, DivGuardTrainingArguments)
+    ).parse_args_into_dataclasses()
+    logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
+    transformers.set_seed(args.seed)
+    texts = read_texts(script.text_folder, script.text_pattern, script.text_limit)
+    train_data, eval_data = tokenize_and_pack(
+        texts,
+        vocabulary=script.vocabulary,
+        block=script.block,
+        eval_blocks=script.eval_blocks,
+        seed=args.seed,
+    )
+    trainer = DivGuardTrainer(
+        model=small_llama(
+            vocabulary=script.vocabulary,
+            block=script.block,
+            hidden=script.hidden,
+            layers=script.layers,
+            seed=args.seed,
+        ),
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.log_metrics("train", result.metrics)
+    for checkpoint in trainer.best_checkpoints():
+        print(f"best: {checkpoint.path}  {args.divguard_ranking_key} {checkpoint.metric:.4f}")
+
+
+if __name__ == "__main__":
+    main()
