@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from hf_divguard.core.findings import Finding
 
-__all__ = ["Action", "act_on", "check_action", "is_world_zero", "keep_aborted", "mark_run_output"]
+__all__ = ["Action", "act_on", "check_action", "is_muted", "is_world_zero", "keep_aborted", "mark_run_output"]
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,6 @@ _CONSEQUENCE = {
     "warn": "Training goes on.",
     "stop": "Training stops after this step's log, evaluation and save.",
     "abort": "Training ends now and nothing more is saved.",
-    "rollback": "Training goes back to a checkpoint from before it.",
 }
 
 
@@ -48,12 +47,16 @@ def act_on(finding: Finding, action: str, args: Any, state: Any, control: Any, *
         control: The ``TrainerControl`` to act on.
         source: Name of the detector, for the line.
     """
-    if is_world_zero(state):
+    if is_world_zero(state) and action != "rollback":  # a rollback tells its own story when it is done
         logger.warning("%s: %s %s", source, finding.message, _CONSEQUENCE[action])
     if action == "warn":
         return
     if action == "rollback":
         # `DivGuardTrainer` picks the request up at the end of the step; nothing is saved until then.
+        if state is None:
+            raise ValueError(
+                "`action='rollback'` needs `DivGuardTrainer`; without a trainer use 'stop' or 'abort'."
+            )
         if getattr(state, "divguard_rollback_request", None) is None:
             state.divguard_rollback_request = finding
         control.should_save = False
@@ -81,6 +84,11 @@ def act_on(finding: Finding, action: str, args: Any, state: Any, control: Any, *
     )
     if eval_strategy != "no" and not finding.metric.startswith("eval_"):
         control.should_evaluate = True
+
+
+def is_muted(state: Any, step: int | None) -> bool:
+    """Return whether findings are ignored at ``step``, shortly after a rollback."""
+    return step is not None and step <= getattr(state, "divguard_muted_until", -1)
 
 
 def keep_aborted(state: Any, control: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from hf_divguard.core.adaptive import AdaptiveRule
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.nonfinite import NonFiniteRule
-from hf_divguard.hf.actions import is_world_zero
+from hf_divguard.hf.actions import is_muted, is_world_zero
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.loss_tap import StepValues
 
@@ -88,6 +88,8 @@ class RawLossDetector(DivergenceDetector):
         """Feed the raw losses of the last few steps."""
         for entry in values:
             self._seen = True
+            if is_muted(state, entry.step):
+                continue
             self._handle(self.rule.observe(entry.step, entry.loss, entry.grad_norm), args, state, control)
 
     def on_evaluate(
@@ -100,6 +102,8 @@ class RawLossDetector(DivergenceDetector):
         value = (metrics or {}).get("eval_loss")
         if isinstance(value, (int, float)):
             step = self._step(state)
+            if is_muted(state, step):
+                return
             self._handle(
                 self.rule.observe_eval(self._count if step is None else step, float(value)),
                 args,

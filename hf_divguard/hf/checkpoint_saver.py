@@ -4,24 +4,34 @@ The steps of a save, each agreed on by all ranks before the next one begins:
 
 1. prepare: room on the disk, an empty place to write to;
 2. write: the host's own save, every rank its part;
-3. publish: on each file system one rank adds the sidecar, writes the manifest last and
-   gives the folder its name.
+3. seal: on each file system one rank adds the sidecar and, last, the manifest;
+4. give the name: the same rank moves the sealed folder to where it is looked for.
 
 An error on one rank becomes the same error on all; then nothing is published.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.storage.deletion import remove_tree
 from hf_divguard.storage.free_space import require_free_space, tree_bytes
-from hf_divguard.storage.layout import checkpoint_name
-from hf_divguard.storage.manifest import build_manifest, remove_manifest, write_manifest
+from hf_divguard.storage.layout import INCOMPLETE_NAME, checkpoint_name, checkpoint_step
+from hf_divguard.storage.manifest import (
+    ManifestError,
+    build_manifest,
+    check_manifest,
+    read_manifest,
+    write_manifest,
+)
 from hf_divguard.storage.sidecar import Sidecar, write_sidecar
 from hf_divguard.storage.staging import (
     discard_staging,
@@ -35,6 +45,8 @@ __all__ = ["CheckpointSaver"]
 
 logger = logging.getLogger(__name__)
 
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)})
+
 
 class CheckpointSaver:
     """Writes the checkpoints of one run folder.
@@ -46,15 +58,26 @@ class CheckpointSaver:
             the two that the file system can do.
         checksums: Whether the manifest holds a SHA-256 of every file.
         flush: Whether files are flushed to the disk before a checkpoint counts.
+        resumed_from: Checkpoint that training goes on from, if any.
     """
 
-    def __init__(self, run_dir: str, ranks: Ranks, *, safe_save: str, checksums: bool, flush: bool) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        ranks: Ranks,
+        *,
+        safe_save: str,
+        checksums: bool,
+        flush: bool,
+        resumed_from: str | None = None,
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.redirect: str | None = None
         self._ranks = ranks
         self._checksums = checksums
         self._flush = flush
         self._last_bytes = 0
+        self._last_step = _step_in(self.run_dir, resumed_from)
         self._local_ranks = ranks.on_same_file_system(self.run_dir)
         self.leads = ranks.rank == self._local_ranks[0]
         self.mode = "off" if safe_save == "off" else self._choose_mode(safe_save)
@@ -91,7 +114,7 @@ class CheckpointSaver:
         write: Callable[[], None],
         finish: Callable[[Path], None],
         sidecar: Callable[[], Sidecar],
-    ) -> None:
+    ) -> bool:
         """Write the checkpoint of ``step`` and publish it.
 
         Args:
@@ -100,6 +123,11 @@ class CheckpointSaver:
             finish: Corrects the files in the folder it is given, on the rank that leads.
             sidecar: Makes the sidecar, on the rank that leads.
 
+        Returns:
+            Whether it was written. Written in place, a checkpoint that this very training has
+            published at this very step already is left as it is: to write it anew would leave
+            a moment without it.
+
         Raises:
             CheckpointSaveError: On every rank, if any of them failed. Checkpoints that
                 were complete before still are.
@@ -107,19 +135,26 @@ class CheckpointSaver:
         final = self.run_dir / checkpoint_name(step)
         what = f"Saving {final}"
         folder = staging_folder(self.run_dir) / checkpoint_name(step) if self.mode == "staged" else final
+        if self._is_there(step, final) and self.mode == "in_place":
+            return False
         try:
-            self._do(what, lambda: self._prepare(step, folder, sidecar))
+            self._do(what, lambda: self._prepare(folder, final, sidecar), folder)
             self.redirect = str(folder.parent) if self.mode == "staged" else None
             try:
-                self._do(what, write, every_rank=True)
+                self._do(what, write, folder, every_rank=True)
             finally:
                 self.redirect = None
-            self._do(what, lambda: self._publish(step, folder, finish, sidecar))
+            self._do(what, lambda: self._seal(step, folder, finish, sidecar), folder)
+            self._do(what, lambda: self._give_name(step), folder)
         except CheckpointSaveError as error:
             self._clean_up(folder)
-            raise self._explain(error) from error.__cause__
+            raise CheckpointSaveError(
+                f"{error} Complete checkpoints from before are untouched."
+            ) from error.__cause__
+        self._last_step = step
+        return True
 
-    def _do(self, what: str, part: Callable[[], None], *, every_rank: bool = False) -> None:
+    def _do(self, what: str, part: Callable[[], None], folder: Path, *, every_rank: bool = False) -> None:
         """Run one part of the save where it belongs and agree on how it went."""
         error: BaseException | None = None
         if every_rank or self.leads:
@@ -127,68 +162,116 @@ class CheckpointSaver:
                 part()
             except Exception as caught:
                 error = caught
-        self._ranks.agree(error, what)
+        self._ranks.agree(error, what, self._room(error, folder))
 
-    def _prepare(self, step: int, folder: Path, sidecar: Callable[[], Sidecar]) -> None:
+    def _is_there(self, step: int, final: Path) -> bool:
+        """Return whether this training has published ``step`` already; if so, no marker says otherwise.
+
+        The host's save on SIGTERM puts its marker of an unfinished checkpoint into the final
+        folder before it calls us, whole as the folder may be.
+        """
+        if step != self._last_step or self.mode == "off":
+            return False
+        there = True
+        if self.leads:
+            try:
+                there = not check_manifest(final, read_manifest(final), checksums=False)
+                if there:
+                    (final / INCOMPLETE_NAME).unlink(missing_ok=True)
+            except (OSError, ManifestError):
+                there = False
+        return all(self._ranks.gather(there))
+
+    def _prepare(self, folder: Path, final: Path, sidecar: Callable[[], Sidecar]) -> None:
         require_free_space(self.run_dir, self._last_bytes)
+        if self.mode == "off":
+            return
+        if os.path.lexists(final) and (final.is_symlink() or not final.is_dir()):
+            raise FileExistsError(
+                errno.EEXIST, "A checkpoint needs this name for its folder. Move away what has it", str(final)
+            )
         if self.mode == "staged":
             discard_staging(self.run_dir)
             folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_if_it_holds_a_marker_alone(final)
             return
-        if self.mode == "in_place":
-            if folder.is_dir():
-                remove_manifest(folder)
-                shutil.rmtree(folder)
-            # From here on the folder says of itself that it waits for a manifest.
-            folder.mkdir(parents=True)
-            write_sidecar(folder, sidecar())
+        remove_tree(folder)
+        # From here on the folder says of itself that it waits for a manifest.
+        folder.mkdir(parents=True)
+        write_sidecar(folder, sidecar())
 
-    def _publish(
+    def _seal(
         self, step: int, folder: Path, finish: Callable[[Path], None], sidecar: Callable[[], Sidecar]
     ) -> None:
         finish(folder)
         record = sidecar()
         write_sidecar(folder, record, flush=self._flush)
-        if self.mode != "off":
-            manifest = build_manifest(
-                folder,
-                step=step,
-                run_id=record.run_id,
-                sequence=record.sequence,
-                world_size=self._ranks.world_size,
-                metric_name=record.metric_name,
-                metric=record.metric,
-                greater_is_better=record.greater_is_better,
-                checksums=self._checksums,
-                ranks=self._local_ranks,
-            )
-            write_manifest(folder, manifest, flush=self._flush)
+        if self.mode == "off":
+            self._last_bytes = tree_bytes(folder)
+            return
+        manifest = build_manifest(
+            folder,
+            step=step,
+            run_id=record.run_id,
+            sequence=record.sequence,
+            world_size=self._ranks.world_size,
+            metric_name=record.metric_name,
+            metric=record.metric,
+            greater_is_better=record.greater_is_better,
+            checksums=self._checksums,
+            ranks=self._local_ranks,
+        )
+        write_manifest(folder, manifest, flush=self._flush)
+        self._last_bytes = sum(entry.size for entry in manifest.files.values())
+
+    def _give_name(self, step: int) -> None:
         if self.mode == "staged":
-            folder = publish(self.run_dir, step, flush=self._flush)
-        self._last_bytes = tree_bytes(folder)
+            publish(self.run_dir, step, flush=self._flush)
 
     def _clean_up(self, folder: Path) -> None:
         """Give back the room of what could not be finished."""
-        if not self.leads:
+        if not self.leads or self.mode == "off":
             return
         try:
             if self.mode == "staged":
                 discard_staging(self.run_dir)
-            elif self.mode == "in_place":
-                shutil.rmtree(folder)
+            elif folder.is_dir() and not folder.is_symlink():
+                remove_tree(folder)
         except OSError as error:
             logger.warning("The unfinished %s could not be removed (%s); it does not count.", folder, error)
 
-    def _explain(self, error: CheckpointSaveError) -> CheckpointSaveError:
-        need = self._last_bytes
+    def _room(self, error: BaseException | None, folder: Path) -> str:
+        """Return how much room was needed and is there, if that may have been the reason of ``error``."""
+        if error is None:
+            return ""
         try:
             free = shutil.disk_usage(self.run_dir).free
         except OSError:
-            return error
-        room = f" The last checkpoint took {_megabytes(need)}; {_megabytes(free)} are free in {self.run_dir}."
-        return CheckpointSaveError(
-            f"{error}.{room if need else ''} Complete checkpoints from before are untouched."
+            return ""
+        written = tree_bytes(folder)
+        is_disk_error = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+        if not is_disk_error and free > 2 * max(written, self._last_bytes):
+            return ""
+        last = f" The last checkpoint took {_megabytes(self._last_bytes)}." if self._last_bytes else ""
+        return (
+            f"{last} Of this one {_megabytes(written)} had been written, {_megabytes(free)} are free in "
+            f"{self.run_dir}."
         )
+
+
+def _step_in(run_dir: Path, checkpoint: str | None) -> int | None:
+    """Return the step of ``checkpoint`` if it stands in ``run_dir``."""
+    if checkpoint is None or os.path.realpath(Path(checkpoint).parent) != os.path.realpath(run_dir):
+        return None
+    return checkpoint_step(Path(checkpoint).name)
+
+
+def _remove_if_it_holds_a_marker_alone(folder: Path) -> None:
+    # The host's save on SIGTERM makes the final folder for its marker. While we write elsewhere, a stock reader
+    # would take that folder for the newest checkpoint.
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [INCOMPLETE_NAME]:
+            remove_tree(folder)
 
 
 def _megabytes(size: int) -> str:

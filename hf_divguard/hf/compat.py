@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Trainer
 
-__all__ = ["HAS_FINALIZE", "HAS_ROTATE_METHOD", "hidden_save_limit", "rotate_as_stock"]
+__all__ = ["HAS_FINALIZE", "HAS_ROTATE_METHOD", "hidden_save_limit"]
 
 HAS_ROTATE_METHOD = hasattr(Trainer, "_rotate_checkpoints")
 """4.57 to 5.0 rotate through a method, later versions through a module function. Ends with 4.x support."""
@@ -32,18 +32,3 @@ def hidden_save_limit(args: Any) -> Iterator[int | None]:
         yield limit
     finally:
         args.save_total_limit = limit
-
-
-def rotate_as_stock(trainer: Any, run_dir: str) -> None:
-    """Delete older checkpoints exactly as the stock Trainer would after a save."""
-    if HAS_ROTATE_METHOD:
-        Trainer._rotate_checkpoints(trainer, use_mtime=True, output_dir=run_dir)
-        return
-    from transformers.trainer_utils import rotate_checkpoints
-
-    rotate_checkpoints(
-        output_dir=run_dir,
-        save_total_limit=trainer.args.save_total_limit,
-        best_model_checkpoint=trainer.state.best_model_checkpoint,
-        use_mtime=True,
-    )

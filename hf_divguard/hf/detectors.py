@@ -13,7 +13,14 @@ from hf_divguard.core.findings import Finding
 from hf_divguard.core.metric_names import greater_is_better as direction_of
 from hf_divguard.core.rules import Rule
 from hf_divguard.core.window import DualWindowRule
-from hf_divguard.hf.actions import act_on, check_action, is_world_zero, keep_aborted, mark_run_output
+from hf_divguard.hf.actions import (
+    act_on,
+    check_action,
+    is_muted,
+    is_world_zero,
+    keep_aborted,
+    mark_run_output,
+)
 from hf_divguard.hf.callback_state import StandaloneStateKeeper
 
 __all__ = ["DivergenceDetector", "DualTimeScaleDivergenceDetector", "DualWindowDivergenceDetector"]
@@ -86,10 +93,33 @@ class DivergenceDetector(TrainerCallback):
         """
         self.rule.load_state_dict(state_dict)
 
+    def go_back(self, state_dict: dict[str, Any] | None) -> None:
+        """After a rollback, take the memory of the step that was gone back to.
+
+        Args:
+            state_dict: That memory; ``None`` where none was kept. A rule that keeps bad
+                values out of its baseline then only drops what it suspects, any other starts
+                anew.
+        """
+        begin_grace = getattr(self.rule, "begin_grace", None)
+        if state_dict is not None:
+            self.load_state_dict(state_dict)
+        elif begin_grace is None:
+            self.rule.reset()
+        if begin_grace is not None:
+            begin_grace(0)
+        self._just_logged = None
+        self._was_firing = False
+
     # ---- the host's events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start clean; with a stock Trainer that resumes, take the memory from the checkpoint."""
+        if self.action == "rollback" and not self._keeper.kept_by_trainer:
+            raise ValueError(
+                f"{self._label}: `action='rollback'` needs `DivGuardTrainer`, which can put weights and optimizer back "
+                "inside the running loop. With this trainer use 'stop', 'abort' or 'warn'."
+            )
         self.rule.reset()
         self._forget_run()
         self._keeper.restore(args, state)
@@ -152,6 +182,8 @@ class DivergenceDetector(TrainerCallback):
         self._seen = True
         self._count += 1
         step = self._step(state)
+        if is_muted(state, step):
+            return
         self._handle(
             self._observe(self._count if step is None else step, value, values), args, state, control
         )

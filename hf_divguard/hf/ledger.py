@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hf_divguard.core.retention import AnyOf, BestN, CheckpointRecord, LatestN, is_better, rank
@@ -42,11 +42,15 @@ class CheckpointLedger:
         run_dir: Folder that holds the checkpoints.
         run_id: Name of this training; kept across a resume.
         records: The checkpoints, oldest save first.
+        incomplete: Steps of those that do not count: unfinished or damaged.
+        quarantined: Steps of those that must not be resumed; they are deleted first.
     """
 
     run_dir: str
     run_id: str
     records: list[CheckpointRecord]
+    incomplete: set[int] = field(default_factory=set)
+    quarantined: set[int] = field(default_factory=set)
 
     @classmethod
     def read(cls, run_dir: str, resumed_from: str | None, ranking_key: str) -> CheckpointLedger:
@@ -63,7 +67,8 @@ class CheckpointLedger:
         ancestors, run_id = _ancestors(resumed_from, ranking_key) if resumed_from else ({}, None)
         at_home = resumed_from is not None and _same_folder(Path(resumed_from).parent, run_dir)
         records = []
-        for number, info in enumerate(find_checkpoints(run_dir), start=1):
+        found = find_checkpoints(run_dir)
+        for number, info in enumerate(found, start=1):
             ancestor = ancestors.get(info.step) if at_home else None
             if info.verdict.status in ("incomplete", "quarantined"):
                 ancestor = None
@@ -85,7 +90,13 @@ class CheckpointLedger:
         for index in range(1, len(records)):
             if records[index].sequence <= records[index - 1].sequence:
                 records[index] = replace(records[index], sequence=records[index - 1].sequence + 1)
-        return cls(run_dir=run_dir, run_id=run_id or uuid.uuid4().hex, records=records)
+        return cls(
+            run_dir=run_dir,
+            run_id=run_id or uuid.uuid4().hex,
+            records=records,
+            incomplete={info.step for info in found if info.verdict.status == "incomplete"},
+            quarantined={info.step for info in found if info.verdict.status == "quarantined"},
+        )
 
     def path(self, step: int) -> str:
         """Return the folder of the checkpoint of ``step``, as the host spells it."""
@@ -96,7 +107,17 @@ class CheckpointLedger:
         sequence = max((record.sequence for record in self.records), default=0) + 1
         record = CheckpointRecord(step=step, sequence=sequence, metric=metric)
         self.records = [other for other in self.records if other.step != step] + [record]
+        self.incomplete = self.incomplete - {step}
+        self.quarantined = self.quarantined - {step}
         return record
+
+    def go_back_to(self, earlier: CheckpointLedger) -> None:
+        """Take over what ``earlier``, a copy of this ledger, holds."""
+        self.records, self.incomplete, self.quarantined = (
+            earlier.records,
+            earlier.incomplete,
+            earlier.quarantined,
+        )
 
     def forget(self, step: int) -> None:
         """Drop the checkpoint of ``step``."""
@@ -107,10 +128,27 @@ class CheckpointLedger:
         present = checkpoint_folders(self.run_dir)
         self.records = [record for record in self.records if record.step in present]
 
+    def leave_behind(self, target_step: int) -> list[int]:
+        """Take the checkpoints of the running training after ``target_step`` out of its lineage.
+
+        Returns:
+            Their steps; their folders are to be marked.
+        """
+        left = [record.step for record in self.records if record.in_lineage and record.step > target_step]
+        self.records = [replace(r, in_lineage=False) if r.step in left else r for r in self.records]
+        self.quarantined = self.quarantined | set(left)
+        return left
+
     def best(self, greater_is_better: bool, n: int | None = None) -> list[RankedCheckpoint]:
         """Return the best ``n`` checkpoints (all that can be ranked for ``None``), best first."""
         ranked = rank(self.records, greater_is_better=greater_is_better)
         return [RankedCheckpoint(self.path(r.step), r.step, float(r.metric or 0.0)) for r in ranked[:n]]
+
+    def ranked(self, records: list[CheckpointRecord], greater_is_better: bool) -> list[CheckpointRecord]:
+        """Return ``records`` with those of a finite metric first, best first; the others newest first."""
+        finite = [record for record in records if record.metric is not None and math.isfinite(record.metric)]
+        best = rank(finite, greater_is_better=greater_is_better)
+        return best + sorted((r for r in records if r not in best), key=lambda r: -r.sequence)
 
     def finite_best(self, greater_is_better: bool) -> RankedCheckpoint | None:
         """Return the best checkpoint if its metric is a finite number."""
@@ -118,12 +156,51 @@ class CheckpointLedger:
         return best[0] if best and math.isfinite(best[0].metric) else None
 
     def to_delete(self, limit: int | None, preserve_n_best: int, greater_is_better: bool) -> list[int]:
-        """Return the steps that neither the last ``limit`` nor the best ``preserve_n_best`` keep."""
+        """Return the steps that neither the last ``limit`` nor the best ``preserve_n_best`` keep.
+
+        One that does not count, or must not be resumed, keeps no other out of the last
+        ``limit``. An unfinished one goes when ``limit`` good ones are newer; a quarantined
+        one as soon as there are more than ``limit`` at all.
+        """
         if limit is None or limit <= 0:
             return []
-        policy = AnyOf((LatestN(limit), BestN(preserve_n_best, greater_is_better)))
-        keep = policy.keep(self.records)
-        return [record.step for record in self.records if record.step not in keep]
+        good = self._good()
+        keep = AnyOf((LatestN(limit), BestN(preserve_n_best, greater_is_better))).keep(good)
+        return self._outside(keep, limit, good)
+
+    def to_delete_as_stock(self, limit: int | None, best_step: int | None) -> list[int]:
+        """Return the steps that the stock Trainer deletes: the oldest beyond ``limit``, never the last or best.
+
+        Age is the order of saving, not the time of change of a folder, which anything that
+        touches it alters.
+        """
+        if limit is None or limit <= 0 or not self.records:
+            return []
+        good = self._good()
+        by_age = [record.step for record in sorted(good, key=lambda record: record.sequence)]
+        protected = {*by_age[-1:], best_step} & set(by_age)
+        others = [step for step in by_age if step not in protected]
+        room = max(0, limit - len(protected))
+        return self._outside(protected | set(others[len(others) - room :]), limit, good)
+
+    def _good(self) -> list[CheckpointRecord]:
+        return [r for r in self.records if r.step not in self.incomplete and r.step not in self.quarantined]
+
+    def _that_count(self) -> list[CheckpointRecord]:
+        return [record for record in self.records if record.step not in self.incomplete | self.quarantined]
+
+    def _outside(self, keep: set[int], limit: int, good: list[CheckpointRecord]) -> list[int]:
+        doomed = []
+        for record in self.records:
+            if record.step in self.quarantined:
+                is_doomed = len(self.records) > limit
+            elif record.step in self.incomplete:
+                is_doomed = sum(other.sequence > record.sequence for other in good) >= limit
+            else:
+                is_doomed = record.step not in keep
+            if is_doomed:
+                doomed.append(record.step)
+        return doomed
 
     def would_be_best(self, metric: float, greater_is_better: bool) -> bool:
         """Return whether ``metric`` beats every checkpoint there is."""

@@ -46,10 +46,14 @@ class LossWatch:
         if self._tap is not None:
             self._tap.add_micro_batch(loss)
 
-    def end_step(self, grad_norm: Any) -> None:
-        """Close the step under way and, where a look is due, show the losses to the detectors."""
+    def end_step(self, grad_norm: Any) -> bool:
+        """Close the step under way and, where a look is due, show the losses to the detectors.
+
+        Returns:
+            Whether there was a look; the same on every rank.
+        """
         if self._tap is None:
-            return
+            return False
         trainer, step = self._trainer, self._trainer.state.global_step
         if step > self._last_step:
             self._tap.end_step(step, grad_norm)
@@ -62,8 +66,9 @@ class LossWatch:
             or control.should_training_stop
         )
         if not (host_acts or self._tap.is_due(step)):
-            return
+            return False
         values = self._tap.drain(step)
         if values:
             for detector in self._detectors:
                 detector.on_raw_losses(values, trainer.args, trainer.state, control)
+        return True

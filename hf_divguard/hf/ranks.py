@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
+import pickle
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from hf_divguard.errors import CheckpointSaveError
+from hf_divguard.errors import CheckpointError, CheckpointSaveError
 
 __all__ = ["Ranks"]
 
@@ -57,17 +58,34 @@ class Ranks:
         """Return the value of rank 0 on every rank."""
         return self.gather(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def agree(self, error: BaseException | None, what: str) -> None:
+    def on_main(self, decide: Callable[[], T]) -> T:
+        """Return what ``decide`` gives on rank 0, on every rank; an error of it is raised on every rank."""
+        value: Any = None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                value = decide()
+            except Exception as caught:
+                error = caught
+        if self.world_size > 1:
+            value, told = self.from_main((value, _that_travels(error)))
+            error = error or told
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+
+    def agree(self, error: BaseException | None, what: str, note: str = "") -> None:
         """Raise on every rank if there is an error on any of them; else return.
 
         Args:
             error: The error of this rank, if it has one.
             what: What was being done, for the sentence.
+            note: What this rank has to add to its error.
 
         Raises:
             CheckpointSaveError: On every rank, naming the first rank that failed.
         """
-        told = None if error is None else f"{type(error).__name__}: {error}"
+        told = None if error is None else f"{type(error).__name__}: {str(error).rstrip('.')}.{note}"
         for rank, message in enumerate(self.gather(told)):
             if message is not None:
                 where = f" on rank {rank}" if self.world_size > 1 else ""
@@ -86,20 +104,34 @@ class Ranks:
             return [self.rank]
         token = self.from_main(uuid.uuid4().hex)
         meeting = folder / _RANKS_FOLDER
-        mine = meeting / f"{token}-{self.rank}"
+        marks = [meeting / f"{token}-{rank}" for rank in range(self.world_size)]
         error = None
         try:
             meeting.mkdir(parents=True, exist_ok=True)
-            mine.touch()
+            marks[self.rank].touch()
         except OSError as caught:
             error = caught
         self.agree(error, f"Preparing {folder} for checkpoints")
-        prefix = f"{token}-"
-        present = sorted(int(n.removeprefix(prefix)) for n in os.listdir(meeting) if n.startswith(prefix))
+        # Each mark is looked up by its name: network file systems may list a folder from memory, but ask the
+        # server for a name they have not seen. One look is enough where all ranks see the mark of rank 0.
+        if all(self.gather(marks[0].exists())):
+            present = list(range(self.world_size))
+        else:
+            present = [rank for rank, mark in enumerate(marks) if mark.exists()]
         self.gather(None)
-        mine.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            marks[self.rank].unlink()
         self.gather(None)
         if self.rank == present[0]:
             with contextlib.suppress(OSError):
                 meeting.rmdir()
         return present
+
+
+def _that_travels(error: Exception | None) -> Exception | None:
+    """Return ``error``, or one of the same words if it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return CheckpointError(f"{type(error).__name__}: {error}")
+    return error

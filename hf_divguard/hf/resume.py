@@ -4,42 +4,115 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from hf_divguard.errors import CheckpointError, NoCompleteCheckpointError
+from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.checkpoints import (
     CheckpointInfo,
     best_checkpoints,
     find_checkpoints,
     verify_checkpoint,
 )
+from hf_divguard.storage.staging import recover
+from hf_divguard.storage.verdict import Verdict
 
-__all__ = ["choose_checkpoint"]
+__all__ = ["choose_checkpoint", "choose_for_all"]
 
 logger = logging.getLogger(__name__)
 
 
-def choose_checkpoint(
-    asked: bool | str, output_dir: str, *, metric: str | None = None, greater_is_better: bool | None = None
+def choose_for_all(
+    asked: bool | str,
+    output_dir: str,
+    ranks: Ranks,
+    *,
+    metric: str | None = None,
+    greater_is_better: bool | None = None,
 ) -> str | None:
-    """Return the checkpoint to resume from.
+    """Return the checkpoint that all ranks resume from; called by all of them.
+
+    What a killed save left unfinished is mended first. Rank 0 chooses as
+    :func:`choose_checkpoint` does. Ranks whose ``output_dir`` is on another disk resume from
+    the checkpoint of the same step there; a step that is not complete on every disk is passed
+    over.
+
+    Returns:
+        The path, in this rank's ``output_dir`` unless a path was asked for.
+
+    Raises:
+        NoCompleteCheckpointError: On every rank, as for :func:`choose_checkpoint`.
+        CheckpointError: On every rank, as for :func:`choose_checkpoint`.
+    """
+    if _is_path(asked):
+        return ranks.on_main(lambda: _given(os.fspath(asked)))  # type: ignore[arg-type]
+    local_ranks = ranks.on_same_file_system(Path(output_dir))
+    leads = ranks.rank == local_ranks[0]
+    if leads:
+        try:
+            for line in recover(output_dir):
+                logger.warning("%s", line)
+        except OSError as error:
+            logger.warning(
+                "What a killed save may have left in %s could not be mended: %s", output_dir, error
+            )
+    ranks.gather(None)
+    refused: dict[int, str] = {}
+    while True:
+        info = ranks.on_main(
+            lambda: choose_checkpoint(
+                asked, output_dir, metric=metric, greater_is_better=greater_is_better, refused=refused
+            )
+        )
+        if info is None:
+            return None
+        own = os.path.join(output_dir, Path(info.path).name)
+        problem = _problem_elsewhere(own, info.verdict) if leads and ranks.rank else None
+        problems = {rank: told for rank, told in enumerate(ranks.gather(problem)) if told is not None}
+        if not problems:
+            return own
+        refused[info.step] = "; ".join(f"on rank {rank} {told}" for rank, told in problems.items())
+
+
+def _problem_elsewhere(path: str, chosen: Verdict) -> str | None:
+    verdict = verify_checkpoint(path)
+    if verdict.status == chosen.status and verdict.resumable == chosen.resumable:
+        return None
+    if verdict.status == "complete":
+        return f"{path} lacks the model or the training state (set save_on_each_node=True to have it on each disk)"
+    return f"{path} is {verdict.status}: {verdict.reason}"
+
+
+def _is_path(asked: bool | str) -> bool:
+    return isinstance(asked, (str, os.PathLike)) and asked not in ("latest", "best")
+
+
+def choose_checkpoint(
+    asked: bool | str,
+    output_dir: str,
+    *,
+    metric: str | None = None,
+    greater_is_better: bool | None = None,
+    refused: Mapping[int, str] | None = None,
+) -> CheckpointInfo | None:
+    """Return the checkpoint in ``output_dir`` to resume from.
 
     Args:
         asked: ``True`` or ``"latest"`` for the newest complete checkpoint, ``"best"`` for
-            the best complete one, or the path of a checkpoint.
+            the best complete one.
         output_dir: Folder that holds the checkpoints.
         metric: Key of the metric for ``"best"``; ``None`` takes the one that was recorded.
         greater_is_better: Its direction.
+        refused: Steps that must not be taken, with the reason in words.
 
     Returns:
-        The path; ``None`` if ``output_dir`` holds no checkpoint folder at all.
+        The checkpoint; ``None`` if ``output_dir`` holds no checkpoint folder at all.
 
     Raises:
         NoCompleteCheckpointError: If there are checkpoint folders and none can be resumed.
-        CheckpointError: If a path was given and that checkpoint is not complete.
     """
-    if isinstance(asked, (str, os.PathLike)) and asked not in ("latest", "best"):
-        return _given(os.fspath(asked))
     found = find_checkpoints(output_dir)
     if not found:
         return None
@@ -47,12 +120,12 @@ def choose_checkpoint(
         candidates = best_checkpoints(output_dir, metric=metric, greater_is_better=greater_is_better)
         if not candidates:
             raise NoCompleteCheckpointError(
-                f"None of the checkpoints in {output_dir} has an evaluation of its own step, so there is no best one. "
-                "Resume with resume_from_checkpoint=True from the newest, or name one."
+                f"None of the complete checkpoints in {output_dir} has an evaluation of its own step, so there is no "
+                "best one. Resume with resume_from_checkpoint=True from the newest, or name one."
             )
     else:
         candidates = found[::-1]
-    return _first_complete(candidates, output_dir)
+    return _first_complete(candidates, output_dir, refused or {})
 
 
 def _given(path: str) -> str:
@@ -69,17 +142,26 @@ def _given(path: str) -> str:
     return path
 
 
-def _first_complete(candidates: list[CheckpointInfo], output_dir: str) -> str:
+def _first_complete(
+    candidates: list[CheckpointInfo], output_dir: str, refused: Mapping[int, str]
+) -> CheckpointInfo:
     """Return the first candidate that can be resumed; say in one line which were passed over, and why."""
-    passed: list[CheckpointInfo] = []
+    passed: list[tuple[CheckpointInfo, str]] = []
     fallbacks: list[CheckpointInfo] = []
-    for info in candidates:
+    for candidate in candidates:
+        if candidate.step in refused:
+            passed.append((candidate, refused[candidate.step]))
+            continue
+        info = candidate
+        if info.verdict.status == "complete":
+            # The list was made by sizes alone; here the checksums are compared too, where there are some.
+            info = replace(info, verdict=verify_checkpoint(info.path))
         if info.verdict.status == "complete" and info.verdict.resumable:
             _tell(info, passed)
-            return str(info.path)
+            return info
         if info.verdict.status in ("complete", "unknown"):
             fallbacks.append(info)
-        passed.append(info)
+        passed.append((info, info.verdict.reason))
     if fallbacks:
         info = fallbacks[0]
         logger.warning(
@@ -88,17 +170,19 @@ def _first_complete(candidates: list[CheckpointInfo], output_dir: str) -> str:
             info.path,
             info.verdict.reason,
         )
-        return str(info.path)
-    reasons = "; ".join(f"{Path(info.path).name}: {info.verdict.reason}" for info in passed)
+        return info
     raise NoCompleteCheckpointError(
-        f"{output_dir} holds {len(passed)} checkpoint folder(s), but none is complete ({reasons}). To start anew, call "
-        "train() without resume_from_checkpoint or use an empty output_dir; nothing was deleted."
+        f"{output_dir} holds {len(passed)} checkpoint folder(s), but none is complete ({_listed(passed)}). To start "
+        "anew, call train() without resume_from_checkpoint or use an empty output_dir; nothing was deleted."
     )
 
 
-def _tell(info: CheckpointInfo, passed: list[CheckpointInfo]) -> None:
+def _tell(info: CheckpointInfo, passed: list[tuple[CheckpointInfo, str]]) -> None:
     if passed:
-        reasons = "; ".join(f"{Path(other.path).name}: {other.verdict.reason}" for other in passed)
-        logger.warning("Resuming from %s; passed over %s", info.path, reasons)
+        logger.warning("Resuming from %s; passed over %s", info.path, _listed(passed))
     else:
         logger.info("Resuming from %s.", info.path)
+
+
+def _listed(passed: list[tuple[CheckpointInfo, str]]) -> str:
+    return "; ".join(f"{Path(info.path).name}: {reason.rstrip('.')}" for info, reason in passed)

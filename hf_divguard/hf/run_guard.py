@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from hf_divguard.core.metric_names import with_eval_prefix
+from hf_divguard.core.retention import CheckpointRecord, rank
 from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
 from hf_divguard.hf.callback_state import (
     collect_states,
@@ -19,17 +21,23 @@ from hf_divguard.hf.callback_state import (
     restore_states,
 )
 from hf_divguard.hf.checkpoint_saver import CheckpointSaver
-from hf_divguard.hf.compat import hidden_save_limit, rotate_as_stock
+from hf_divguard.hf.compat import hidden_save_limit
+from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.ledger import CheckpointLedger, describe
 from hf_divguard.hf.loss_watch import LossWatch
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.training_args import options_of
 from hf_divguard.storage.deletion import delete_checkpoint
-from hf_divguard.storage.sidecar import CheckpointRecord, Sidecar
+from hf_divguard.storage.layout import checkpoint_step
+from hf_divguard.storage.sidecar import Sidecar
 
 __all__ = ["RunGuard"]
 
 logger = logging.getLogger(__name__)
+
+ROLLBACK_MEMORY = "divguard_rollback"
+"""Name under which the memory of rollbacks is kept among the states of callbacks."""
 
 
 class RunGuard(TrainerCallback):
@@ -76,13 +84,24 @@ class RunGuard(TrainerCallback):
                 safe_save=safe_save,
                 checksums=self._options.divguard_checksums,
                 flush=self._options.divguard_flush,
+                resumed_from=resumed_from,
             )
-            read = (
-                CheckpointLedger.read(run_dir, resumed_from, self.ranking_key)
-                if self._ranks.rank == 0
-                else None
+            read = self._ranks.on_main(lambda: CheckpointLedger.read(run_dir, resumed_from, self.ranking_key))
+            # Each rank's own spelling of the folder, which is another one where ranks have disks of their own.
+            self.ledger = replace(read, run_dir=run_dir)
+        self.rollback: Rollback | None = None
+        detectors = {name: cb for name, cb in self._callbacks.items() if isinstance(cb, DivergenceDetector)}
+        if any(detector.action == "rollback" for detector in detectors.values()):
+            assert self._saver is not None
+            self.rollback = Rollback(
+                trainer,
+                self._options,
+                ledger=self.ledger,
+                ranks=self._ranks,
+                leads=self._saver.leads,
+                detectors=detectors,
+                on_left_behind=self._forget_after,
             )
-            self.ledger = self._ranks.from_main(read)  # type: ignore[assignment]
 
     # ---- start of training
 
@@ -102,10 +121,47 @@ class RunGuard(TrainerCallback):
                 )
                 if states is not None:
                     restore_states(self._callbacks, states)
+                    if self.rollback is not None and ROLLBACK_MEMORY in states:
+                        restore_states({ROLLBACK_MEMORY: self.rollback}, states)
         elif self._initial_states is not None:
             known = {name: cb for name, cb in self._callbacks.items() if name in self._initial_states}
             restore_states(known, self._initial_states)
         self._point_to_best(state)
+        if self.rollback is not None:
+            self.rollback.begin(state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hold the learning rate back while it warms up again after a rollback."""
+        if self.rollback is not None:
+            self.rollback.hold_back_rates(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the schedule its learning rate back."""
+        if self.rollback is not None:
+            self.rollback.release_rates()
+
+    def _forget_after(self, target_step: int) -> None:
+        """After a rollback, forget what evaluations of the steps behind ``target_step`` said."""
+        state = self._trainer.state
+        self._metrics, self._metrics_step = {}, None
+        if self.preserves:
+            self._point_to_best(state)
+        elif state.best_global_step and state.best_global_step > target_step:
+            self._recall_best(state, target_step)
+
+    def _recall_best(self, state: Any, last_step: int) -> None:
+        """Take the host's best metric from the evaluations up to ``last_step`` whose checkpoints stand."""
+        key, greater = with_eval_prefix(self._args.metric_for_best_model), bool(self._args.greater_is_better)
+        standing = {record.step for record in self.ledger.records if record.in_lineage}
+        logged = [
+            CheckpointRecord(entry["step"], entry["step"], float(entry[key]))
+            for entry in state.log_history
+            if key in entry and entry["step"] <= last_step and entry["step"] in standing
+        ]
+        best = next(iter(rank(logged, greater_is_better=greater)), None)
+        state.best_metric = best.metric if best else None
+        state.best_global_step = best.step if best else None
+        state.best_model_checkpoint = self.ledger.path(best.step) if best else None
 
     def initial_states(self) -> dict[str, Any]:
         """Return the present state of the stateful callbacks."""
@@ -150,6 +206,49 @@ class RunGuard(TrainerCallback):
             )
         return self.ledger.would_be_best(float(metrics[self.ranking_key]), self.greater_is_better)
 
+    # ---- the end of a step
+
+    def end_step(self, host_acts: Callable[[], None], tr_loss: Any, grad_norm: Any, model: Any) -> None:
+        """Show the step to the detectors, roll back if they ask for it, and let the host log, evaluate and save.
+
+        Args:
+            host_acts: Logs, evaluates and saves, as the trainer's control says.
+            tr_loss: The host's running sum of losses.
+            grad_norm: Norm of the step's gradient.
+            model: The model as it is trained.
+        """
+        trainer = self._trainer
+        save_was_due = trainer.control.should_save
+        looked = self.watch.end_step(grad_norm)
+        if self.rollback is None:
+            host_acts()
+            return
+        if looked and self.rollback.perform_if_asked(model, tr_loss):
+            self._save_after_rollback(save_was_due)
+        # Detectors that work on logs and evaluations speak while the host acts.
+        may_find = trainer.control.should_log or trainer.control.should_evaluate
+        save_was_due = trainer.control.should_save
+        host_acts()
+        if may_find and self.rollback.perform_if_asked(model, tr_loss):
+            self._save_after_rollback(save_was_due)
+            host_acts()
+        self.rollback.take_snapshot_if_due(trainer.state.global_step)
+
+    def _save_after_rollback(self, was_due: bool) -> None:
+        """Have the state that was gone back to saved under the present step, so that a kill does not undo it."""
+        assert self.rollback is not None
+        saves = self._args.save_strategy != "no" and not self.rollback.went_to_memory
+        self._trainer.control.should_save = was_due or saves
+
+    def raise_if_given_up(self) -> None:
+        """Raise the error of a run that rollbacks could not save.
+
+        Raises:
+            TrainingDivergedError: If there is one.
+        """
+        if self.rollback is not None and self.rollback.error is not None:
+            raise self.rollback.error
+
     # ---- saving
 
     @property
@@ -163,9 +262,10 @@ class RunGuard(TrainerCallback):
         state = self._trainer.state
         step = state.global_step
         metric = self._ranks.from_main(self.metric_of_step(step))
-        before = list(self.ledger.records)
+        before = replace(self.ledger)
         self.ledger.add(step, metric)
         best_global_step = state.best_global_step
+        best_model_checkpoint = state.best_model_checkpoint
 
         def write_without_pointer() -> None:
             # The host would look for the best checkpoint beside the folder it writes to, behind a barrier that
@@ -185,17 +285,23 @@ class RunGuard(TrainerCallback):
                 state.save_to_json(os.path.join(folder, "trainer_state.json"))
 
         try:
-            self._saver.save(
+            written = self._saver.save(
                 step, write=write_without_pointer, finish=finish, sidecar=lambda: self._sidecar(step)
             )
         except CheckpointSaveError as error:
-            self.ledger.records = before
-            self.ledger.drop_missing()
+            self.ledger.go_back_to(before)
+            self._ranks.on_main(self.ledger.drop_missing)
+            self.ledger.records = self._ranks.from_main(self.ledger.records)
+            state.best_model_checkpoint = best_model_checkpoint
+            self._point_to_best(state)
             self.pending_push = None
             if self._options.divguard_save_error == "raise":
                 raise
             if self._ranks.rank == 0:
                 logger.warning("%s Training goes on without this checkpoint.", error)
+            return
+        if not written:
+            self.ledger.go_back_to(before)
             return
         self._point_to_best(state)
         if self.pending_push is not None:
@@ -217,7 +323,9 @@ class RunGuard(TrainerCallback):
             records=tuple(
                 CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records
             ),
-            callbacks=collect_states(self._callbacks),
+            callbacks=collect_states(
+                {**self._callbacks, **({ROLLBACK_MEMORY: self.rollback} if self.rollback is not None else {})}
+            ),
             manifest_expected=self._saver.mode != "off",
         )
 
@@ -238,14 +346,18 @@ class RunGuard(TrainerCallback):
 
     def _delete_surplus(self) -> None:
         assert self._saver is not None
-        if not self.preserves:
-            if self._args.should_save:
-                rotate_as_stock(self._trainer, self.run_dir)
-            self.ledger.drop_missing()
-            return
-        doomed = self.ledger.to_delete(
-            self._args.save_total_limit, self._options.preserve_n_best, self.greater_is_better
-        )
+        limit = self._args.save_total_limit
+        if self.preserves:
+            doomed = self.ledger.to_delete(limit, self._options.preserve_n_best, self.greater_is_better)
+        else:
+            best = self._trainer.state.best_model_checkpoint
+            doomed = self.ledger.to_delete_as_stock(
+                limit, checkpoint_step(os.path.basename(best)) if best else None
+            )
+        if self.rollback is not None:
+            # What a rollback may still need, and what the host calls best, stays.
+            protected = self.rollback.protected_steps()
+            doomed = [step for step in doomed if step not in protected]
         uploading = {step for step, job in self._pushes.items() if job is not None and not job.is_done()}
         for step in self._ranks.from_main([step for step in doomed if step not in uploading]):
             self._pushes.pop(step, None)

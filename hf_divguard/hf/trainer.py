@@ -13,7 +13,7 @@ from hf_divguard.hf.compat import HAS_FINALIZE, HAS_ROTATE_METHOD, hidden_save_l
 from hf_divguard.hf.detector_choice import make_detector
 from hf_divguard.hf.ledger import RankedCheckpoint
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.resume import choose_checkpoint
+from hf_divguard.hf.resume import choose_for_all
 from hf_divguard.hf.run_guard import RunGuard
 from hf_divguard.hf.training_args import options_of
 
@@ -90,6 +90,12 @@ class DivGuardMixin:
             self._guard.greater_is_better, self._options.preserve_n_best if n is None else n
         )
 
+    @property
+    def divguard_events(self) -> list[dict[str, Any]]:
+        """The rollbacks of this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
+        rollback = self._guard.rollback if self._guard is not None else None
+        return list(rollback.events) if rollback is not None else []
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the stock Trainer does, resuming only from complete checkpoints.
 
@@ -102,6 +108,8 @@ class DivGuardMixin:
 
         Raises:
             NoCompleteCheckpointError: If there are checkpoints but none is complete.
+            TrainingDivergedError: If rollbacks did not help; the model then holds the best
+                weights from before the fault.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint) or True
@@ -109,23 +117,13 @@ class DivGuardMixin:
 
     def _choose_checkpoint(self, asked: str | bool) -> str | None:
         training_args: Any = self.args  # type: ignore[attr-defined]
-        ranks = Ranks(training_args.process_index, training_args.world_size)
-        chosen: str | None = None
-        error: Exception | None = None
-        if ranks.rank == 0:
-            try:
-                chosen = choose_checkpoint(
-                    asked,
-                    training_args.output_dir,
-                    metric=self._options.divguard_ranking_key,
-                    greater_is_better=self._options.divguard_greater_is_better,
-                )
-            except Exception as caught:
-                error = caught
-        chosen, error = ranks.from_main((chosen, error))
-        if error is not None:
-            raise error
-        return chosen
+        return choose_for_all(
+            asked,
+            training_args.output_dir,
+            Ranks(training_args.process_index, training_args.world_size),
+            metric=self._options.divguard_ranking_key,
+            greater_is_better=self._options.divguard_greater_is_better,
+        )
 
     # ---- the host's seams
 
@@ -145,7 +143,9 @@ class DivGuardMixin:
         handler.callbacks.append(guard)
         self._is_in_guarded_loop = True
         try:
-            return super()._inner_training_loop(batch_size, *args, **kwargs)  # type: ignore[misc]
+            output = super()._inner_training_loop(batch_size, *args, **kwargs)  # type: ignore[misc]
+            guard.raise_if_given_up()
+            return output
         finally:
             self._is_in_guarded_loop = False
             handler.callbacks.remove(guard)
@@ -157,12 +157,19 @@ class DivGuardMixin:
             self._guard.watch.add_micro_batch(loss)
         return loss
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if self._guard is not None:
-            self._guard.watch.end_step(grad_norm)
-        if self._options.eval_on_save:
-            self._evaluate_once_for_save()
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        def host_acts() -> None:
+            if self._options.eval_on_save:
+                self._evaluate_once_for_save()
+            host(tr_loss, grad_norm, model, *args, **kwargs)
+
+        host = super()._maybe_log_save_evaluate  # type: ignore[misc]
+        if self._guard is None:
+            host_acts()
+        else:
+            self._guard.end_step(host_acts, tr_loss, grad_norm, model)
 
     def _evaluate_once_for_save(self) -> None:
         control = self.control  # type: ignore[attr-defined]
@@ -201,7 +208,8 @@ class DivGuardMixin:
         return self._guard.is_new_best(metrics)
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(self.state, "divguard_aborted", False):  # type: ignore[attr-defined]
+        state = self.state  # type: ignore[attr-defined]
+        if getattr(state, "divguard_aborted", False) or getattr(state, "divguard_rollback_request", None):
             return
         host_save = super()._save_checkpoint  # type: ignore[misc]
         guard = self._guard

@@ -163,7 +163,8 @@ class DivGuardArgumentsMixin:
         default="stop",
         metadata={
             "help": "What divguard_detector does when it finds a divergence. warn: a line in the log; stop: after the "
-            "step's log, evaluation and save; abort: at once, saving nothing more."
+            "step's log, evaluation and save; abort: at once, saving nothing more; rollback: go back to a "
+            "checkpoint from before it and go on."
         },
     )
     divguard_metric: str | None = field(
@@ -185,6 +186,52 @@ class DivGuardArgumentsMixin:
         metadata={
             "help": "Optimizer steps between two looks at the raw losses, which stay on the device until then. They "
             "are also looked at before every log, evaluation and save. At least 1."
+        },
+    )
+
+    divguard_max_rollbacks: int = field(
+        default=3,
+        metadata={
+            "help": "Rollbacks allowed for one incident, at least 1; then training ends with an error. An incident is "
+            "over when nothing was found for ten times divguard_cooldown_steps."
+        },
+    )
+    divguard_cooldown_steps: int = field(
+        default=20,
+        metadata={
+            "help": "Optimizer steps after a rollback in which findings are ignored, so that the fault can pass. Doubled "
+            "with each further rollback of an incident."
+        },
+    )
+    divguard_rollback_margin_steps: int = field(
+        default=0,
+        metadata={"help": "How many steps further before the onset of the fault a rollback has to go."},
+    )
+    divguard_rollback_lr_factor: float = field(
+        default=1.0,
+        metadata={
+            "help": "What each rollback multiplies the learning rate with, above 0 and at most 1. The last rollback "
+            "that is allowed uses 0.5 or less."
+        },
+    )
+    divguard_rewarm_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps over which the learning rate rises again after a rollback; 0 for none."
+        },
+    )
+    divguard_restore_rng: bool = field(
+        default=False,
+        metadata={
+            "help": "Also put the random number generators back at a rollback. Off, so that dropout and augmentation "
+            "do not repeat what went wrong."
+        },
+    )
+    divguard_snapshot_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Keep trainable parameters and optimizer in CPU memory every so many steps (the last three, and "
+            "those of the start), so that a rollback needs no checkpoint. 0 keeps none."
         },
     )
 
@@ -220,7 +267,13 @@ class DivGuardArgumentsMixin:
         return with_eval_prefix(self.best_model_metric)
 
     def _check_divguard_fields(self) -> None:
-        for name in ("preserve_best_model", "eval_on_save", "divguard_checksums", "divguard_flush"):
+        for name in (
+            "preserve_best_model",
+            "eval_on_save",
+            "divguard_checksums",
+            "divguard_flush",
+            "divguard_restore_rng",
+        ):
             _require_bool(name, getattr(self, name))
         self.best_model_greater_is_better = _optional_bool(  # type: ignore[assignment]
             "best_model_greater_is_better", self.best_model_greater_is_better
@@ -241,6 +294,14 @@ class DivGuardArgumentsMixin:
         _require_choice("divguard_detector", self.divguard_detector, DetectorName)
         _require_choice("divguard_action", self.divguard_action, Action)
         _require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)
+        _require_whole("divguard_max_rollbacks", self.divguard_max_rollbacks, "rollbacks", at_least=1)
+        for name in ("cooldown_steps", "rollback_margin_steps", "rewarm_steps", "snapshot_steps"):
+            _require_whole(
+                f"divguard_{name}", getattr(self, f"divguard_{name}"), "optimizer steps", at_least=0
+            )
+        factor = self.divguard_rollback_lr_factor
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0.0 < factor <= 1.0:
+            raise ValueError(f"`divguard_rollback_lr_factor` must be above 0 and at most 1, got {factor!r}.")
         self.divguard_detector_params = _json_object(
             "divguard_detector_params", self.divguard_detector_params
         )

@@ -1,0 +1,181 @@
+"""When to go back, how far, how often, and when to give up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_divguard.core.findings import Finding
+
+__all__ = ["Decision", "RollbackPolicy", "Target"]
+
+# An incident is over when no error was found for this many cool-downs after the last one ended. A fault that
+# is still there shows itself within the detection delay (a few tens of steps); ten times the default cool-down
+# of 20 steps leaves room for slow ones.
+_COOLDOWNS_TO_CLOSE = 10
+
+# The rate that a last attempt gets where the user named no factor below 1.
+_LAST_ATTEMPT_FACTOR = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A state that training can go back to.
+
+    Args:
+        step: Step under which it was kept.
+        origin: Step whose weights it holds: lower than ``step`` for a checkpoint that was
+            saved right after a rollback.
+        is_snapshot: Whether it is in memory instead of on disk.
+    """
+
+    step: int
+    origin: int
+    is_snapshot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do about a finding.
+
+    Args:
+        target: Where to go back to; ``None`` to give up.
+        attempt: Number of this rollback within its incident, from 1.
+        incident: Number of the incident, from 1.
+        lr_factor: What the learning rate is multiplied with.
+        cooldown_steps: Steps for which findings are ignored afterwards.
+        reason: Why it was given up; empty for a rollback.
+    """
+
+    target: Target | None
+    attempt: int
+    incident: int
+    lr_factor: float = 1.0
+    cooldown_steps: int = 0
+    reason: str = ""
+
+
+@dataclass
+class RollbackPolicy:
+    """Decides on rollbacks; remembers incidents.
+
+    The first rollback of an incident goes to the newest state older than the onset. If
+    the run fails again before the incident is over, the next goes to an older one, and the
+    last one allowed also lowers the learning rate. After that it gives up. Each attempt
+    doubles the cool-down, so that a fault which lasts a while can pass.
+
+    A state of step ``s`` is old enough when ``s <= onset_step - 2 - margin_steps``: the
+    loss of the onset comes from the weights after ``onset_step - 1``, and the update
+    before it may be the one that broke them.
+
+    Args:
+        max_rollbacks: Rollbacks allowed per incident, at least 1.
+        cooldown_steps: Steps after the first rollback of an incident in which findings are
+            ignored, at least 0.
+        margin_steps: Further steps to stay before the onset, at least 0.
+        lr_factor: Factor on the learning rate at each rollback, in (0, 1].
+
+    Example:
+        >>> policy = RollbackPolicy(max_rollbacks=2, cooldown_steps=20)
+        >>> finding = Finding(step=160, onset_step=151, kind="jump", severity="error", metric="loss",
+        ...                   value=9.0, limit=2.4, message="`loss` = 9 at step 160.")
+        >>> targets = [Target(100, 100), Target(140, 140), Target(150, 150)]
+        >>> policy.decide(finding, 160, targets).target.step
+        140
+    """
+
+    max_rollbacks: int = 3
+    cooldown_steps: int = 20
+    margin_steps: int = 0
+    lr_factor: float = 1.0
+    incident: int = 0
+    attempt: int = 0
+    rollbacks: int = 0
+    muted_until: int = 0
+    open_until: int = 0
+    origins_tried: list[int] = field(default_factory=list)
+
+    def is_muted(self, step: int) -> bool:
+        """Return whether findings at ``step`` are ignored."""
+        return step <= self.muted_until
+
+    def decide(self, finding: Finding, step: int, targets: Sequence[Target]) -> Decision:
+        """Return what to do about an error finding that came up at ``step``.
+
+        Args:
+            finding: What was found.
+            step: Present optimizer step.
+            targets: States that can be gone back to, whatever their age.
+        """
+        again = self.incident > 0 and step <= self.open_until
+        incident, attempt = (self.incident, self.attempt + 1) if again else (self.incident + 1, 1)
+        if attempt > self.max_rollbacks:
+            return Decision(
+                None,
+                attempt,
+                incident,
+                reason=f"the run failed again after {self.max_rollbacks} rollback(s) (`divguard_max_rollbacks`)",
+            )
+        newest_allowed = finding.onset_step - 2 - self.margin_steps
+        old_enough = [target for target in targets if target.step <= newest_allowed]
+        if not old_enough:
+            held = ", ".join(str(target.step) for target in targets) or "none"
+            return Decision(
+                None,
+                attempt,
+                incident,
+                reason=(
+                    f"no checkpoint is old enough: the onset is step {finding.onset_step}, so one of step "
+                    f"{newest_allowed} or earlier is needed, and those there are of step {held}. Save more often "
+                    "than faults take to show, keep more checkpoints, or set `divguard_snapshot_steps`"
+                ),
+            )
+        older = [target for target in old_enough if not again or target.origin < min(self.origins_tried)]
+        chosen = (
+            max(older, key=lambda t: t.step) if older else min(old_enough, key=lambda t: (t.origin, -t.step))
+        )
+        is_last = attempt == self.max_rollbacks and attempt > 1
+        lower_rate = is_last or (again and not older)
+        return Decision(
+            chosen,
+            attempt,
+            incident,
+            lr_factor=min(self.lr_factor, _LAST_ATTEMPT_FACTOR) if lower_rate else self.lr_factor,
+            cooldown_steps=self.cooldown_steps * 2 ** (attempt - 1),
+        )
+
+    def record(self, decision: Decision, step: int) -> None:
+        """Remember a rollback that was carried out at ``step``."""
+        assert decision.target is not None
+        if decision.incident != self.incident:
+            self.origins_tried = []
+        self.incident, self.attempt = decision.incident, decision.attempt
+        self.rollbacks += 1
+        self.origins_tried.append(decision.target.origin)
+        self.muted_until = step + decision.cooldown_steps
+        self.open_until = self.muted_until + _COOLDOWNS_TO_CLOSE * max(self.cooldown_steps, 1)
+
+    _MEMORY = ("incident", "attempt", "rollbacks", "muted_until", "open_until", "origins_tried")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered, without settings."""
+        state = asdict(self)
+        return {name: state[name] for name in self._MEMORY}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was remembered.
+
+        Raises:
+            ValueError: If something is missing or no whole number.
+        """
+        memory = {name: state_dict.get(name) for name in self._MEMORY}
+        tried = memory.pop("origins_tried")
+        numbers = [*memory.values(), *(tried if isinstance(tried, list) else [None])]
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError(
+                f"The memory of rollbacks must hold whole numbers for {self._MEMORY}, got {state_dict!r}."
+            )
+        for name, number in memory.items():
+            setattr(self, name, number)
+        self.origins_tried = list(tried or [])
