@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hf_divguard.hf.adaptive_detectors import RawLossDetector
-from hf_divguard.hf.loss_tap import LossTap
+from hf_divguard.hf.loss_tap import LossTap, StepValues
 
 __all__ = ["LossWatch"]
 
@@ -46,14 +46,14 @@ class LossWatch:
         if self._tap is not None:
             self._tap.add_micro_batch(loss)
 
-    def end_step(self, grad_norm: Any) -> bool:
+    def end_step(self, grad_norm: Any) -> list[StepValues] | None:
         """Close the step under way and, where a look is due, show the losses to the detectors.
 
         Returns:
-            Whether there was a look; the same on every rank.
+            What was looked at; ``None`` if no look was due. The same on every rank.
         """
         if self._tap is None:
-            return False
+            return None
         trainer, step = self._trainer, self._trainer.state.global_step
         if step > self._last_step:
             self._tap.end_step(step, grad_norm)
@@ -66,9 +66,9 @@ class LossWatch:
             or control.should_training_stop
         )
         if not (host_acts or self._tap.is_due(step)):
-            return False
+            return None
         values = self._tap.drain(step)
         if values:
             for detector in self._detectors:
                 detector.on_raw_losses(values, trainer.args, trainer.state, control)
-        return True
+        return values

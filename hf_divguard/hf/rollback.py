@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hf_divguard.errors import TrainingDivergedError
 from hf_divguard.hf.callback_state import collect_states, read_callback_states
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.ledger import CheckpointLedger
+from hf_divguard.hf.loss_tap import StepValues
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.restore import Snapshot, Snapshots, restore_checkpoint, scale_rates, scheduled_rates
 from hf_divguard.storage.events import read_events, write_events
@@ -26,6 +28,10 @@ from hf_divguard.storage.verdict import verify_checkpoint
 __all__ = ["Rollback", "refuse_unsupported"]
 
 logger = logging.getLogger(__name__)
+
+# Losses at the end of a cool-down whose median says whether the run has recovered: odd, so that the median is
+# one of them, and few, so that a fault which has just passed does not count.
+_VALUES_TO_JUDGE = 9
 
 
 def refuse_unsupported(trainer: Any) -> None:
@@ -95,6 +101,8 @@ class Rollback:
         self.events: list[dict[str, Any]] = []
         self.error: TrainingDivergedError | None = None
         self.went_to_memory = False
+        self._limit: float | None = None
+        self._cooling: list[StepValues] = []
         self._last_snapshot = -1
 
     # ---- memory
@@ -106,6 +114,7 @@ class Rollback:
             "events": list(self.events),
             "origins": {str(step): origin for step, origin in self.origins.items()},
             "rewarm_from": self._rewarm_from,
+            "limit": self._limit,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -118,6 +127,7 @@ class Rollback:
         self.events = list(state_dict["events"])
         self.origins = {int(step): int(origin) for step, origin in state_dict["origins"].items()}
         self._rewarm_from = state_dict.get("rewarm_from")
+        self._limit = state_dict.get("limit")
 
     def begin(self, state: Any) -> None:
         """Start training: bring the story on disk up to date, mute what has to stay muted."""
@@ -146,6 +156,41 @@ class Rollback:
         self.snapshots.take(self._trainer, step, collect_states(self._detectors))
 
     # ---- one step
+
+    def check_recovery(self, values: list[StepValues]) -> None:
+        """At the end of a cool-down, ask for another rollback unless the loss is back where it was.
+
+        Findings are ignored during the cool-down, but the loss is not: if the median of its
+        last values is still above the limit that the incident broke, the fault has not passed.
+
+        Args:
+            values: The raw losses since the last look.
+        """
+        state = self._trainer.state
+        self._cooling += [entry for entry in values if self.policy.is_muted(entry.step)]
+        if not self._cooling or self.policy.is_muted(state.global_step):
+            return
+        cooling, self._cooling = self._cooling, []
+        if self._limit is None or getattr(state, "divguard_rollback_request", None) is not None:
+            return
+        late = [entry.loss for entry in cooling[-_VALUES_TO_JUDGE:]]
+        level = median(late) if all(math.isfinite(loss) for loss in late) else math.nan
+        if level <= self._limit:
+            return
+        bad = [entry.step for entry in cooling if not entry.loss <= self._limit]
+        state.divguard_rollback_request = Finding(
+            step=state.global_step,
+            onset_step=bad[0],
+            kind="not_recovered",
+            severity="error",
+            metric="loss",
+            value=level,
+            limit=self._limit,
+            message=(
+                f"`loss` has not recovered: the median of its last {len(late)} values up to step {cooling[-1].step} is "
+                f"{level:.4g}, above the limit {self._limit:.4g} from before the fault."
+            ),
+        )
 
     def perform_if_asked(self, model: Any, tr_loss: torch.Tensor) -> bool:
         """Roll back if any rank's detectors ask for it; return whether weights were put back.
@@ -200,6 +245,9 @@ class Rollback:
             scale_rates(self._trainer, decision.lr_factor)
         self._clean_loop(model, tr_loss)
         self.snapshots.drop_after(target.step)
+        if decision.attempt == 1:
+            self._limit = finding.limit if finding.metric == "loss" else None
+        self._cooling = []
         self.policy.record(decision, step)
         self.went_to_memory = target.is_snapshot
         self.origins = {kept: origin for kept, origin in self.origins.items() if kept <= target.step}

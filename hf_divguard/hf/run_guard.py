@@ -219,11 +219,13 @@ class RunGuard(TrainerCallback):
         """
         trainer = self._trainer
         save_was_due = trainer.control.should_save
-        looked = self.watch.end_step(grad_norm)
+        values = self.watch.end_step(grad_norm)
         if self.rollback is None:
             host_acts()
             return
-        if looked and self.rollback.perform_if_asked(model, tr_loss):
+        if values is not None:
+            self.rollback.check_recovery(values)
+        if values is not None and self.rollback.perform_if_asked(model, tr_loss):
             self._save_after_rollback(save_was_due)
         # Detectors that work on logs and evaluations speak while the host acts.
         may_find = trainer.control.should_log or trainer.control.should_evaluate
