@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
@@ -20,7 +20,14 @@ from hf_divguard.hf.training_args import options_of
 __all__ = ["DivGuardMixin", "DivGuardTrainer"]
 
 
-class DivGuardMixin:
+# To a type checker the mixin is the Trainer it will be mixed into.
+if TYPE_CHECKING:
+    _Host = Trainer
+else:
+    _Host = object
+
+
+class DivGuardMixin(_Host):
     """Adds the guards of hf_divguard to any ``Trainer`` class.
 
     Put it left of the class it extends. The options are fields of the arguments (see
@@ -48,11 +55,11 @@ class DivGuardMixin:
         self._check_guard_options()
         detector = make_detector(self._options)
         if detector is not None:
-            self.add_callback(detector)  # type: ignore[attr-defined]
+            self.add_callback(detector)
 
     @property
     def _options(self) -> Any:
-        return options_of(self.args)  # type: ignore[attr-defined]
+        return options_of(self.args)
 
     def _check_guard_options(self) -> None:
         args = self._options
@@ -113,10 +120,10 @@ class DivGuardMixin:
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint) or True
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _choose_checkpoint(self, asked: str | bool) -> str | None:
-        training_args: Any = self.args  # type: ignore[attr-defined]
+        training_args: Any = self.args
         return choose_for_all(
             asked,
             training_args.output_dir,
@@ -129,7 +136,7 @@ class DivGuardMixin:
 
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Entered anew when `auto_find_batch_size` tries a smaller batch: everything starts over.
-        handler = self.callback_handler  # type: ignore[attr-defined]
+        handler = self.callback_handler
         trial = kwargs.get("trial")
         resumed_from = kwargs.get("resume_from_checkpoint")
         for callback in handler.callbacks:
@@ -143,7 +150,7 @@ class DivGuardMixin:
         handler.callbacks.append(guard)
         self._is_in_guarded_loop = True
         try:
-            output = super()._inner_training_loop(batch_size, *args, **kwargs)  # type: ignore[misc]
+            output = super()._inner_training_loop(batch_size, *args, **kwargs)
             guard.raise_if_given_up()
             return output
         finally:
@@ -152,7 +159,7 @@ class DivGuardMixin:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch, as the stock Trainer does, and show its loss to the detectors."""
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        loss = super().training_step(*args, **kwargs)
         if self._guard is not None:
             self._guard.watch.add_micro_batch(loss)
         return loss
@@ -165,15 +172,15 @@ class DivGuardMixin:
                 self._evaluate_once_for_save()
             host(tr_loss, grad_norm, model, *args, **kwargs)
 
-        host = super()._maybe_log_save_evaluate  # type: ignore[misc]
+        host = super()._maybe_log_save_evaluate
         if self._guard is None:
             host_acts()
         else:
             self._guard.end_step(host_acts, tr_loss, grad_norm, model)
 
     def _evaluate_once_for_save(self) -> None:
-        control = self.control  # type: ignore[attr-defined]
-        evaluated = self._guard is not None and self._guard.has_evaluated(self.state.global_step)  # type: ignore[attr-defined]
+        control = self.control
+        evaluated = self._guard is not None and self._guard.has_evaluated(self.state.global_step)
         if evaluated:
             control.should_evaluate = False
         elif control.should_save:
@@ -181,19 +188,19 @@ class DivGuardMixin:
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log, as the stock Trainer does; a callback that asks for a save here gets its evaluation too."""
-        super().log(*args, **kwargs)  # type: ignore[misc]
-        if self._options.eval_on_save and self.is_in_train and not self._is_evaluating:  # type: ignore[attr-defined]
+        super().log(*args, **kwargs)
+        if self._options.eval_on_save and self.is_in_train and not self._is_evaluating:
             self._evaluate_once_for_save()
 
     def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        step = self.state.global_step  # type: ignore[attr-defined]
+        step = self.state.global_step
         guard = self._guard
         if self._options.eval_on_save and guard is not None and guard.has_evaluated(step):
             # Only `eval_on_start` after a resume comes here, and it does not look at the result.
             return {}
         self._is_evaluating = True
         try:
-            metrics = super()._evaluate(trial, *args, **kwargs)  # type: ignore[misc]
+            metrics = super()._evaluate(trial, *args, **kwargs)
         finally:
             self._is_evaluating = False
         if guard is not None:
@@ -204,53 +211,53 @@ class DivGuardMixin:
         # The host records a best metric although no checkpoint may hold it. Ours is recorded when the checkpoint
         # is complete, together with its step and folder.
         if self._guard is None or not self._guard.preserves:
-            return bool(super()._determine_best_metric(metrics=metrics, trial=trial))  # type: ignore[misc]
+            return bool(super()._determine_best_metric(metrics=metrics, trial=trial))
         return self._guard.is_new_best(metrics)
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        state = self.state  # type: ignore[attr-defined]
+        state = self.state
         if getattr(state, "divguard_aborted", False) or getattr(state, "divguard_rollback_request", None):
             return
-        host_save = super()._save_checkpoint  # type: ignore[misc]
+        host_save = super()._save_checkpoint
         guard = self._guard
         if guard is None or not guard.is_active:
             host_save(model, trial, *args, **kwargs)
             return
-        self._limit_to_record = self.args.save_total_limit  # type: ignore[attr-defined]
+        self._limit_to_record = self.args.save_total_limit
         guard.save(
             write=lambda: host_save(model, trial, *args, **kwargs),
-            push=super()._push_from_checkpoint,  # type: ignore[misc]
+            push=super()._push_from_checkpoint,
         )
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # `training_args.bin` is written in here and must hold the user's own limit.
-        training_args: Any = self.args  # type: ignore[attr-defined]
+        training_args: Any = self.args
         hidden = training_args.save_total_limit
         if self._guard is not None and self._guard.is_saving:
             training_args.save_total_limit = self._limit_to_record
         try:
-            super()._save(*args, **kwargs)  # type: ignore[misc]
+            super()._save(*args, **kwargs)
         finally:
             training_args.save_total_limit = hidden
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._guard is not None and self._guard.redirect is not None:
             return self._guard.redirect
-        return str(super()._get_output_dir(trial))  # type: ignore[misc]
+        return str(super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._guard is not None and self._guard.is_saving:
             self._guard.pending_push = checkpoint_folder
             return
-        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        super()._push_from_checkpoint(checkpoint_folder)
 
     if HAS_FINALIZE:
 
         def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
             # With a limit of 1 the host deletes everything but the best checkpoint here.
             preserves = self._guard is not None and self._guard.preserves
-            with hidden_save_limit(self.args) if preserves else contextlib.nullcontext():  # type: ignore[attr-defined]
-                return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+            with hidden_save_limit(self.args) if preserves else contextlib.nullcontext():
+                return super()._finalize_training(*args, **kwargs)
 
     if HAS_ROTATE_METHOD:
 
@@ -258,7 +265,7 @@ class DivGuardMixin:
             # The host asks once for the end of training, to delete everything but the best with a limit of 1.
             if self._is_in_guarded_loop and self._guard is not None and self._guard.preserves:
                 return []
-            return list(super()._sorted_checkpoints(*args, **kwargs))  # type: ignore[misc]
+            return list(super()._sorted_checkpoints(*args, **kwargs))  # type: ignore[misc, unused-ignore]
 
 
 class DivGuardTrainer(DivGuardMixin, Trainer):

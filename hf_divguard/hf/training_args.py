@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -68,8 +68,15 @@ def _require_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"`{name}` must be one of {list(get_args(choices))}, got {value!r}.")
 
 
+# To a type checker the mixin is the class of arguments it will be mixed into.
+if TYPE_CHECKING:
+    _Host = TrainingArguments
+else:
+    _Host = object
+
+
 @dataclass
-class DivGuardArgumentsMixin:
+class DivGuardArgumentsMixin(_Host):
     """Adds the options of hf_divguard to any ``TrainingArguments`` dataclass.
 
     Put it left of the class it extends. Each field says what it does in its help text
@@ -246,7 +253,7 @@ class DivGuardArgumentsMixin:
             self._fill_metric_for_best_model("loss")
             self.load_best_model_at_end = False
         try:
-            super().__post_init__()  # type: ignore[misc]
+            super().__post_init__()
         finally:
             if lift_alignment:
                 self.load_best_model_at_end = True
@@ -327,7 +334,7 @@ class DivGuardArgumentsMixin:
                 "`metric_for_best_model` out."
             )
         host_direction = getattr(self, "greater_is_better", None)
-        own_direction = self.best_model_greater_is_better
+        own_direction: Any = self.best_model_greater_is_better  # a truth value or None by now
         if own_direction is not None and host_direction is not None and bool(host_direction) != own_direction:
             raise ValueError(
                 f"`greater_is_better={host_direction}` and `best_model_greater_is_better={own_direction}` contradict "
@@ -341,27 +348,29 @@ class DivGuardArgumentsMixin:
         self._fill_metric_for_best_model(self.best_model_metric)
 
     def _fill_metric_for_best_model(self, metric: str) -> None:
-        if self.metric_for_best_model is None:
-            self.metric_for_best_model = metric
-        if self.greater_is_better is None:
+        host: Any = self  # fields of the class that is extended
+        if host.metric_for_best_model is None:
+            host.metric_for_best_model = metric
+        if host.greater_is_better is None:
             if self.preserve_best_model:
-                self.greater_is_better = self.divguard_greater_is_better
+                host.greater_is_better = self.divguard_greater_is_better
             else:
-                self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+                host.greater_is_better = not host.metric_for_best_model.endswith("loss")
 
     def _check_ranking_has_evaluations(self) -> None:
         if self.eval_on_save:
             return
-        eval_strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
-        save_strategy = str(getattr(self.save_strategy, "value", self.save_strategy))
+        host: Any = self
+        eval_strategy = str(getattr(host.eval_strategy, "value", host.eval_strategy))
+        save_strategy = str(getattr(host.save_strategy, "value", host.save_strategy))
         if eval_strategy == "no":
             raise ValueError(
                 "`preserve_best_model=True` ranks checkpoints by evaluations, but `eval_strategy` is 'no' and "
                 "`eval_on_save` is off. Set `eval_on_save=True` to evaluate before every save."
             )
         apart = save_strategy in ("steps", "epoch") and save_strategy != eval_strategy
-        if save_strategy == eval_strategy == "steps" and self.save_steps >= 1 and self.eval_steps >= 1:
-            apart = self.save_steps % self.eval_steps != 0
+        if save_strategy == eval_strategy == "steps" and host.save_steps >= 1 and host.eval_steps >= 1:
+            apart = host.save_steps % host.eval_steps != 0
         if apart:
             logger.warning(
                 "Checkpoints are ranked only where an evaluation falls on the very step of a save; with "
