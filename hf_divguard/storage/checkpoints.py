@@ -7,14 +7,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hf_divguard.core.metric_names import greater_is_better as known_direction
 from hf_divguard.core.metric_names import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, rank
-from hf_divguard.storage.archives import json_problem
 from hf_divguard.storage.layout import checkpoint_folders
 from hf_divguard.storage.sidecar import Sidecar
+from hf_divguard.storage.trainer_state import logged_metric
 from hf_divguard.storage.verdict import Verdict, verify_checkpoint, verify_with_records
 
 __all__ = [
@@ -181,7 +180,7 @@ def best_checkpoints(
     name, greater = _ranking(metric, greater_is_better, [info for info, _ in surveyed])
     outside = set() if newest is None else {record.step for record in newest.records if not record.in_lineage}
     remembered = {} if newest is None else {record.step: record.metric for record in newest.records}
-    histories = _Histories([info for info, _ in surveyed])
+    histories = _Histories([info for info, _ in surveyed], name)
     ranked = {}
     for info, _ in surveyed:
         if info.verdict.status != "complete" or info.step in outside:
@@ -190,7 +189,7 @@ def best_checkpoints(
         if value is None and info.sequence is None and newest is not None and _is(newest.metric_name, name):
             value = remembered.get(info.step)
         if value is None:
-            value = histories.value(info, name)
+            value = histories.value(info)
         if value is not None:
             ranked[info.step] = replace(info, metric_name=name, metric=value, greater_is_better=greater)
     records = (
@@ -226,28 +225,15 @@ def _ranking(
 class _Histories:
     """Metrics out of the log histories of checkpoints: of the checkpoint itself, else of the newest one."""
 
-    def __init__(self, infos: Sequence[CheckpointInfo]) -> None:
-        self._newest = infos[-1] if infos else None
-        self._read: dict[int, list[Any]] = {}
+    def __init__(self, infos: Sequence[CheckpointInfo], name: str) -> None:
+        self._newest = infos[-1:]
+        self._name = name
+        self._read: dict[int, dict[int, float]] = {}
 
-    def value(self, info: CheckpointInfo, name: str) -> float | None:
-        for source in (info, self._newest):
-            if source is None:
-                continue
+    def value(self, info: CheckpointInfo) -> float | None:
+        for source in (info, *self._newest):
             if source.step not in self._read:
-                state, _ = json_problem(source.path / "trainer_state.json")
-                history = state.get("log_history") if isinstance(state, dict) else None
-                self._read[source.step] = history if isinstance(history, list) else []
-            for entry in reversed(self._read[source.step]):
-                if isinstance(entry, dict) and entry.get("step") == info.step and name in entry:
-                    return _as_metric(entry[name])
+                self._read[source.step] = logged_metric(source.path, self._name)
+            if info.step in self._read[source.step]:
+                return self._read[source.step][info.step]
         return None
-
-
-def _as_metric(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf

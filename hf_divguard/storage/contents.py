@@ -12,10 +12,10 @@ from typing import Literal
 from hf_divguard.storage.archives import json_problem, safetensors_problem, zip_problem
 from hf_divguard.storage.layout import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.regular_files import list_files
+from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 
 __all__ = ["Judgement", "foreign_layout", "has_training_state", "judge_contents", "weight_files"]
 
-_STATE_NAME = "trainer_state.json"
 _MAX_ENTRIES = 200_000
 _WEIGHTS = (
     "model.safetensors",
@@ -102,7 +102,7 @@ def weight_files(names: Iterable[str]) -> list[str]:
 def has_training_state(names: Iterable[str]) -> bool:
     """Return whether the file ``names`` hold all that the Trainer goes on from besides the weights."""
     listed = set(names)
-    return {_STATE_NAME, "optimizer.pt", "scheduler.pt"} <= listed and any(map(_RNG.fullmatch, listed))
+    return {TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt"} <= listed and any(map(_RNG.fullmatch, listed))
 
 
 def judge_contents(folder: str | os.PathLike[str], *, step: int | None, read_all: bool = False) -> Judgement:
@@ -174,18 +174,18 @@ def problems_sentence(problems: list[str]) -> str:
 
 
 def _is_trainer_file(name: str) -> bool:
-    return name == _STATE_NAME or _ARCHIVE.fullmatch(name) is not None
+    return name == TRAINER_STATE_NAME or _ARCHIVE.fullmatch(name) is not None
 
 
 def _state_problems(folder: Path, step: int | None) -> list[str]:
-    state, problem = json_problem(folder / _STATE_NAME)
+    state, problem = json_problem(folder / TRAINER_STATE_NAME)
     if problem is not None:
-        return [f"`{_STATE_NAME}` {problem}"]
+        return [f"`{TRAINER_STATE_NAME}` {problem}"]
     found = state.get("global_step") if isinstance(state, dict) else None
     if type(found) is not int:
-        return [f"`{_STATE_NAME}` holds no `global_step`"]
+        return [f"`{TRAINER_STATE_NAME}` holds no `global_step`"]
     if step is not None and found != step:
-        return [f"`{_STATE_NAME}` is of step {found}, not of checkpoint-{step}"]
+        return [f"`{TRAINER_STATE_NAME}` is of step {found}, not of checkpoint-{step}"]
     return []
 
 

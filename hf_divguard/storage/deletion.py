@@ -14,10 +14,10 @@ from hf_divguard.storage.layout import (
     SIDECAR_NAME,
     checkpoint_step,
 )
+from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 
 __all__ = ["delete_checkpoint", "remove_tree"]
 
-_TRAINER_STATE_NAME = "trainer_state.json"
 # Network file systems keep a removed file's name while another process has it open, and virus
 # scanners hold files for a moment. Five tries over 1.5 seconds outlast both.
 _PAUSES_SECONDS = (0.05, 0.15, 0.4, 0.9)
@@ -137,4 +137,4 @@ def _remove_once(folder: Path) -> None:
 
 
 def _place_in_order(name: str) -> int:
-    return {MANIFEST_NAME: 0, _TRAINER_STATE_NAME: 1, SIDECAR_NAME: 3}.get(name, 2)
+    return {MANIFEST_NAME: 0, TRAINER_STATE_NAME: 1, SIDECAR_NAME: 3}.get(name, 2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+from hf_divguard.storage.strict_json import parse_json, read_bytes
 
 __all__ = ["TRAINER_STATE_NAME", "log_history", "logged_metric", "read_trainer_state"]
 
@@ -13,6 +15,7 @@ TRAINER_STATE_NAME = "trainer_state.json"
 
 # A day of logging every step is some tens of megabytes; nothing honest comes near this.
 _MAX_BYTES = 1 << 30
+_MAX_DEPTH = 200
 
 
 def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -23,20 +26,16 @@ def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is not a whole JSON object, or larger than 1 GiB.
+        ValueError: If it is not a whole JSON object, larger than 1 GiB, or not a regular file.
+        OSError: If it cannot be read.
     """
     file = Path(path)
     if file.is_dir():
         file = file / TRAINER_STATE_NAME
-    size = file.stat().st_size
-    if size > _MAX_BYTES:
-        raise ValueError(f"`{file}` has {size} bytes; a trainer state has at most {_MAX_BYTES}.")
-    try:
-        state = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{file}` is not whole JSON: {error}.") from error
+    data = read_bytes(file, max_bytes=_MAX_BYTES)
+    state = parse_json(data, max_depth=_MAX_DEPTH, what=repr(os.fspath(file)), allow_nan=True)
     if not isinstance(state, dict):
-        raise ValueError(f"`{file}` must hold a JSON object, it holds a {type(state).__name__}.")
+        raise ValueError(f"{os.fspath(file)!r} must hold a JSON object, it holds a {type(state).__name__}.")
     return state
 
 
@@ -60,9 +59,12 @@ def logged_metric(path: str | os.PathLike[str], key: str) -> dict[int, float]:
         history = log_history(path)
     except (OSError, ValueError):
         return {}
-    values = {}
+    values: dict[int, float] = {}
     for entry in history:
         step, value = entry.get("step"), entry.get(key)
         if isinstance(step, int) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            values[step] = float(value)
+            try:
+                values[step] = float(value)
+            except OverflowError:  # an integer that no float can hold
+                values[step] = math.inf if value > 0 else -math.inf
     return values

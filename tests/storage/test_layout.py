@@ -22,8 +22,12 @@ def test_the_step_of_a_name_is_the_step_it_was_made_of(step: int) -> None:
         "checkpoint-1\n",
         "checkpoint-٣",
         "Checkpoint-1",
-    ]
-    + ["checkpoint-1.0", "checkpoint-best", "checkpoint-10.bak", "acheckpoint-1", "checkpoint-" + "9" * 30],
+        "checkpoint-1.0",
+        "checkpoint-best",
+        "checkpoint-10.bak",
+        "acheckpoint-1",
+        "checkpoint-" + "9" * 30,
+    ],
 )
 def test_any_other_name_has_no_step(name: str) -> None:
     assert checkpoint_step(name) is None
