@@ -40,6 +40,7 @@ _MAX_DEPTH = 8
 _MAX_FILES = 200_000
 _MAX_RANKS = 100_000
 _LONGEST_NAME = 4096
+_MAX_LEVELS = 100
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Files of one rank: the Trainer's random states, DeepSpeed's and torch.distributed.checkpoint's shards.
@@ -194,8 +195,9 @@ def _name_problem(name: str) -> str | None:
         return f"must have 1 to {_LONGEST_NAME} characters"
     if "\0" in name or "\\" in name or name.startswith("/") or _DRIVE.match(name):
         return "must be a relative path with forward slashes"
-    if any(part in ("", ".", "..") for part in name.split("/")):
-        return "must not lead outside the folder or have empty parts"
+    parts = name.split("/")
+    if len(parts) > _MAX_LEVELS or any(part in ("", ".", "..") for part in parts):
+        return f"must not lead outside the folder, have empty parts or more than {_MAX_LEVELS}"
     if name == MANIFEST_NAME or name.rpartition("/")[2].startswith(TEMPORARY_PREFIX):
         return "must not be the manifest itself or a temporary file"
     try:

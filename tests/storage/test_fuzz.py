@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -65,6 +66,7 @@ ATOMS: st.SearchStrategy[Any] = (
     | st.text(max_size=8)
     | st.sampled_from(NAMES)
 )
+# Copied, because what is drawn is changed in place afterwards.
 VALUES = st.recursive(
     ATOMS,
     lambda inner: (
@@ -72,7 +74,7 @@ VALUES = st.recursive(
         | st.dictionaries(st.text(max_size=6) | st.sampled_from(NAMES), inner, max_size=4)
     ),
     max_leaves=12,
-)
+).map(copy.deepcopy)
 
 
 @st.composite

@@ -170,6 +170,7 @@ OUTSIDE = [
     "a\0b",
     "\ud800",
     "x" * 5000,
+    "a/" * 2000 + "b",
     MANIFEST_NAME,
     "_divguard_tmp-1",
 ]
