@@ -110,9 +110,9 @@ class AdaptiveRule:
             message=f"`{self.metric}` = {value:.6g} at step {step}: {kind}.",
         )
 
-    def observe_eval(self, step: int, value: float) -> Finding | None:
-        """Feed one evaluation loss."""
-        return self._non_finite.observe_eval(step, value)
+    def observe_eval(self, step: int, value: float, *, metric: str = "eval_loss") -> Finding | None:
+        """Feed one evaluation loss; ``metric`` tells evaluation sets apart."""
+        return self._non_finite.observe_eval(step, value, metric=metric)
 
     def _observe_level(self, step: int, x: float) -> str | None:
         if self._step is not None and step > self._step:
@@ -145,7 +145,7 @@ class AdaptiveRule:
             if t >= 3:
                 self._peak = max(self._peak, E)
             if self._jump.score >= 9.0:
-                if E >= need_j and not self._jump.is_healing(ctr, cap_j):
+                if need_j <= E and not self._jump.is_healing(ctr, cap_j):
                     return "jump"
                 self._jump.score = min(self._jump.score, 18.0)
             if t > 25 and self._peak < need_j:

@@ -69,7 +69,7 @@ class NonFiniteRule:
     def reset(self) -> None:
         """Forget everything that was observed."""
         self._open = ""
-        self._eval_open = False
+        self._eval_open: list[str] = []
         self._harmless = 0
         self._bad_gradients = 0
         self._bad_since: int | None = None
@@ -99,12 +99,15 @@ class NonFiniteRule:
         return None if seen_before else finding
 
     def observe_eval(self, step: int, value: float, *, metric: str = "eval_loss") -> Finding | None:
-        """Feed one evaluation loss; a non-finite one is an error, once per incident."""
+        """Feed one evaluation loss; a non-finite one is an error, once per incident and ``metric``."""
+        is_open = metric in self._eval_open
         if math.isfinite(value):
-            self._eval_open = False
+            self._eval_open = [name for name in self._eval_open if name != metric]
             return None
-        seen_before, self._eval_open = self._eval_open, True
-        return None if seen_before else non_finite_finding(metric, step, value)
+        if is_open:
+            return None
+        self._eval_open = [*self._eval_open, metric]
+        return non_finite_finding(metric, step, value)
 
     def _judge(self, step: int, value: float, grad_norm: float | None) -> Finding | None:
         if not math.isfinite(value):
@@ -234,7 +237,7 @@ class NonFiniteRule:
 
 _STATE: dict[str, tuple[type, ...]] = {
     "open": (str,),
-    "eval_open": (bool,),
+    "eval_open": (list,),
     "harmless": (int,),
     "bad_gradients": (int,),
     "bad_since": (int, type(None)),

@@ -6,12 +6,25 @@ import logging
 from typing import Any, Literal, get_args
 
 from hf_divguard.core.findings import Finding
+from hf_divguard.storage.fields import Quarantine
+from hf_divguard.storage.quarantine import quarantine_note
 
-__all__ = ["Action", "act_on", "check_action", "is_muted", "is_world_zero", "keep_aborted", "mark_run_output"]
+__all__ = [
+    "Action",
+    "act_on",
+    "check_action",
+    "is_muted",
+    "is_world_zero",
+    "keep_aborted",
+    "mark_run_output",
+    "spoilt_note",
+]
 
 logger = logging.getLogger(__name__)
 
 Action = Literal["warn", "stop", "abort", "rollback"]
+
+_SPOILS_WEIGHTS = frozenset({"non_finite", "masked"})
 
 _CONSEQUENCE = {
     "warn": "Training goes on.",
@@ -62,7 +75,7 @@ def act_on(finding: Finding, action: str, args: Any, state: Any, control: Any, *
         control.should_save = False
         return
     control.should_training_stop = True
-    if state is not None and getattr(state, "divguard_finding", None) is None:
+    if state is not None and (action == "abort" or getattr(state, "divguard_finding", None) is None):
         # Plain attributes, not fields: `trainer_state.json` stays as the host writes it.
         state.divguard_finding = finding
         state.divguard_stop_reason = f"{action}: {finding.message}"
@@ -89,6 +102,18 @@ def act_on(finding: Finding, action: str, args: Any, state: Any, control: Any, *
 def is_muted(state: Any, step: int | None) -> bool:
     """Return whether findings are ignored at ``step``, shortly after a rollback."""
     return step is not None and step <= getattr(state, "divguard_muted_until", -1)
+
+
+def spoilt_note(state: Any) -> Quarantine | None:
+    """Return why what is saved now must never be resumed; ``None`` if nothing speaks against it.
+
+    After a training loss or a gradient that was not finite the weights are not either. A
+    stop has them saved all the same, to be looked into.
+    """
+    finding = getattr(state, "divguard_finding", None)
+    if finding is None or finding.kind not in _SPOILS_WEIGHTS or finding.metric.startswith("eval_"):
+        return None
+    return quarantine_note(finding.message, finding.onset_step)
 
 
 def keep_aborted(state: Any, control: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -42,6 +43,8 @@ class RawLossDetector(DivergenceDetector):
     ) -> None:
         self.takes_raw_losses = False
         self._scaler_patience = rule.scaler_patience
+        self._tells_sets_apart = "metric" in inspect.signature(rule.observe_eval).parameters
+        self._conditions: dict[str, Any] | None = None
         super().__init__(rule, action=action, metric_key=metric_key, name=name)
 
     def use_raw_losses(self, *, has_loss_scaler: bool) -> None:
@@ -54,19 +57,57 @@ class RawLossDetector(DivergenceDetector):
         self.takes_raw_losses = self.metric_key == "loss"
         self.rule.scaler_patience = self._scaler_patience if has_loss_scaler else 1
 
+    def use_logs(self) -> None:
+        """Take losses from logs again."""
+        self.takes_raw_losses = False
+        self.rule.scaler_patience = self._scaler_patience
+
+    # ---- memory
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory of the rule, and under which conditions the run trains."""
+        return {**super().state_dict(), "conditions": self._conditions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a memory; judge no rise for a while if the run goes on under other conditions.
+
+        A run that resumes as it was gives the same losses as if it had never been cut, and is
+        judged the same. After a change of the learning rate, the batch size or the number of
+        ranks, or without the optimizer's state, a loss is often higher for a while.
+
+        Raises:
+            ValueError: If the memory does not fit the rule.
+        """
+        state_dict = dict(state_dict)
+        before = state_dict.pop("conditions", None)
+        super().load_state_dict(state_dict)
+        changes = changed_conditions(before, self._conditions)
+        begin_grace = getattr(self.rule, "begin_grace", None)
+        if changes and begin_grace is not None:
+            begin_grace()
+            logger.info(
+                "%s judges no rise of the loss for a while after this resume: %s.", self._label, changes
+            )
+
+    # ---- the host's events
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start clean, and say what cannot be seen from logs alone."""
+        self._conditions = (
+            conditions_of(args, on_logs=not self.takes_raw_losses) if args is not None else None
+        )
         super().on_train_begin(args, state, control, **kwargs)
-        if self.takes_raw_losses or args is None or not is_world_zero(state):
+        if self.metric_key != "loss" or self.takes_raw_losses or args is None or not is_world_zero(state):
             return
         unseen = []
-        steps = getattr(args, "logging_steps", 1)
+        steps = float(getattr(state, "logging_steps", None) or getattr(args, "logging_steps", 1))
         strategy = getattr(args.logging_strategy, "value", args.logging_strategy)
-        if strategy != "steps" or steps > 1:
-            unseen.append(
-                f"single steps (a log is the mean of {'an epoch' if strategy == 'epoch' else steps})"
-            )
-        if getattr(args, "logging_nan_inf_filter", False):
+        if strategy == "no":
+            unseen.append("any training loss (`logging_strategy` is 'no')")
+        elif strategy != "steps" or steps > 1:
+            span = "an epoch" if strategy == "epoch" else f"{steps:g} steps"
+            unseen.append(f"single steps (a log is the mean of {span})")
+        if strategy != "no" and getattr(args, "logging_nan_inf_filter", False):
             unseen.append("NaN losses that `logging_nan_inf_filter` hides, except by their gradient norm")
         if unseen:
             logger.warning(
@@ -79,41 +120,128 @@ class RawLossDetector(DivergenceDetector):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Feed a log, unless the raw losses come from the trainer."""
-        if self.takes_raw_losses and not self.metric_key.startswith("eval_"):
+        if self.takes_raw_losses:
             self._after_log(state, logs)
             return
         super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_raw_losses(self, values: list[StepValues], args: Any, state: Any, control: Any) -> None:
         """Feed the raw losses of the last few steps."""
+        self._seen = True
+        observe = self.rule.observe
         for entry in values:
-            self._seen = True
             if is_muted(state, entry.step):
                 continue
-            self._handle(self.rule.observe(entry.step, entry.loss, entry.grad_norm), args, state, control)
+            finding = observe(entry.step, entry.loss, entry.grad_norm)
+            if finding is None:
+                self._was_firing = ""
+                continue
+            self._handle(finding, args, state, control)
+            if control.should_training_stop and not getattr(state, "divguard_aborted", False):
+                control.should_log = True
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Feed the evaluation loss."""
+        """Feed the evaluation loss, that of each evaluation set by itself."""
         if self.metric_key.startswith("eval_"):
             super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
             return
-        value = (metrics or {}).get("eval_loss")
-        if isinstance(value, (int, float)):
-            step = self._step(state)
-            if is_muted(state, step):
-                return
-            self._handle(
-                self.rule.observe_eval(self._count if step is None else step, float(value)),
-                args,
-                state,
-                control,
-            )
+        key = _evaluation_loss_key(metrics or {})
+        value = (metrics or {}).get(key)
+        step = self._step(state)
+        if self._has_ended or not isinstance(value, (int, float)) or is_muted(state, step):
+            return
+        at = self._count if step is None else step
+        if self._tells_sets_apart:
+            finding = self.rule.observe_eval(at, float(value), metric=key)
+        elif key == "eval_loss":
+            finding = self.rule.observe_eval(at, float(value))
+        else:
+            return
+        if finding is not None:
+            self._handle(finding, args, state, control)
 
     def _observe(self, step: int, value: float, logs: dict[str, Any]) -> Finding | None:
-        norm = logs.get("grad_norm")
+        norm = logs.get("grad_norm") if self.metric_key == "loss" else None
         return self.rule.observe(step, value, float(norm) if isinstance(norm, (int, float)) else None)
+
+
+def _evaluation_loss_key(metrics: dict[str, Any]) -> str:
+    """Return the key of the loss in what one evaluation gave: ``eval_loss``, or ``eval_<set>_loss`` of its set.
+
+    The prefix is known by the running time that every evaluation reports.
+
+    Example:
+        >>> _evaluation_loss_key({"eval_web_loss": 2.0, "eval_web_mlm_loss": 9.0, "eval_web_runtime": 0.5})
+        'eval_web_loss'
+    """
+    for key in metrics:
+        if key.startswith("eval_") and key.endswith("_runtime"):
+            return key.removesuffix("_runtime") + "_loss"
+    return "eval_loss"
+
+
+_CONDITIONS = (
+    "world_size",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "fp16",
+    "bf16",
+    "seed",
+    "data_seed",
+)
+_OF_A_SCHEDULE = ("max_steps", "num_train_epochs", "warmup_steps", "warmup_ratio")
+
+
+def conditions_of(args: Any, *, on_logs: bool) -> dict[str, Any]:
+    """Return the arguments on which the level of the training loss depends, as JSON values.
+
+    Args:
+        args: The ``TrainingArguments``.
+        on_logs: Whether losses come from logs, whose noise depends on their spacing.
+    """
+    names = [*_CONDITIONS]
+    schedule = getattr(args, "lr_scheduler_type", "linear")
+    is_constant = str(getattr(schedule, "value", schedule)).startswith("constant")
+    names += ("warmup_steps", "warmup_ratio") if is_constant else _OF_A_SCHEDULE
+    if on_logs:
+        names += ("logging_strategy", "logging_steps")
+    conditions = {}
+    for name in names:
+        value = getattr(args, name, None)
+        value = getattr(value, "value", value)
+        conditions[name] = value if isinstance(value, (int, float, type(None))) else str(value)
+    conditions["optimizer_saved"] = not getattr(args, "save_only_model", False)
+    conditions["ignore_data_skip"] = bool(getattr(args, "ignore_data_skip", False))
+    return conditions
+
+
+def changed_conditions(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """Return in words what differs so that the loss may be higher after a resume; empty if nothing does.
+
+    Example:
+        >>> changed_conditions({"learning_rate": 1e-3, "seed": 1}, {"learning_rate": 2e-3, "seed": 1})
+        '`learning_rate` was 0.001 and is 0.002'
+    """
+    if not isinstance(before, dict) or now is None:
+        return ""
+    changes = [
+        f"`{name}` was {before[name]} and is {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value and name not in ("optimizer_saved", "ignore_data_skip")
+    ]
+    if before.get("optimizer_saved") is False:
+        changes.append("the checkpoint holds no optimizer")
+    if now.get("ignore_data_skip"):
+        changes.append("`ignore_data_skip` starts the data anew")
+    return "; ".join(changes)
 
 
 class AdaptiveDivergenceDetector(RawLossDetector):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hf_divguard.hf.actions import spoilt_note
 from hf_divguard.storage.layout import SIDECAR_NAME, checkpoint_name
 from hf_divguard.storage.sidecar import Sidecar, SidecarError, read_sidecar, write_sidecar
 from hf_divguard.storage.strict_json import to_strict
@@ -177,6 +178,7 @@ class StandaloneStateKeeper:
                 run_id="",
                 sequence=state.global_step,
                 callbacks={**(read_callback_states(folder) or {}), **states},
+                quarantine=spoilt_note(state),
             )
             write_sidecar(folder, sidecar)
         except (OSError, ValueError, TypeError) as error:

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # several data sets is one round; the first train log may lack a key that later ones have.
 _ROUNDS_BEFORE_MISSING = 3
 
+# A detector that warns may find something in every log of a long run; what it keeps of that is bounded.
+_MOST_FINDINGS = 1000
+
 
 class DivergenceDetector(TrainerCallback):
     """Feeds one logged series to a rule and acts on its findings.
@@ -73,7 +76,8 @@ class DivergenceDetector(TrainerCallback):
     def _forget_run(self) -> None:
         self.findings.clear()
         self._just_logged: tuple[int | None, float] | None = None
-        self._was_firing = False
+        self._was_firing = ""
+        self._has_ended = False
         self._seen = False
         self._told_missing = False
         self._missing_rounds: set[int] = set()
@@ -109,7 +113,7 @@ class DivergenceDetector(TrainerCallback):
         if begin_grace is not None:
             begin_grace(0)
         self._just_logged = None
-        self._was_firing = False
+        self._was_firing = ""
 
     # ---- the host's events
 
@@ -123,6 +127,7 @@ class DivergenceDetector(TrainerCallback):
         self.rule.reset()
         self._forget_run()
         self._keeper.restore(args, state)
+        self._tell_if_nothing_evaluates(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """With a stock Trainer, put the memory beside the checkpoint that was just saved."""
@@ -172,7 +177,8 @@ class DivergenceDetector(TrainerCallback):
         keep_aborted(state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell once if the watched key never came."""
+        """Tell once if the watched key never came; what is evaluated from now on is not this run."""
+        self._has_ended = True
         if not self._seen and self._missing_rounds and not self._told_missing:
             self._warn_missing(state, {})
 
@@ -182,7 +188,7 @@ class DivergenceDetector(TrainerCallback):
         self._seen = True
         self._count += 1
         step = self._step(state)
-        if is_muted(state, step):
+        if self._has_ended or is_muted(state, step):
             return
         self._handle(
             self._observe(self._count if step is None else step, value, values), args, state, control
@@ -193,16 +199,22 @@ class DivergenceDetector(TrainerCallback):
         return self.rule.observe(step, value)
 
     def _handle(self, finding: Finding | None, args: Any, state: Any, control: Any) -> None:
-        was_firing, self._was_firing = self._was_firing, finding is not None
         if finding is None:
+            self._was_firing = ""
             return
         self.findings.append(finding)
-        if finding.severity == "note" or getattr(state, "divguard_finding", None) is not None:
+        del self.findings[:-_MOST_FINDINGS]
+        if finding.severity == "note":
             return
+        # While a condition lasts it is one incident: a warning is told once.
+        what = f"{finding.metric} {finding.kind}"
+        told_before, self._was_firing = self._was_firing == what, what
         action = self.action if finding.severity == "error" else "warn"
-        # While the condition lasts it is one incident: a warning is told once.
-        if not (action == "warn" and was_firing):
-            act_on(finding, action, args, state, control, source=self._label)
+        has_ended_it = getattr(state, "divguard_finding", None) is not None
+        must_not_save = action == "abort" and not getattr(state, "divguard_aborted", False)
+        if (has_ended_it and not must_not_save) or (action == "warn" and told_before):
+            return
+        act_on(finding, action, args, state, control, source=self._label)
 
     @property
     def _label(self) -> str:
@@ -220,6 +232,22 @@ class DivergenceDetector(TrainerCallback):
             return float(values[self.metric_key])
         except (TypeError, ValueError):
             return None
+
+    def _tell_if_nothing_evaluates(self, args: Any, state: Any) -> None:
+        strategy = getattr(args, "eval_strategy", None)
+        evaluates = getattr(strategy, "value", strategy) != "no" or getattr(args, "eval_on_save", False)
+        if (
+            args is not None
+            and self.metric_key.startswith("eval_")
+            and not evaluates
+            and is_world_zero(state)
+        ):
+            logger.warning(
+                "%s watches `%s`, but `eval_strategy` is 'no': unless something else evaluates, nothing is guarded. "
+                "Set `eval_strategy`, or watch `loss`.",
+                self._label,
+                self.metric_key,
+            )
 
     def _tell_if_missing(self, state: Any, values: dict[str, Any]) -> None:
         if self._seen or self._told_missing:

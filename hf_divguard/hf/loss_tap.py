@@ -19,7 +19,8 @@ class StepValues:
         step: The step, counted as ``TrainerState.global_step`` after it.
         loss: Its training loss: the micro-batches of the step together, the mean over all
             ranks. Not filtered; NaN on any rank makes it NaN.
-        grad_norm: Norm of the gradient before clipping; ``None`` where the host has none.
+        grad_norm: Norm of the gradient before clipping, the mean over all ranks; ``None``
+            where the host has none.
     """
 
     step: int
@@ -37,39 +38,59 @@ class LossTap:
     Args:
         check_steps: Optimizer steps between two transfers, at least 1.
         world_size: Number of ranks; with more than one the values are averaged over them.
+
+    Example:
+        >>> tap = LossTap(check_steps=10, world_size=1)
+        >>> for half in (1.0, 3.0):
+        ...     tap.add_micro_batch(torch.tensor(half) / 2)
+        >>> tap.end_step(1, grad_norm=torch.tensor(0.5))
+        >>> tap.drain(1)
+        [StepValues(step=1, loss=2.0, grad_norm=0.5)]
     """
 
     def __init__(self, check_steps: int, world_size: int) -> None:
         self._check_steps = check_steps
         self._world_size = world_size if dist.is_available() and dist.is_initialized() else 1
-        self._running: torch.Tensor | None = None
-        self._steps: list[int] = []
-        self._losses: list[torch.Tensor] = []
-        self._grad_norms: list[Any] = []
-        self._last_drain = 0
+        self.start(0)
 
     def start(self, step: int) -> None:
         """Begin at ``step``, with nothing collected."""
-        self._running = None
+        self._running: torch.Tensor | None = None
+        self._parts = 1
         self._last_drain = step
-        self._steps, self._losses, self._grad_norms = [], [], []
+        self._steps: list[int] = []
+        self._losses: list[torch.Tensor] = []
+        self._grad_norms: list[Any] = []
+
+    def begin_epoch(self) -> None:
+        """Note that micro-batches left over from the last epoch join the first step of this one.
+
+        It happens with data sets that do not know their length, when they end within an
+        accumulation. What is left over was scaled as a step of its own.
+        """
+        if self._running is not None:
+            self._parts += 1
 
     def add_micro_batch(self, loss: torch.Tensor) -> None:
         """Take the loss that ``training_step`` returned for one micro-batch."""
         loss = loss.detach()
-        if self._running is None:
-            # A copy: a compiled model may reuse the memory of its output for the next batch. At least float32:
-            # the sum over micro-batches must not lose what half precision cannot hold.
-            self._running = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-        else:
+        if self._running is not None:
             self._running += loss
+            return
+        # A copy: a compiled model may reuse the memory of its output for the next batch. At least float32: the sum
+        # over micro-batches must not lose what half precision cannot hold.
+        dtype = torch.float32 if loss.dtype.itemsize < 4 else loss.dtype
+        self._running = loss.to(dtype, copy=True)
 
     def end_step(self, step: int, grad_norm: Any) -> None:
         """Close the optimizer step that ``global_step`` now counts."""
-        if self._running is None or (self._steps and self._steps[-1] == step):
+        if self._running is None:
             return
+        if self._parts > 1:
+            self._running /= self._parts
+            self._parts = 1
         self._steps.append(step)
-        self._losses.append(self._running.reshape(()))
+        self._losses.append(self._running)
         self._grad_norms.append(grad_norm)
         self._running = None
 
@@ -82,17 +103,27 @@ class LossTap:
         self._last_drain = step
         if not self._steps:
             return []
-        steps, losses = self._steps, torch.stack(self._losses)
+        first = self._losses[0]
+        on_device = [_whole(norm).to(first) for norm in self._grad_norms if isinstance(norm, torch.Tensor)]
+        values = torch.cat([value.reshape(1) for value in (*self._losses, *on_device)])
         if self._world_size > 1:
-            dist.all_reduce(losses)
-            losses /= self._world_size
-        on_device = [norm for norm in self._grad_norms if isinstance(norm, torch.Tensor)]
-        columns = [losses, *(norm.detach().to(losses).reshape(1) for norm in on_device)]
-        numbers = torch.cat(columns).tolist()
-        brought = iter(numbers[len(steps) :])
-        norms = [
-            next(brought) if isinstance(norm, torch.Tensor) else (None if norm is None else float(norm))
-            for norm in self._grad_norms
+            dist.all_reduce(values)
+            values /= self._world_size
+        numbers = values.tolist()
+        norms = iter(numbers[len(self._steps) :])
+        drained = [
+            StepValues(step, loss, next(norms) if isinstance(norm, torch.Tensor) else _number(norm))
+            for step, loss, norm in zip(self._steps, numbers, self._grad_norms, strict=False)
         ]
         self._steps, self._losses, self._grad_norms = [], [], []
-        return [StepValues(*values) for values in zip(steps, numbers, norms, strict=False)]
+        return drained
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """Return a norm that is spread over ranks (FSDP) as an ordinary tensor."""
+    full: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return full.detach()
+
+
+def _number(norm: Any) -> float | None:
+    return None if norm is None else float(norm)

@@ -26,7 +26,7 @@ class LossWatch:
     def __init__(self, trainer: Any, check_steps: int) -> None:
         self._trainer = trainer
         self._detectors: list[RawLossDetector] = []
-        has_scaler = getattr(trainer.accelerator, "scaler", None) is not None
+        has_scaler = _scales_losses(trainer.accelerator)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, RawLossDetector):
                 callback.use_raw_losses(has_loss_scaler=has_scaler)
@@ -41,6 +41,16 @@ class LossWatch:
         if self._tap is not None:
             self._tap.start(step)
 
+    def release(self) -> None:
+        """Give the detectors back: with a stock Trainer they work on logs again."""
+        for detector in self._detectors:
+            detector.use_logs()
+
+    def begin_epoch(self) -> None:
+        """Note that an epoch begins."""
+        if self._tap is not None:
+            self._tap.begin_epoch()
+
     def add_micro_batch(self, loss: torch.Tensor) -> None:
         """Take the loss of one micro-batch."""
         if self._tap is not None:
@@ -54,21 +64,36 @@ class LossWatch:
         """
         if self._tap is None:
             return None
-        trainer, step = self._trainer, self._trainer.state.global_step
-        if step > self._last_step:
+        step = self._trainer.state.global_step
+        if step > self._last_step:  # at the end of an epoch the host comes here twice in one step
             self._tap.end_step(step, grad_norm)
             self._last_step = step
-        control = trainer.control
-        host_acts = (
+        control = self._trainer.control
+        if (
             control.should_log
             or control.should_evaluate
             or control.should_save
             or control.should_training_stop
-        )
-        if not (host_acts or self._tap.is_due(step)):
-            return None
-        values = self._tap.drain(step)
+            or self._tap.is_due(step)
+        ):
+            return self.look()
+        return None
+
+    def look(self) -> list[StepValues]:
+        """Show the losses collected so far to the detectors. All ranks call it at the same step."""
+        if self._tap is None:
+            return []
+        trainer = self._trainer
+        values = self._tap.drain(trainer.state.global_step)
         if values:
             for detector in self._detectors:
-                detector.on_raw_losses(values, trainer.args, trainer.state, control)
+                detector.on_raw_losses(values, trainer.args, trainer.state, trainer.control)
         return values
+
+
+def _scales_losses(accelerator: Any) -> bool:
+    """Return whether a loss scaler is at work: accelerate's own, or in fp16 that of an engine like DeepSpeed."""
+    return (
+        getattr(accelerator, "scaler", None) is not None
+        or getattr(accelerator, "mixed_precision", "no") == "fp16"
+    )

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from hf_divguard.core.metric_names import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, rank
 from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
+from hf_divguard.hf.actions import spoilt_note
 from hf_divguard.hf.callback_state import (
     collect_states,
     named_callbacks,
@@ -129,6 +130,10 @@ class RunGuard(TrainerCallback):
         self._point_to_best(state)
         if self.rollback is not None:
             self.rollback.begin(state)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the watch that an epoch begins."""
+        self.watch.begin_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold the learning rate back while it warms up again after a rollback."""
@@ -266,6 +271,9 @@ class RunGuard(TrainerCallback):
         metric = self._ranks.from_main(self.metric_of_step(step))
         before = replace(self.ledger)
         self.ledger.add(step, metric)
+        spoilt = spoilt_note(state)
+        if spoilt is not None:
+            self.ledger.leave_behind(step - 1)
         best_global_step = state.best_global_step
         best_model_checkpoint = state.best_model_checkpoint
 
@@ -288,7 +296,10 @@ class RunGuard(TrainerCallback):
 
         try:
             written = self._saver.save(
-                step, write=write_without_pointer, finish=finish, sidecar=lambda: self._sidecar(step)
+                step,
+                write=write_without_pointer,
+                finish=finish,
+                sidecar=lambda: replace(self._sidecar(step), quarantine=spoilt),
             )
         except CheckpointSaveError as error:
             self.ledger.go_back_to(before)
@@ -310,7 +321,9 @@ class RunGuard(TrainerCallback):
             self.pending_push = None
             push(self.ledger.path(step))
             self._pushes[step] = getattr(self._trainer, "push_in_progress", None)
-        self._delete_surplus()
+        if spoilt is not None and self._ranks.rank == 0:
+            logger.warning("%s was saved, and marked as never to be resumed.", self.ledger.path(step))
+        self._delete_surplus(just_saved=step)
 
     def _sidecar(self, step: int) -> Sidecar:
         assert self._saver is not None
@@ -346,7 +359,7 @@ class RunGuard(TrainerCallback):
         state.best_metric = best.metric if best else None
         state.best_global_step = best.step if best else None
 
-    def _delete_surplus(self) -> None:
+    def _delete_surplus(self, just_saved: int) -> None:
         assert self._saver is not None
         limit = self._args.save_total_limit
         if self.preserves:
@@ -360,6 +373,8 @@ class RunGuard(TrainerCallback):
             # What a rollback may still need, and what the host calls best, stays.
             protected = self.rollback.protected_steps()
             doomed = [step for step in doomed if step not in protected]
+        # A quarantined checkpoint would go at once; the one that a stop has asked for stays to be looked into.
+        doomed = [step for step in doomed if step != just_saved]
         uploading = {step for step, job in self._pushes.items() if job is not None and not job.is_done()}
         for step in self._ranks.from_main([step for step in doomed if step not in uploading]):
             self._pushes.pop(step, None)

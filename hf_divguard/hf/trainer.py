@@ -49,6 +49,8 @@ class DivGuardMixin(_Host):
     _limit_to_record: int | None = None
     _is_in_guarded_loop = False
     _is_evaluating = False
+    _options_made: Any = None
+    _options_made_for: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,7 +61,10 @@ class DivGuardMixin(_Host):
 
     @property
     def _options(self) -> Any:
-        return options_of(self.args)
+        # Asked for at every step; for a stock `TrainingArguments` the defaults are made once.
+        if self._options_made_for is not self.args:
+            self._options_made, self._options_made_for = options_of(self.args), self.args
+        return self._options_made
 
     def _check_guard_options(self) -> None:
         args = self._options
@@ -155,6 +160,7 @@ class DivGuardMixin(_Host):
             return output
         finally:
             self._is_in_guarded_loop = False
+            guard.watch.release()
             handler.callbacks.remove(guard)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,11 +221,13 @@ class DivGuardMixin(_Host):
         return self._guard.is_new_best(metrics)
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        state = self.state
+        state, guard = self.state, self._guard
+        if guard is not None:
+            # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
+            guard.watch.look()
         if getattr(state, "divguard_aborted", False) or getattr(state, "divguard_rollback_request", None):
             return
         host_save = super()._save_checkpoint
-        guard = self._guard
         if guard is None or not guard.is_active:
             host_save(model, trial, *args, **kwargs)
             return

@@ -15,7 +15,19 @@ from hf_divguard.storage.regular_files import flush_folder
 from hf_divguard.storage.sidecar import Sidecar, SidecarError, encode_sidecar, read_sidecar
 from hf_divguard.storage.strict_json import write_bytes_atomic
 
-__all__ = ["quarantine"]
+__all__ = ["quarantine", "quarantine_note"]
+
+
+def quarantine_note(reason: str, onset_step: int | None = None, now: float | None = None) -> Quarantine:
+    """Return what a manifest or a sidecar says of a checkpoint that must never be resumed.
+
+    Args:
+        reason: One sentence for a person.
+        onset_step: First bad step, where known.
+        now: Seconds since 1970; ``None`` takes the clock.
+    """
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+    return {"reason": _one_line(reason), "onset_step": onset_step, "time": when}
 
 
 def quarantine(
@@ -51,8 +63,7 @@ def quarantine(
     """
     folder = Path(folder)
     before = os.stat(folder)
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-    note: Quarantine = {"reason": _one_line(reason), "onset_step": onset_step, "time": when}
+    note = quarantine_note(reason, onset_step, now)
     manifest = None
     with contextlib.suppress(FileNotFoundError, ManifestError):
         manifest = read_manifest(folder)
