@@ -1,0 +1,66 @@
+"""The examples do what their pages say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import checkpoint_steps
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_example(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run an example in a process of its own."""
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / name), *flags]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+SMALL = "--text_limit 60000 --vocabulary 300 --block 16 --eval_blocks 8 --hidden 32 --layers 1".split()
+
+
+def test_the_script_trains_by_flags_alone(tmp_path: Path) -> None:
+    """Evaluation on save, the best checkpoints and a detector without a line of code; then a resume."""
+    flags = [
+        *SMALL,
+        *"--output_dir out --max_steps 6 --save_steps 2 --save_total_limit 1 --logging_steps 2 --seed 3".split(),
+        *"--eval_on_save --preserve_best_model --preserve_n_best 2 --best_model_greater_is_better false".split(),
+        *"--divguard_detector adaptive --divguard_action stop".split(),
+        *"--use_cpu --report_to none --disable_tqdm true --dataloader_pin_memory false".split(),
+    ]
+    first = run_example("train_lm.py", *flags, cwd=tmp_path)
+    assert len([line for line in first.stdout.splitlines() if line.startswith("best: ")]) == 2
+    kept = checkpoint_steps(tmp_path / "out")
+    assert 6 in kept
+    assert len(kept) <= 3
+    flags[flags.index("--max_steps") + 1] = "8"
+    second = run_example("train_lm.py", *flags, "--resume_from_checkpoint", "latest", cwd=tmp_path)
+    assert "best: " in second.stdout
+    assert 8 in checkpoint_steps(tmp_path / "out")
+
+
+def test_help_shows_every_option_of_ours(tmp_path: Path) -> None:
+    """``--help`` works and lists our flags beside those of ``TrainingArguments``."""
+    shown = run_example("train_lm.py", "--help", cwd=tmp_path).stdout
+    for flag in (
+        "--text_folder",
+        "--learning_rate",
+        "--preserve_n_best",
+        "--eval_on_save",
+        "--divguard_detector",
+    ):
+        assert flag in shown
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_its_table_and_its_picture(tmp_path: Path) -> None:
+    """The whole demo: what each trainer did, and both curves in one picture."""
+    printed = run_example("demo.py", cwd=tmp_path).stdout
+    assert "noticed nothing and trained on" in printed
+    assert "checkpoints left" in printed
+    assert (tmp_path / "demo_output" / "demo.png").read_bytes().startswith(b"\x89PNG")
