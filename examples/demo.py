@@ -1,9 +1,10 @@
-"""One model, one fault, two trainers: what the stock Trainer does and what a guarded one does.
+"""One model, one fault, three runs: what the stock Trainer does and what a guarded one does.
 
 A small language model, made from a config, learns the source code of Python's own standard
 library. Half-way the learning rate is a hundred times too high for a few steps. The same run
-goes through ``transformers.Trainer`` and through ``DivGuardTrainer``. At the end a table says
-what became of each, and ``demo_output/demo.png`` shows both loss curves.
+goes through ``transformers.Trainer``, through a ``DivGuardTrainer`` that stops, and through one
+that rolls back and goes on. At the end a table says what became of each, and
+``demo_output/demo.png`` shows the loss curves.
 
 Run it with ``make demo``, or ``python examples/demo.py`` where the package is installed with
 its extra ``demo``. Nothing is downloaded.
@@ -120,6 +121,8 @@ class Variant:
     callbacks: Callable[[], list[TrainerCallback]] = list
 
 
+GUARDS = {"eval_on_save": True, "preserve_best_model": True, "preserve_n_best": 2}
+
 VARIANTS = [
     Variant(
         name="stock",
@@ -135,12 +138,20 @@ VARIANTS = [
         color="#1f6fb4",
         trainer_class=DivGuardTrainer,
         arguments_class=DivGuardTrainingArguments,
-        options={"eval_on_save": True, "preserve_best_model": True, "preserve_n_best": 2},
+        options=GUARDS,
         callbacks=lambda: [
             DualTimeScaleDivergenceDetector(
                 short_alpha=0.3, long_alpha=0.03, threshold=1.0, action="stop", use_eval_loss=False
             )
         ],
+    ),
+    Variant(
+        name="rollback",
+        label="DivGuardTrainer, rollback",
+        color="#1e8449",
+        trainer_class=DivGuardTrainer,
+        arguments_class=DivGuardTrainingArguments,
+        options={**GUARDS, "divguard_detector": "adaptive", "divguard_action": "rollback"},
     ),
 ]
 
@@ -154,6 +165,7 @@ class Outcome:
     eval_losses: dict[int, float]
     last_step: int
     finding: Any
+    rollbacks: list[dict[str, Any]]
     checkpoints: list[int]
     best: list[tuple[int, float]]
     seconds: float
@@ -197,6 +209,9 @@ def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
         eval_losses=progress.eval_losses,
         last_step=trainer.state.global_step,
         finding=getattr(trainer.state, "divguard_finding", None),
+        rollbacks=[
+            event for event in getattr(trainer, "divguard_events", []) if event["event"] == "rollback"
+        ],
         checkpoints=sorted(info.step for info in find_checkpoints(folder)),
         best=[(info.step, info.metric) for info in best_checkpoints(folder, metric="loss")],
         seconds=time.monotonic() - started,
@@ -208,9 +223,21 @@ def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
 
 def what_it_did(outcome: Outcome) -> str:
     """Return one sentence on how a variant took the fault."""
-    if outcome.finding is None:
-        return f"noticed nothing and trained on to step {outcome.last_step}"
-    return f"found it at step {outcome.finding.step} and stopped after step {outcome.last_step}"
+    if outcome.rollbacks:
+        steps = ", ".join(f"{event['step']} to {event['target_step']}" for event in outcome.rollbacks)
+        return f"went back (from step {steps}), then trained on to step {outcome.last_step}"
+    if outcome.finding is not None:
+        return f"found it at step {outcome.finding.step} and stopped after step {outcome.last_step}"
+    return f"noticed nothing and trained on to step {outcome.last_step}"
+
+
+def steps_wasted(outcome: Outcome) -> str:
+    """Return how many steps of training did not count in the end."""
+    if outcome.rollbacks:
+        return f"{sum(event['steps_lost'] for event in outcome.rollbacks)} (thrown away by going back)"
+    if outcome.finding is not None:
+        return f"{outcome.last_step - outcome.best[0][0]} (since the best checkpoint)"
+    return f"{outcome.last_step - FAULT_FIRST + 1} (all since the fault)"
 
 
 def with_losses(checkpoints: list[int], outcome: Outcome) -> str:
@@ -226,7 +253,7 @@ def print_table(outcomes: list[Outcome]) -> None:
     rows = [
         ("", [outcome.variant.label for outcome in outcomes]),
         ("what it did", [what_it_did(outcome) for outcome in outcomes]),
-        ("steps wasted", [f"{outcome.last_step - FAULT_FIRST + 1}" for outcome in outcomes]),
+        ("steps wasted", [steps_wasted(outcome) for outcome in outcomes]),
         ("training time", [f"{outcome.seconds:.0f} s" for outcome in outcomes]),
         ("checkpoints left", [with_losses(outcome.checkpoints, outcome) for outcome in outcomes]),
         ("best of them", [with_losses([outcome.best[0][0]], outcome) for outcome in outcomes]),
@@ -254,7 +281,7 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     """Draw the losses of all variants with fault and findings, and below them the checkpoints that are left."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (curves, shelf) = plt.subplots(
-        2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 0.7 * len(outcomes)], layout="constrained"
+        2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 0.6 * len(outcomes)], layout="constrained"
     )
     for axes in (curves, shelf):
         axes.axvspan(FAULT_FIRST, FAULT_LAST, color="#f5b041", alpha=0.3, linewidth=0)
@@ -267,10 +294,10 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
             linewidth=3.0 if order == 0 else 1.3,
             alpha=0.55 if order == 0 else 1.0,
             label=outcome.variant.label,
-            zorder=2 + order,
+            # Runs that ended early lie on top of those that went on.
+            zorder=2 if order == 0 else 4 - outcome.last_step / STEPS,
         )
-        if outcome.finding is not None:
-            mark_finding(curves, outcome)
+        mark_findings(curves, outcome)
         lay_out_checkpoints(shelf, outcome, row=len(outcomes) - 1 - order)
     curves.set(ylabel="training loss (log scale)", yscale="log")
     curves.set_yticks([4, 5, 6, 8, 10, 12, 15], labels=["4", "5", "6", "8", "10", "12", "15"])
@@ -292,28 +319,36 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     plt.close(figure)
 
 
-def mark_finding(axes: Any, outcome: Outcome) -> None:
-    """Mark where a variant found the fault."""
-    step, value = outcome.finding.step, outcome.losses[outcome.finding.step]
+def mark_findings(axes: Any, outcome: Outcome) -> None:
+    """Mark where a variant found the fault, and what it did then."""
+    color = outcome.variant.color
+    for event in outcome.rollbacks:
+        # The loss of the step that was undone may not have been logged; the one before it was.
+        step = max(logged for logged in outcome.losses if logged <= event["step"])
+        mark(axes, step, outcome.losses[step], color)
+    if outcome.rollbacks:
+        places = ", ".join(f"{event['step']} to {event['target_step']}" for event in outcome.rollbacks)
+        text = f"went back\n(step {places})\nand trained on"
+        axes.annotate(text, (0.98, 0.155), xycoords="axes fraction", ha="right", color=color)
+    if outcome.finding is not None:
+        step, value = outcome.finding.step, outcome.losses[outcome.finding.step]
+        mark(axes, step, value, color)
+        axes.annotate(
+            f"found at step {step},\nstopped after step {outcome.last_step}",
+            (step, value),
+            xytext=(-16, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color},
+        )
+
+
+def mark(axes: Any, step: int, value: float, color: str) -> None:
+    """Draw a ring around one point of a curve."""
     axes.plot(
-        step,
-        value,
-        marker="o",
-        markersize=9,
-        markerfacecolor="none",
-        markeredgewidth=2,
-        color=outcome.variant.color,
-        zorder=9,
-    )
-    axes.annotate(
-        f"found at step {step},\nstopped after step {outcome.last_step}",
-        (step, value),
-        xytext=(-16, 0),
-        textcoords="offset points",
-        ha="right",
-        va="center",
-        color=outcome.variant.color,
-        arrowprops={"arrowstyle": "-", "color": outcome.variant.color},
+        step, value, "o", markersize=9, markerfacecolor="none", markeredgewidth=2, color=color, zorder=9
     )
 
 
