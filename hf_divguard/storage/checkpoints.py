@@ -63,6 +63,9 @@ def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[CheckpointInfo]
     Args:
         output_dir: The run folder. A missing one holds no checkpoints.
 
+    Raises:
+        OSError: If the run folder is there and cannot be listed.
+
     Example:
         >>> find_checkpoints("no-such-folder")
         []

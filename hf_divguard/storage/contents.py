@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from hf_divguard.storage.archives import json_problem, safetensors_problem, zip_problem
 from hf_divguard.storage.layout import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
-from hf_divguard.storage.regular_files import list_files
+from hf_divguard.storage.regular_files import list_files, named_file
 from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 
 __all__ = ["Judgement", "foreign_layout", "has_training_state", "judge_contents", "weight_files"]
@@ -29,6 +30,11 @@ _SHARD = re.compile(r"(?:model|pytorch_model)-[0-9]+-of-[0-9]+\.(?:safetensors|b
 _ARCHIVE = re.compile(
     r"(?:optimizer|scheduler|scaler)\.pt|rng_state(?:_[0-9]+)?\.pth|training_args\.bin|adapter_model\.bin|pytorch_model(?:-.*)?\.bin"
 )
+# JSON that the Trainer and the tokenizers write; what others put beside it may have its own form.
+_JSON = re.compile(
+    r"(?:.*_)?(?:config|tokenizer|vocab|added_tokens|special_tokens_map|modules)\.json|.*\.index\.json"
+)
+_MOST_MISSING_RANKS = 100
 _RNG = re.compile(r"rng_state(?:_([0-9]{1,9}))?\.pth")
 # What other ways of saving leave, told by names alone. Their parts are many files written by
 # many processes, and whether all are there cannot be seen without reading them.
@@ -125,48 +131,31 @@ def judge_contents(folder: str | os.PathLike[str], *, step: int | None, read_all
     weights, layout = weight_files(names), foreign_layout(names)
     if not names and not others:
         return Judgement("incomplete", "It is empty.", ("the folder is empty",))
-    if not weights and layout is None and not any(_is_trainer_file(name) for name in names):
+    if not weights and layout is None and not any(map(_is_trainer_file, names)):
         return Judgement("unknown", "It holds none of the files that the Trainer writes into a checkpoint.")
-    state_problems = _state_problems(folder, step)
-    if layout is not None:
-        if state_problems:
-            return _incomplete(state_problems, loadable=False)
+    problems = _state_problems(folder, step)
+    if layout is not None and not problems:
         return Judgement(
             "unknown",
-            f"It has {layout if layout != 'another' else 'another'} layout, whose parts cannot be judged "
-            "without a manifest.".replace("has another layout", "has a layout of another way of saving"),
+            f"It was saved in the layout of {layout}, whose parts cannot be judged without a manifest.",
         )
-    weight_problems = _weight_problems(folder, weights)
-    problems = (
-        state_problems + weight_problems + _missing_companions(names, weights) + _training_problems(sizes)
-    )
-    for name in names:
-        problems += _whole_file_problems(folder, name, read_all)
-    problems += [f"{name!r} is {kind} instead of a file" for name, kind in others.items()]
-    problems = list(dict.fromkeys(problems))
-    loadable = not weight_problems and not any(
-        problem.startswith(f"`{name}` ")
-        for problem in problems
-        for name in (*weights, "config.json", "adapter_config.json")
-    )
+    if layout is None:
+        weight_problems = _weight_problems(folder, weights)
+        problems |= weight_problems | _missing_companions(names, weights) | _training_problems(names)
+        problems |= _damaged_files(folder, names, read_all)
+        problems |= {name: f"is {kind} instead of a file" for name, kind in others.items()}
+        needed = {*weights, *_missing_companions([], weights)} - {"training_args.bin"}
+        loadable = not weight_problems and problems.keys().isdisjoint(needed)
     if problems:
-        return _incomplete(problems, loadable=loadable)
+        words = [f"{named_file(name)} {problem}" for name, problem in problems.items()]
+        return Judgement("incomplete", problems_sentence(words), tuple(words), layout is None and loadable)
     if not has_training_state(names):
-        return Judgement(
-            "complete",
-            "The model is whole; the optimizer's state was not saved (`save_only_model`).",
-            (),
-            True,
-            False,
-        )
+        reason = "The model is whole; the optimizer's state was not saved (`save_only_model`)."
+        return Judgement("complete", reason, (), True, False)
     return Judgement("complete", "Every file that the Trainer writes is there and whole.", (), True, True)
 
 
-def _incomplete(problems: list[str], *, loadable: bool) -> Judgement:
-    return Judgement("incomplete", problems_sentence(problems), tuple(problems), loadable)
-
-
-def problems_sentence(problems: list[str]) -> str:
+def problems_sentence(problems: Sequence[str]) -> str:
     """Return the problems as one sentence that names the first three."""
     shown = "; ".join(problems[:3])
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -177,54 +166,50 @@ def _is_trainer_file(name: str) -> bool:
     return name == TRAINER_STATE_NAME or _ARCHIVE.fullmatch(name) is not None
 
 
-def _state_problems(folder: Path, step: int | None) -> list[str]:
+def _state_problems(folder: Path, step: int | None) -> dict[str, str]:
     state, problem = json_problem(folder / TRAINER_STATE_NAME)
-    if problem is not None:
-        return [f"`{TRAINER_STATE_NAME}` {problem}"]
     found = state.get("global_step") if isinstance(state, dict) else None
-    if type(found) is not int:
-        return [f"`{TRAINER_STATE_NAME}` holds no `global_step`"]
-    if step is not None and found != step:
-        return [f"`{TRAINER_STATE_NAME}` is of step {found}, not of checkpoint-{step}"]
-    return []
+    if problem is None and type(found) is not int:
+        problem = "holds no `global_step`"
+    elif problem is None and step is not None and found != step:
+        problem = f"is of step {found}, not of checkpoint-{step}"
+    return {} if problem is None else {TRAINER_STATE_NAME: problem}
 
 
-def _weight_problems(folder: Path, weights: list[str]) -> list[str]:
+def _weight_problems(folder: Path, weights: list[str]) -> dict[str, str]:
     if not weights:
-        return [
-            "the model's weights are missing: no `model.safetensors`, `pytorch_model.bin`, index of shards, "
-            "`adapter_model.safetensors` or `adapter_model.bin`"
-        ]
-    problems: list[str] = []
-    for index in (name for name in weights if name.endswith(".index.json")):
-        parent = index.rpartition("/")[0]
-        prefix = f"{parent}/" if parent else ""
-        content, problem = json_problem(folder / index)
-        shards = content.get("weight_map") if isinstance(content, dict) else None
-        if problem is not None:
-            problems.append(f"`{index}` {problem}")
-        elif (
-            not isinstance(shards, dict)
-            or not shards
-            or not all(isinstance(name, str) for name in shards.values())
-        ):
-            problems.append(f"`{index}` holds no `weight_map`")
-        else:
-            for shard in sorted(set(shards.values())):
-                if "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
-                    problems.append(f"`{index}` names a shard outside its folder, {shard[:80]!a}")
-                elif prefix + shard not in weights:
-                    problems.append(f"`{prefix}{shard}` is missing, a shard that `{index}` names")
+        others = "`pytorch_model.bin`, index of shards, `adapter_model.safetensors` or `adapter_model.bin`"
+        return {"model.safetensors": f"is missing, and there is no {others} either: the model has no weights"}
+    problems: dict[str, str] = {}
     for name in weights:
         parent, slash, base = name.rpartition("/")
-        if _SHARD.fullmatch(base) is not None:
+        if base.endswith(".index.json"):
+            problems |= _shard_problems(folder, name, weights)
+        elif _SHARD.fullmatch(base) is not None:
             whole = f"{parent}{slash}{base.partition('-')[0]}{os.path.splitext(base)[1]}"
             if not {whole, f"{whole}.index.json"} & set(weights):
-                return [f"`{whole}.index.json` is missing, the index of the model's shards"]
+                problems[f"{whole}.index.json"] = "is missing, the index of the model's shards"
     return problems
 
 
-def _missing_companions(names: list[str], weights: list[str]) -> list[str]:
+def _shard_problems(folder: Path, index: str, weights: list[str]) -> dict[str, str]:
+    content, problem = json_problem(folder / index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if problem is not None:
+        return {index: problem}
+    if not isinstance(shards, dict) or not shards:
+        return {index: "holds no `weight_map`"}
+    problems: dict[str, str] = {}
+    parent, slash, _ = index.rpartition("/")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not shard.isprintable() or re.search(r"[/\\]|^\.*$", shard):
+            problems[index] = f"names a shard that is no file beside it: {str(shard)[:80]!a}"
+        elif f"{parent}{slash}{shard}" not in weights:
+            problems[f"{parent}{slash}{shard}"] = f"is missing, a shard that `{index}` names"
+    return problems
+
+
+def _missing_companions(names: list[str], weights: list[str]) -> dict[str, str]:
     """Return the files that the Trainer always writes beside the weights and that are not there.
 
     A model that is no ``PreTrainedModel`` has no configuration; one with an index of shards or
@@ -237,37 +222,36 @@ def _missing_companions(names: list[str], weights: list[str]) -> list[str]:
             expected.add(f"{folder}{slash}adapter_config.json")
         elif base.endswith(".index.json") or f"{folder}{slash}generation_config.json" in names:
             expected.add(f"{folder}{slash}config.json")
-    return [f"`{name}` is missing" for name in sorted(expected.difference(names))]
+    return dict.fromkeys(sorted(expected.difference(names)), "is missing")
 
 
-def _training_problems(sizes: dict[str, int]) -> list[str]:
+def _training_problems(names: list[str]) -> dict[str, str]:
     """Return what is missing of optimizer, schedule and random states, none if no part was saved."""
-    ranks = [match[1] for name in sizes if (match := _RNG.fullmatch(name)) is not None]
-    parts = {name: name in sizes for name in ("optimizer.pt", "scheduler.pt")}
-    if not ranks and not any(parts.values()):
-        return []
-    problems = [f"`{name}` is missing" for name, there in parts.items() if not there]
+    ranks = [match[1] for name in names if (match := _RNG.fullmatch(name)) is not None]
+    missing = [name for name in ("optimizer.pt", "scheduler.pt") if name not in names]
+    if not ranks and len(missing) == 2:
+        return {}
     if not ranks:
-        problems.append("`rng_state.pth` is missing")
+        missing.append("rng_state.pth")
     elif None not in ranks:
         numbers = {int(rank) for rank in ranks if rank is not None}
         # One process alone writes `rng_state.pth`, so a numbered file means two or more.
-        expected = range(min(max(2, max(numbers) + 1), 100_000))
-        problems += [
-            f"`rng_state_{rank}.pth` (random state of rank {rank}) is missing"
-            for rank in expected
-            if rank not in numbers
-        ]
+        gaps = (rank for rank in range(max(2, max(numbers) + 1)) if rank not in numbers)
+        missing += [f"rng_state_{rank}.pth" for rank in islice(gaps, _MOST_MISSING_RANKS)]
+    return dict.fromkeys(missing, "is missing")
+
+
+def _damaged_files(folder: Path, names: list[str], read_all: bool) -> dict[str, str]:
+    problems: dict[str, str] = {}
+    for name in names:
+        base = name.rpartition("/")[2]
+        problem: str | None = None
+        if base.endswith(".safetensors"):
+            problem = safetensors_problem(folder / name)
+        elif _ARCHIVE.fullmatch(base):
+            problem = zip_problem(folder / name, read_all=read_all)
+        elif _JSON.fullmatch(base) and name != TRAINER_STATE_NAME:
+            problem = json_problem(folder / name)[1]
+        if problem is not None:
+            problems[name] = problem
     return problems
-
-
-def _whole_file_problems(folder: Path, name: str, read_all: bool) -> list[str]:
-    base = name.rpartition("/")[2]
-    problem: str | None = None
-    if base.endswith(".safetensors"):
-        problem = safetensors_problem(folder / name)
-    elif _ARCHIVE.fullmatch(base):
-        problem = zip_problem(folder / name, read_all=read_all)
-    elif base.endswith(".json"):
-        problem = json_problem(folder / name)[1]
-    return [] if problem is None else [f"`{name}` {problem}"]

@@ -77,8 +77,11 @@ def checkpoint_step(name: str) -> int | None:
 def checkpoint_folders(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
     """Return the checkpoint folders directly inside ``output_dir``, by step, lowest first.
 
-    Files, symbolic links and folders of other names are not checkpoints. A missing or
-    unreadable ``output_dir`` holds none.
+    Files, symbolic links and folders of other names are not checkpoints. A missing
+    ``output_dir`` holds none.
+
+    Raises:
+        OSError: If ``output_dir`` is there and cannot be listed.
     """
     try:
         with os.scandir(output_dir) as entries:

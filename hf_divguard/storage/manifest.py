@@ -18,7 +18,7 @@ from hf_divguard.storage.layout import (
     TEMPORARY_PREFIX,
     checkpoint_step,
 )
-from hf_divguard.storage.regular_files import file_sha256, flush_tree, kind_in_words, list_files
+from hf_divguard.storage.regular_files import file_sha256, flush_tree, kind_in_words, list_files, named_file
 from hf_divguard.storage.sidecar import WRITER
 from hf_divguard.storage.strict_json import encode_json, read_json, to_strict, write_bytes_atomic
 
@@ -43,12 +43,6 @@ _LONGEST_NAME = 4096
 _MAX_LEVELS = 100
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Files of one rank: the Trainer's random states, DeepSpeed's and torch.distributed.checkpoint's shards.
-_RANK_FILES = (
-    (re.compile(r"rng_state_([0-9]{1,6})\.pth"), "random state"),
-    (re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_([0-9]{1,6})_.*\.pt"), "shard"),
-    (re.compile(r"__([0-9]{1,6})_[0-9]+\.distcp"), "shard"),
-)
 
 
 class ManifestError(RecordError):
@@ -151,7 +145,7 @@ def build_manifest(
     ranks = tuple(range(world_size)) if ranks is None else tuple(ranks)
     for name in _missing_rng_files(sizes, world_size, ranks):
         raise CheckpointSaveError(
-            f"{_named(name)} must be there before a checkpoint is whole; it was not written."
+            f"{named_file(name)} must be there before a checkpoint is whole; it was not written."
         )
     files = {
         name: FileEntry(size, file_sha256(Path(folder, name)) if checksums else None)
@@ -179,14 +173,6 @@ def _missing_rng_files(
         return []
     expected = ["rng_state.pth"] if world_size <= 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     return [name for name in expected if name not in present]
-
-
-def _named(name: str) -> str:
-    """Return the name of a file for a message, with its rank if it belongs to one."""
-    for pattern, what in _RANK_FILES:
-        if (match := pattern.fullmatch(name.rpartition("/")[2])) is not None:
-            return f"`{name}` ({what} of rank {int(match[1])})"
-    return f"`{name}`" if name.isprintable() else repr(name)
 
 
 def _name_problem(name: str) -> str | None:
@@ -322,7 +308,7 @@ def manifest_problems(
     """Return what ``check_manifest`` does, by the file that each problem is about."""
     folder = Path(folder)
     problems = {
-        name: f"{_named(name)} is missing, also from the manifest"
+        name: f"{named_file(name)} is missing, also from the manifest"
         for name in _missing_rng_files(manifest.files, manifest.world_size, manifest.ranks)
     }
     step = checkpoint_step(folder.name)
@@ -331,7 +317,7 @@ def manifest_problems(
     real_folders: dict[str, bool] = {"": True}
     for name, entry in manifest.files.items():
         if (problem := _file_problem(folder, name, entry, checksums is not False, real_folders)) is not None:
-            problems[name] = f"{_named(name)} {problem}"
+            problems[name] = f"{named_file(name)} {problem}"
     return problems
 
 

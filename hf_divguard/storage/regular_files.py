@@ -6,12 +6,21 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 from pathlib import Path
 
 from hf_divguard.storage.layout import TEMPORARY_PREFIX
 
-__all__ = ["file_sha256", "flush_folder", "flush_tree", "list_files", "open_regular_file"]
+__all__ = [
+    "file_sha256",
+    "flush_folder",
+    "flush_tree",
+    "kind_in_words",
+    "list_files",
+    "named_file",
+    "open_regular_file",
+]
 
 # Non-blocking, so that a FIFO of an expected name is refused instead of waited for.
 _OPEN_FLAGS = (
@@ -22,6 +31,12 @@ _OPEN_FLAGS = (
     | getattr(os, "O_BINARY", 0)
 )
 _BLOCK_BYTES = 1 << 20
+# Files of one rank: the Trainer's random states, DeepSpeed's and torch.distributed.checkpoint's shards.
+_RANK_FILES = (
+    (re.compile(r"rng_state_([0-9]{1,6})\.pth"), "random state"),
+    (re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_([0-9]{1,6})_.*\.pt"), "shard"),
+    (re.compile(r"__([0-9]{1,6})_[0-9]+\.distcp"), "shard"),
+)
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> int:
@@ -69,6 +84,19 @@ def kind_in_words(mode: int) -> str:
         if test(mode):
             return words
     return "a socket or device"
+
+
+def named_file(name: str) -> str:
+    """Return the name of a file for a message, with its rank if it belongs to one.
+
+    Example:
+        >>> named_file("rng_state_1.pth"), named_file("two\\nlines")
+        ('`rng_state_1.pth` (random state of rank 1)', "'two\\\\nlines'")
+    """
+    for pattern, what in _RANK_FILES:
+        if (match := pattern.fullmatch(name.rpartition("/")[2])) is not None:
+            return f"`{name}` ({what} of rank {int(match[1])})"
+    return f"`{name}`" if name.isprintable() else ascii(name)
 
 
 def list_files(folder: str | os.PathLike[str], *, limit: int) -> tuple[dict[str, int], dict[str, str]]:

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hf_divguard.storage.checkpoints import best_checkpoints, find_checkpoints, latest_complete_checkpoint
 from hf_divguard.storage.layout import MANIFEST_NAME, SIDECAR_NAME
@@ -253,3 +255,23 @@ def test_a_strange_log_history_is_no_crash(history: object, run_dir: Path) -> No
         path = run_dir / f"checkpoint-{step}" / "trainer_state.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "log_history": history}))
     assert len(best_checkpoints(run_dir)) <= 1
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8, unique=True), st.data())
+def test_whatever_sidecars_are_lost_the_order_is_that_of_saving(
+    tmp_path: Path, order: list[int], data: st.DataObject
+) -> None:
+    """The newest sidecar that is left gives the order of all that it lists."""
+    for place, step in enumerate(order, start=1):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        write_sidecar(folder, sidecar_of(step, sequence=place, records=records_of(*order[:place])))
+    lost = data.draw(st.sets(st.sampled_from(order)))
+    for step in lost:
+        (tmp_path / f"checkpoint-{step}" / SIDECAR_NAME).unlink()
+    kept = [place for place, step in enumerate(order) if step not in lost]
+    newest = max(kept, default=-1)
+    assert steps(tmp_path) == [*order[: newest + 1], *sorted(order[newest + 1 :])]
+    for step in order:
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_divguard.storage.sidecar import Sidecar, read_sidecar, write_sidecar
 from hf_divguard.storage.strict_json import (
     encode_json,
     from_strict,
@@ -205,3 +208,24 @@ def test_what_is_not_strict_json_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json_atomic(tmp_path / "a.json", {"x": math.nan})
     assert os.listdir(tmp_path) == []
+
+
+_WRITER = """
+import resource, sys
+from hf_divguard.storage.sidecar import Sidecar, write_sidecar
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_sidecar(sys.argv[1], Sidecar(step=2, run_id="b", sequence=2, callbacks={"big": ["x" * 100] * 100}))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_real_limit_of_the_file_size_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    write_sidecar(tmp_path, Sidecar(step=1, run_id="a", sequence=1))
+    done = subprocess.run([sys.executable, "-c", _WRITER, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "File too large\n", done.stderr
+    assert os.listdir(tmp_path) == ["divguard_state.json"]
+    assert read_sidecar(tmp_path).step == 1

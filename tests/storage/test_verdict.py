@@ -276,6 +276,16 @@ def test_a_link_in_the_place_of_a_weight_file_is_not_followed(run_dir: Path, tmp
     assert "a symbolic link instead of a file" in said(verdict)
 
 
+def test_a_json_file_of_someone_else_may_have_its_own_form(run_dir: Path) -> None:
+    (run_dir / "checkpoint-4" / "events.json").write_text("{}\n{}\n")
+    assert verify_checkpoint(run_dir / "checkpoint-4").status == "complete"
+
+
+def test_a_file_name_cannot_write_into_the_log(run_dir: Path) -> None:
+    (run_dir / "checkpoint-4" / "x\n\x1b[2J.safetensors").write_bytes(b"")
+    assert verify_checkpoint(run_dir / "checkpoint-4").reason.isprintable()
+
+
 def test_a_fifo_in_a_checkpoint_does_not_hang(run_dir: Path) -> None:
     for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
         (run_dir / "checkpoint-4" / name).unlink()
