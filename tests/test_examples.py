@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +22,21 @@ def run_example(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProces
     return done
 
 
-SMALL = "--text_limit 60000 --vocabulary 300 --block 16 --eval_blocks 8 --hidden 32 --layers 1".split()
+SMALL = shlex.split("--text_limit 60000 --vocabulary 300 --block 16 --eval_blocks 8 --hidden 32 --layers 1")
 
 
 def test_the_script_trains_by_flags_alone(tmp_path: Path) -> None:
     """Evaluation on save, the best checkpoints and a detector without a line of code; then a resume."""
     flags = [
         *SMALL,
-        *"--output_dir out --max_steps 6 --save_steps 2 --save_total_limit 1 --logging_steps 2 --seed 3".split(),
-        *"--eval_on_save --preserve_best_model --preserve_n_best 2 --best_model_greater_is_better false".split(),
-        *"--divguard_detector adaptive --divguard_action stop".split(),
-        *"--use_cpu --report_to none --disable_tqdm true --dataloader_pin_memory false".split(),
+        *shlex.split(
+            "--output_dir out --max_steps 6 --save_steps 2 --save_total_limit 1 --logging_steps 2 --seed 3"
+        ),
+        *shlex.split(
+            "--eval_on_save --preserve_best_model --preserve_n_best 2 --best_model_greater_is_better false"
+        ),
+        *shlex.split("--divguard_detector adaptive --divguard_action stop"),
+        *shlex.split("--use_cpu --report_to none --disable_tqdm true --dataloader_pin_memory false"),
     ]
     first = run_example("train_lm.py", *flags, cwd=tmp_path)
     assert len([line for line in first.stdout.splitlines() if line.startswith("best: ")]) == 2
