@@ -724,7 +724,8 @@ def run_once(
         seen = follow(life, aim, resume, generator)
         if seen.started is not None and before is not None:
             _check_place(series, seen.started, before, unpublished, counts)
-            published = {step for step in published if step <= seen.started}
+            # What training went on from is published, also if the kill came before it could say so.
+            published = {step for step in published if step <= seen.started} | {seen.started} - {0}
             before = None
         published |= seen.published
         if seen.done is not None:
