@@ -263,11 +263,11 @@ def test_whatever_sidecars_are_lost_the_order_is_that_of_saving(
     tmp_path: Path, order: list[int], data: st.DataObject
 ) -> None:
     """The newest sidecar that is left gives the order of all that it lists."""
+    lost = data.draw(st.sets(st.sampled_from(order)))
     for place, step in enumerate(order, start=1):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         write_sidecar(folder, sidecar_of(step, sequence=place, records=records_of(*order[:place])))
-    lost = data.draw(st.sets(st.sampled_from(order)))
     for step in lost:
         (tmp_path / f"checkpoint-{step}" / SIDECAR_NAME).unlink()
     kept = [place for place, step in enumerate(order) if step not in lost]
