@@ -257,6 +257,8 @@ class DivGuardArgumentsMixin(_Host):
         finally:
             if lift_alignment:
                 self.load_best_model_at_end = True
+        if self.eval_on_save:
+            self._check_something_is_saved()
         if self.preserve_best_model:
             self._check_ranking_has_evaluations()
 
@@ -356,6 +358,13 @@ class DivGuardArgumentsMixin(_Host):
                 host.greater_is_better = self.divguard_greater_is_better
             else:
                 host.greater_is_better = not host.metric_for_best_model.endswith("loss")
+
+    def _check_something_is_saved(self) -> None:
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError(
+                "`save_strategy` is 'best', which saves when an evaluation is better than all before, but "
+                "`eval_strategy` is 'no': nothing would ever be saved. Set `eval_strategy` to 'steps' or 'epoch'."
+            )
 
     def _check_ranking_has_evaluations(self) -> None:
         if self.eval_on_save:
