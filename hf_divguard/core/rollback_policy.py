@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_divguard.core.findings import Finding
@@ -14,6 +15,10 @@ __all__ = ["Decision", "RollbackPolicy", "Target"]
 # is still there shows itself within the detection delay (a few tens of steps); ten times the default cool-down
 # of 20 steps leaves room for slow ones.
 _COOLDOWNS_TO_CLOSE = 10
+
+# A run that was healthy for this many cool-downs after the last one has left the place where it failed: the
+# states it made since are as good as any, and going back further would only lose more.
+_COOLDOWNS_TO_LEAVE = 2
 
 # The rate that a last attempt gets where the user named no factor below 1.
 _LAST_ATTEMPT_FACTOR = 0.5
@@ -61,9 +66,10 @@ class RollbackPolicy:
     """Decides on rollbacks; remembers incidents.
 
     The first rollback of an incident goes to the newest state older than the onset. If
-    the run fails again before the incident is over, the next goes to an older one, and the
-    last one allowed also lowers the learning rate. After that it gives up. Each attempt
-    doubles the cool-down, so that a fault which lasts a while can pass.
+    the run fails again at the same place, the next goes to an older one; the last one
+    allowed also lowers the learning rate. After that it gives up. Each attempt doubles the
+    cool-down, so that a fault which lasts a while can pass. The incident is over when no
+    error was found for ten cool-downs.
 
     A state of step ``s`` is old enough when ``s <= onset_step - 2 - margin_steps``: the
     loss of the onset comes from the weights after ``onset_step - 1``, and the update
@@ -95,6 +101,7 @@ class RollbackPolicy:
     muted_until: int = 0
     open_until: int = 0
     origins_tried: list[int] = field(default_factory=list)
+    rate_cuts: list[tuple[int, float]] = field(default_factory=list)
 
     def is_muted(self, step: int) -> bool:
         """Return whether findings at ``step`` are ignored."""
@@ -108,7 +115,7 @@ class RollbackPolicy:
             step: Present optimizer step.
             targets: States that can be gone back to, whatever their age.
         """
-        again = self.incident > 0 and step <= self.open_until
+        again = self.is_open(step)
         incident, attempt = (self.incident, self.attempt + 1) if again else (self.incident + 1, 1)
         if attempt > self.max_rollbacks:
             return Decision(
@@ -131,12 +138,15 @@ class RollbackPolicy:
                     "than faults take to show, keep more checkpoints, or set `divguard_snapshot_steps`"
                 ),
             )
-        older = [target for target in old_enough if not again or target.origin < min(self.origins_tried)]
+        same_place = (
+            again and finding.onset_step <= self.muted_until + _COOLDOWNS_TO_LEAVE * self.cooldown_steps
+        )
+        older = [t for t in old_enough if not same_place or t.origin < min(self.origins_tried)]
         chosen = (
             max(older, key=lambda t: t.step) if older else min(old_enough, key=lambda t: (t.origin, -t.step))
         )
         is_last = attempt == self.max_rollbacks and attempt > 1
-        lower_rate = is_last or (again and not older)
+        lower_rate = is_last or not older
         return Decision(
             chosen,
             attempt,
@@ -155,27 +165,47 @@ class RollbackPolicy:
         self.origins_tried.append(decision.target.origin)
         self.muted_until = step + decision.cooldown_steps
         self.open_until = self.muted_until + _COOLDOWNS_TO_CLOSE * max(self.cooldown_steps, 1)
+        if decision.lr_factor != 1.0:
+            self.rate_cuts.append((step, decision.lr_factor))
 
-    _MEMORY = ("incident", "attempt", "rollbacks", "muted_until", "open_until", "origins_tried")
+    def rate_factor_since(self, step: int) -> float:
+        """Return by how much rollbacks have lowered the learning rate after ``step``."""
+        return math.prod(factor for cut_step, factor in self.rate_cuts if cut_step > step)
+
+    def is_open(self, step: int) -> bool:
+        """Return whether an error at ``step`` belongs to the last incident."""
+        return self.incident > 0 and step <= self.open_until
+
+    _NUMBERS = ("incident", "attempt", "rollbacks", "muted_until", "open_until")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, without settings."""
-        state = asdict(self)
-        return {name: state[name] for name in self._MEMORY}
+        """Return what is remembered, without settings, as JSON values."""
+        return {
+            **{name: getattr(self, name) for name in self._NUMBERS},
+            "origins_tried": list(self.origins_tried),
+            "rate_cuts": [list(cut) for cut in self.rate_cuts],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what was remembered.
 
         Raises:
-            ValueError: If something is missing or no whole number.
+            ValueError: If something is missing or no number; then nothing is changed.
         """
-        memory = {name: state_dict.get(name) for name in self._MEMORY}
-        tried = memory.pop("origins_tried")
-        numbers = [*memory.values(), *(tried if isinstance(tried, list) else [None])]
-        if not all(isinstance(number, int) for number in numbers):
+        try:
+            numbers = {name: _whole(state_dict[name]) for name in self._NUMBERS}
+            tried = [_whole(origin) for origin in state_dict["origins_tried"]]
+            cuts = [(_whole(step), float(factor)) for step, factor in state_dict["rate_cuts"]]
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"The memory of rollbacks must hold whole numbers for {self._MEMORY}, got {state_dict!r}."
-            )
-        for name, number in memory.items():
+                f"The memory of rollbacks cannot be read ({error!r}): {state_dict!r}."
+            ) from error
+        for name, number in numbers.items():
             setattr(self, name, number)
-        self.origins_tried = list(tried or [])
+        self.origins_tried, self.rate_cuts = tried, cuts
+
+
+def _whole(number: Any) -> int:
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{number!r} is no whole number")
+    return number

@@ -1,22 +1,66 @@
-"""Puts weights, optimizer and scaler of an earlier step into a running loop; the schedule stays where it is."""
+"""Puts weights, optimizer and scaler of a checkpoint into a running loop; the schedule stays where it is."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["Snapshot", "Snapshots", "restore_checkpoint", "scale_rates", "scheduled_rates"]
+from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
+
+__all__ = ["refuse_unsupported", "restore_checkpoint"]
 
 
-def restore_checkpoint(trainer: Any, checkpoint: str, *, with_rng: bool = False) -> None:
+def refuse_unsupported(trainer: Any) -> None:
+    """Raise where weights and optimizer cannot be put back inside the running loop.
+
+    Raises:
+        ValueError: For engines that own or shard the optimizer, for sharded parameters and
+            for optimizers that live in the backward pass; the sentence says what works.
+    """
+    engine = _engine_in_the_way(trainer)
+    if engine is not None:
+        raise ValueError(
+            f"`rollback` does not work with {engine}: weights and optimizer cannot be put back there inside the running "
+            "loop. Use the action 'stop' and restart with resume_from_checkpoint=True. Supported are one process and "
+            "DistributedDataParallel."
+        )
+    if trainer.args.save_only_model and trainer._options.divguard_snapshot_steps == 0:
+        raise ValueError(
+            "`rollback` needs the optimizer of a checkpoint, but `save_only_model=True` saves none. Set it to false, "
+            "or keep states in memory with `divguard_snapshot_steps`."
+        )
+
+
+def _engine_in_the_way(trainer: Any) -> str | None:
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        return "DeepSpeed, whose engine owns the optimizer"
+    if getattr(trainer, "is_fsdp_enabled", False):
+        return "FSDP, which shards weights and optimizer over the ranks"
+    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        return f"the distributed type {kind}"
+    if any(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()):
+        return "tensor parallelism, which shards the weights over the ranks"
+    if "layerwise" in str(getattr(trainer.args.optim, "value", trainer.args.optim)):
+        return "a layerwise optimizer, which updates the weights during the backward pass"
+    return None
+
+
+def restore_checkpoint(trainer: Any, checkpoint: str, *, with_rng: bool, rate_factor: float) -> None:
     """Load weights, optimizer and gradient scaler of ``checkpoint`` into the running ``trainer``.
 
-    The parameter objects stay the same. The position of the learning-rate schedule, the
-    data iterator and (unless asked for) the random number generators are left alone.
+    The parameter objects stay the same. The place of the learning-rate schedule, the data
+    iterator and (unless asked for) the random number generators are left alone. A schedule
+    that goes by evaluations goes back too: it must not conclude anything from those of the
+    diverged stretch.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: Folder of the checkpoint.
+        with_rng: Also put back the random number generators.
+        rate_factor: By how much the learning rate has been lowered for good since then.
 
     Raises:
         FileNotFoundError: If the checkpoint has no optimizer.
@@ -26,150 +70,18 @@ def restore_checkpoint(trainer: Any, checkpoint: str, *, with_rng: bool = False)
         raise FileNotFoundError(
             f"{checkpoint} has no optimizer.pt, so training cannot go back to it. Keep `save_only_model=False`."
         )
-    trainer._load_from_checkpoint(checkpoint)
-    # To the CPU first: `load_state_dict` moves each tensor to the device of its parameter.
+    # Everything is read before anything is changed. To the CPU: `load_state_dict` moves each tensor to the
+    # device of its parameter.
     state = torch.load(optimizer_file, map_location="cpu", weights_only=True)
-    _load_optimizer(trainer, state)
+    schedule = None
+    if follows_metrics(trainer):
+        schedule_file = os.path.join(checkpoint, "scheduler.pt")
+        schedule = torch.load(schedule_file, map_location="cpu", weights_only=True)
+    trainer._load_from_checkpoint(checkpoint)
+    replace_optimizer_state(trainer, state)
+    if schedule is not None:
+        load_schedule(trainer, schedule, rate_factor)
     if getattr(trainer.accelerator, "scaler", None) is not None:
         trainer._load_scaler(checkpoint)
     if with_rng:
         trainer._load_rng_state(checkpoint)
-
-
-def _load_optimizer(trainer: Any, state: dict[str, Any]) -> None:
-    rates = scheduled_rates(trainer)
-    trainer.optimizer.load_state_dict(state)
-    _set_rates(trainer.optimizer, rates)
-
-
-def scheduled_rates(trainer: Any) -> list[float]:
-    """Return the learning rate that the schedule has for each parameter group now."""
-    schedule = _inner(trainer.lr_scheduler)
-    groups = trainer.optimizer.param_groups
-    last = getattr(schedule, "_last_lr", None)
-    rates = last if last is not None and len(last) == len(groups) else [group["lr"] for group in groups]
-    return [float(rate) for rate in rates]
-
-
-def _set_rates(optimizer: Any, rates: list[float]) -> None:
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-def scale_rates(trainer: Any, factor: float) -> None:
-    """Multiply the learning rate with ``factor`` for good, whatever the schedule does next.
-
-    Schedules that compute the rate from a base get that base scaled; it is part of their
-    state and so survives in checkpoints. Those that work on the rate itself keep it in the
-    optimizer.
-    """
-    for schedule in _walk(_inner(trainer.lr_scheduler)):
-        for name in ("base_lrs", "_last_lr", "max_lrs"):
-            rates = getattr(schedule, name, None)
-            if isinstance(rates, list):
-                setattr(schedule, name, [rate * factor for rate in rates])
-    for group in trainer.optimizer.param_groups:
-        for name in ("initial_lr", "max_lr", "min_lr"):
-            if name in group:
-                group[name] = group[name] * factor
-    _set_rates(trainer.optimizer, [float(group["lr"]) * factor for group in trainer.optimizer.param_groups])
-
-
-def _inner(schedule: Any) -> Any:
-    """Return the scheduler inside accelerate's wrapper."""
-    return getattr(schedule, "scheduler", schedule)
-
-
-def _walk(schedule: Any) -> list[Any]:
-    found = [schedule]
-    for inner in getattr(schedule, "_schedulers", []):
-        found += _walk(inner)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Trainable parameters, buffers, optimizer and scaler of one step, in CPU memory."""
-
-    step: int
-    tensors: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any] | None
-    callbacks: dict[str, Any]
-
-
-class Snapshots:
-    """The last few snapshots of a run, and the one of its start.
-
-    Args:
-        every: Optimizer steps between two snapshots; 0 takes none.
-        keep: How many are kept beside the one of the start.
-    """
-
-    def __init__(self, every: int, keep: int = 3) -> None:
-        self._every = every
-        self._start: Snapshot | None = None
-        self._recent: deque[Snapshot] = deque(maxlen=keep)
-
-    def is_due(self, step: int) -> bool:
-        """Return whether ``step`` gets a snapshot."""
-        return self._every > 0 and step % self._every == 0
-
-    def take(self, trainer: Any, step: int, callbacks: dict[str, Any]) -> None:
-        """Copy the present state into CPU memory."""
-        if self._every <= 0:
-            return
-        model = trainer.model
-        tensors = {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
-        }
-        scaler = getattr(trainer.accelerator, "scaler", None)
-        snapshot = Snapshot(
-            step,
-            tensors,
-            _to_cpu(trainer.optimizer.state_dict()),
-            scaler.state_dict() if scaler else None,
-            callbacks,
-        )
-        if self._start is None:
-            self._start = snapshot
-        else:
-            self._recent.append(snapshot)
-
-    def all(self) -> list[Snapshot]:
-        """Return the snapshots, oldest first."""
-        return ([self._start] if self._start is not None else []) + list(self._recent)
-
-    def drop_after(self, step: int) -> None:
-        """Forget the snapshots that are newer than ``step``."""
-        self._recent = deque((kept for kept in self._recent if kept.step <= step), maxlen=self._recent.maxlen)
-
-    @staticmethod
-    def restore(trainer: Any, snapshot: Snapshot) -> None:
-        """Put a snapshot into the running ``trainer``."""
-        model = trainer.model
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name in snapshot.tensors:
-                    tensor.copy_(snapshot.tensors[name])
-        # The optimizer takes over tensors it is given as they are; the snapshot must stay as it was.
-        _load_optimizer(trainer, _to_cpu(snapshot.optimizer))
-        scaler = getattr(trainer.accelerator, "scaler", None)
-        if scaler is not None and snapshot.scaler is not None:
-            scaler.load_state_dict(snapshot.scaler)
-
-
-def _to_cpu(value: Any) -> Any:
-    """Return a copy of a nested state with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_cpu(entry) for entry in value)
-    return value

@@ -225,27 +225,39 @@ class RunGuard(TrainerCallback):
         trainer = self._trainer
         save_was_due = trainer.control.should_save
         values = self.watch.end_step(grad_norm)
-        if self.rollback is None:
+        rollback = self.rollback
+        if rollback is None:
             host_acts()
             return
-        if values is not None:
-            self.rollback.check_recovery(values)
-        if values is not None and self.rollback.perform_if_asked(model, tr_loss):
-            self._save_after_rollback(save_was_due)
-        # Detectors that work on logs and evaluations speak while the host acts.
-        may_find = trainer.control.should_log or trainer.control.should_evaluate
-        save_was_due = trainer.control.should_save
-        host_acts()
-        if may_find and self.rollback.perform_if_asked(model, tr_loss):
-            self._save_after_rollback(save_was_due)
+        try:
+            if values is not None:
+                rollback.watch(values)
+                if rollback.perform_if_asked(model, tr_loss):
+                    self._save_after_rollback(save_was_due)
+                elif rollback.holds_back_saves(trainer.state.global_step):
+                    trainer.control.should_save = False
+            # Detectors that work on logs and evaluations speak while the host acts.
+            may_find = trainer.control.should_log or trainer.control.should_evaluate
+            save_was_due = trainer.control.should_save
             host_acts()
-        self.rollback.take_snapshot_if_due(trainer.state.global_step)
+            if may_find and rollback.perform_if_asked(model, tr_loss):
+                self._save_after_rollback(save_was_due)
+                host_acts()
+        finally:
+            # After the save: killed before it, the run resumes from before the rollback, and tells it anew.
+            rollback.story.write()
+        rollback.take_snapshot_if_due(trainer.state.global_step)
 
     def _save_after_rollback(self, was_due: bool) -> None:
         """Have the state that was gone back to saved under the present step, so that a kill does not undo it."""
         assert self.rollback is not None
-        saves = self._args.save_strategy != "no" and not self.rollback.went_to_memory
-        self._trainer.control.should_save = was_due or saves
+        saves = str(getattr(self._args.save_strategy, "value", self._args.save_strategy)) != "no"
+        self._trainer.control.should_save = was_due or (saves and not self.rollback.went_to_memory)
+
+    @property
+    def has_to_go_back(self) -> bool:
+        """Whether a detector has asked for a rollback that is still to come."""
+        return getattr(self._trainer.state, "divguard_rollback_request", None) is not None
 
     def raise_if_given_up(self) -> None:
         """Raise the error of a run that rollbacks could not save.

@@ -106,7 +106,7 @@ class DivGuardMixin(_Host):
     def divguard_events(self) -> list[dict[str, Any]]:
         """The rollbacks of this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
         rollback = self._guard.rollback if self._guard is not None else None
-        return list(rollback.events) if rollback is not None else []
+        return list(rollback.story.events) if rollback is not None else []
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the stock Trainer does, resuming only from complete checkpoints.
@@ -204,6 +204,9 @@ class DivGuardMixin(_Host):
         if self._options.eval_on_save and guard is not None and guard.has_evaluated(step):
             # Only `eval_on_start` after a resume comes here, and it does not look at the result.
             return {}
+        if guard is not None and guard.has_to_go_back:
+            # The log of this step has shown a divergence: what is evaluated is the state that is gone back to.
+            return {}
         self._is_evaluating = True
         try:
             metrics = super()._evaluate(trial, *args, **kwargs)
@@ -216,6 +219,8 @@ class DivGuardMixin(_Host):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # The host records a best metric although no checkpoint may hold it. Ours is recorded when the checkpoint
         # is complete, together with its step and folder.
+        if self._guard is not None and self._guard.has_to_go_back:
+            return False
         if self._guard is None or not self._guard.preserves:
             return bool(super()._determine_best_metric(metrics=metrics, trial=trial))
         return self._guard.is_new_best(metrics)

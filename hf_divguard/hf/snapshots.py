@@ -1,0 +1,140 @@
+"""Copies of the training state in CPU memory, to go back to without a checkpoint on disk."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
+
+__all__ = ["Snapshot", "Snapshots", "restore_snapshot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Trainable parameters, buffers, optimizer and scaler of one step, in CPU memory."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any] | None
+    rng: dict[str, Any]
+    callbacks: dict[str, Any]
+
+
+class Snapshots:
+    """The last few snapshots of a run, and the one of its start.
+
+    Args:
+        every: Optimizer steps between two snapshots; 0 takes none.
+        keep: How many are kept beside the one of the start.
+    """
+
+    def __init__(self, every: int, keep: int = 3) -> None:
+        self._every = every
+        self._start: Snapshot | None = None
+        self._recent: deque[Snapshot] = deque(maxlen=keep)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether ``step`` gets a snapshot."""
+        return self._every > 0 and step % self._every == 0
+
+    def take(self, trainer: Any, step: int, callbacks: dict[str, Any]) -> None:
+        """Copy the present state into CPU memory."""
+        if self._every <= 0 or any(kept.step == step for kept in self.all()):
+            return
+        snapshot = _copy_of_now(trainer, step, callbacks)
+        if self._start is None:
+            self._start = snapshot
+        else:
+            self._recent.append(snapshot)
+
+    def all(self) -> list[Snapshot]:
+        """Return the snapshots, oldest first."""
+        return ([self._start] if self._start is not None else []) + list(self._recent)
+
+    def of(self, step: int) -> Snapshot:
+        """Return the snapshot of ``step``, which is there."""
+        return next(kept for kept in self.all() if kept.step == step)
+
+    def drop_after(self, step: int) -> None:
+        """Forget the snapshots that are newer than ``step``."""
+        self._recent = deque((kept for kept in self._recent if kept.step <= step), maxlen=self._recent.maxlen)
+        if self._start is not None and self._start.step > step:
+            self._start = None
+
+
+def _copy_of_now(trainer: Any, step: int, callbacks: dict[str, Any]) -> Snapshot:
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    rng: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state_all()
+    return Snapshot(
+        step,
+        {name: tensor.detach().to("cpu", copy=True) for name, tensor in _trained_tensors(trainer.model)},
+        _to_cpu(trainer.optimizer.state_dict()),
+        copy.deepcopy(trainer.lr_scheduler.state_dict()),
+        copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
+        rng,
+        copy.deepcopy(callbacks),
+    )
+
+
+def _trained_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return what training changes: parameters that take a gradient, and every buffer."""
+    trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    return [*trained, *model.named_buffers()]
+
+
+def restore_snapshot(
+    trainer: Any, snapshot: Snapshot, *, with_rng: bool, rate_factor: float, weights_only: bool = False
+) -> None:
+    """Put a snapshot into the running ``trainer``, as ``restore_checkpoint`` does with a checkpoint.
+
+    Args:
+        trainer: The trainer.
+        snapshot: The snapshot; it stays as it is.
+        with_rng: Also put back the random number generators.
+        rate_factor: By how much the learning rate has been lowered for good since then.
+        weights_only: Put back the weights, and nothing else.
+    """
+    with torch.no_grad():
+        for name, tensor in _trained_tensors(trainer.model):
+            tensor.copy_(snapshot.tensors[name])
+    if weights_only:
+        return
+    # The optimizer takes over tensors it is given as they are; the snapshot must stay as it was.
+    replace_optimizer_state(trainer, _to_cpu(snapshot.optimizer))
+    if follows_metrics(trainer):
+        load_schedule(trainer, copy.deepcopy(snapshot.schedule), rate_factor)
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if scaler is not None and snapshot.scaler is not None:
+        scaler.load_state_dict(snapshot.scaler)
+    if with_rng:
+        random.setstate(snapshot.rng["python"])
+        numpy.random.set_state(snapshot.rng["numpy"])
+        torch.random.set_rng_state(snapshot.rng["cpu"])
+        if "cuda" in snapshot.rng:
+            torch.cuda.set_rng_state_all(snapshot.rng["cuda"])
+
+
+def _to_cpu(value: Any) -> Any:
+    """Return a copy of a nested state with every tensor copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_cpu(entry) for entry in value)
+    return value
