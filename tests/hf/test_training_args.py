@@ -359,7 +359,7 @@ def test_a_contradiction_is_refused_with_a_sentence_that_says_what_to_do(
 
 
 def test_saving_only_the_best_without_any_evaluation_is_refused() -> None:
-    with pytest.raises(ValueError, match="`save_strategy` is 'best'.*Set `eval_strategy`"):
+    with pytest.raises(ValueError, match=r"`save_strategy` is 'best'.*Set `eval_strategy`"):
         arguments(save_strategy="best", eval_strategy="no", metric_for_best_model="loss", eval_on_save=True)
 
 
@@ -385,7 +385,7 @@ def test_with_the_switch_off_the_metric_is_not_looked_at() -> None:
 
 
 def test_eval_on_save_without_an_eval_dataset_is_refused(make_trainer: Any) -> None:
-    with pytest.raises(ValueError, match="there is no `eval_dataset`. Pass one to the trainer, or set"):
+    with pytest.raises(ValueError, match=r"there is no `eval_dataset`. Pass one to the trainer, or set"):
         make_trainer(eval_dataset=None, eval_on_save=True)
 
 
