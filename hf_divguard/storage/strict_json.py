@@ -278,7 +278,10 @@ def encode_json(
         ValueError: If it holds NaN or an infinity, or breaks a limit that its reader has.
         TypeError: If it holds what JSON cannot.
     """
-    text = json.dumps(data, allow_nan=False, indent=1) + "\n"
+    # One line per key at the top is enough to read it by eye, and each value goes through the
+    # encoder written in C, which `indent` would turn off.
+    lines = (f" {json.dumps(str(key))}: {json.dumps(value, allow_nan=False)}" for key, value in data.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
     if max_bytes is not None and len(text) > max_bytes:
         raise ValueError(
             f"The JSON text must have at most {max_bytes} bytes to be read again, got {len(text)}."
