@@ -100,7 +100,7 @@ class RawLossDetector(DivergenceDetector):
         if self.metric_key != "loss" or self.takes_raw_losses or args is None or not is_world_zero(state):
             return
         unseen = []
-        steps = float(getattr(state, "logging_steps", None) or getattr(args, "logging_steps", 1))
+        steps: Any = getattr(state, "logging_steps", None) or getattr(args, "logging_steps", 1)
         strategy = getattr(args.logging_strategy, "value", args.logging_strategy)
         if strategy == "no":
             unseen.append("any training loss (`logging_strategy` is 'no')")
