@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from hf_divguard.storage.contents import (
     foreign_layout,
@@ -15,12 +16,14 @@ from hf_divguard.storage.contents import (
     problems_sentence,
     weight_files,
 )
-from hf_divguard.storage.fields import Quarantine
+from hf_divguard.storage.fields import Quarantine, RecordError
 from hf_divguard.storage.layout import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME, checkpoint_step
-from hf_divguard.storage.manifest import Manifest, ManifestError, manifest_problems, read_manifest
-from hf_divguard.storage.sidecar import Sidecar, SidecarError, read_sidecar
+from hf_divguard.storage.manifest import Manifest, manifest_problems, read_manifest
+from hf_divguard.storage.sidecar import Sidecar, read_sidecar
 
 __all__ = ["Status", "Verdict", "verify_checkpoint", "verify_with_records"]
+
+_R = TypeVar("_R")
 
 Status = Literal["complete", "incomplete", "quarantined", "unknown"]
 
@@ -79,64 +82,54 @@ def verify_with_records(
     """Return the verdict with the manifest and the sidecar it rests on, where they can be read."""
     shown = repr(os.fspath(path))
     folder = Path(os.path.abspath(path))
+    found = _Records()
     try:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
-            return (
-                Verdict("incomplete", f"{shown} is a file, not a folder.", ("it is not a folder",)),
-                None,
-                None,
-            )
-        sidecar, sidecar_error = _sidecar_or_error(folder)
-        manifest, manifest_error = _manifest_or_error(folder)
-        verdict = _judge(folder, checksums, sidecar, sidecar_error, manifest, manifest_error)
-        return verdict, manifest, sidecar
+            verdict = Verdict("incomplete", f"{shown} is a file, not a folder.", ("it is not a folder",))
+        else:
+            found = _read_records(folder)
+            verdict = _judge(folder, found, checksums)
     except (FileNotFoundError, NotADirectoryError):
-        return Verdict("incomplete", f"There is no folder {shown}.", ("the folder is missing",)), None, None
+        verdict = Verdict("incomplete", f"There is no folder {shown}.", ("the folder is missing",))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        return (
-            Verdict("incomplete", f"{shown} cannot be read: {reason}.", (f"it cannot be read ({reason})",)),
-            None,
-            None,
-        )
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        verdict = Verdict("incomplete", f"{shown} {problem}.", (f"it {problem}",))
+    return verdict, found.manifest, found.sidecar
 
 
-def _sidecar_or_error(folder: Path) -> tuple[Sidecar | None, SidecarError | None]:
+@dataclass(frozen=True, slots=True)
+class _Records:
+    """Our two files in a checkpoint folder, or why one that is there cannot be used."""
+
+    manifest: Manifest | None = None
+    sidecar: Sidecar | None = None
+    manifest_error: RecordError | None = None
+    sidecar_error: RecordError | None = None
+
+
+def _read_records(folder: Path) -> _Records:
+    manifest, manifest_error = _read(read_manifest, folder, MANIFEST_NAME)
+    sidecar, sidecar_error = _read(read_sidecar, folder, SIDECAR_NAME)
+    return _Records(manifest, sidecar, manifest_error, sidecar_error)
+
+
+def _read(reader: Callable[[Path], _R], folder: Path, name: str) -> tuple[_R | None, RecordError | None]:
     try:
-        return read_sidecar(folder), None
+        return reader(folder), None
     except FileNotFoundError:
         return None, None
-    except SidecarError as error:
+    except RecordError as error:
         return None, error
     except OSError as error:
-        return None, SidecarError(f"`{SIDECAR_NAME}` cannot be read: {error.strerror or error}.")
+        return None, RecordError(f"`{name}` cannot be read: {error.strerror or error}.")
 
 
-def _manifest_or_error(folder: Path) -> tuple[Manifest | None, ManifestError | None]:
-    try:
-        return read_manifest(folder), None
-    except FileNotFoundError:
-        return None, None
-    except ManifestError as error:
-        return None, error
-    except OSError as error:
-        return None, ManifestError(f"`{MANIFEST_NAME}` cannot be read: {error.strerror or error}.")
-
-
-def _judge(
-    folder: Path,
-    checksums: bool | None,
-    sidecar: Sidecar | None,
-    sidecar_error: SidecarError | None,
-    manifest: Manifest | None,
-    manifest_error: ManifestError | None,
-) -> Verdict:
-    verdict = _judge_files(folder, checksums, sidecar, sidecar_error, manifest, manifest_error)
-    for record in (manifest, sidecar):
+def _judge(folder: Path, found: _Records, checksums: bool | None) -> Verdict:
+    verdict = _judge_files(folder, found, checksums)
+    for record in (found.manifest, found.sidecar):
         if record is not None and record.quarantine is not None:
-            return replace(
-                verdict, status="quarantined", reason=_quarantine_sentence(record.quarantine), resumable=False
-            )
+            sentence = _quarantine_sentence(record.quarantine)
+            return replace(verdict, status="quarantined", reason=sentence, resumable=False)
     return verdict
 
 
@@ -145,28 +138,20 @@ def _quarantine_sentence(note: Quarantine) -> str:
     return f"It was marked as never to be resumed{onset}: {note['reason']}"
 
 
-def _judge_files(
-    folder: Path,
-    checksums: bool | None,
-    sidecar: Sidecar | None,
-    sidecar_error: SidecarError | None,
-    manifest: Manifest | None,
-    manifest_error: ManifestError | None,
-) -> Verdict:
-    has_manifest = manifest is not None
-    for error in (manifest_error, sidecar_error if manifest is None else None):
+def _judge_files(folder: Path, found: _Records, checksums: bool | None) -> Verdict:
+    for error in (found.manifest_error, found.sidecar_error if found.manifest is None else None):
         if error is not None:
             return Verdict("unknown" if error.newer else "incomplete", str(error), (str(error),))
     if os.path.lexists(folder / INCOMPLETE_NAME):
         problem = f"`{INCOMPLETE_NAME}` says that its save did not finish"
-        return Verdict("incomplete", problem + ".", (problem,), has_manifest=has_manifest)
-    if manifest is not None:
-        return _judge_by_manifest(folder, manifest, checksums)
-    if sidecar is not None and sidecar.manifest_expected:
+        return Verdict("incomplete", problem + ".", (problem,), has_manifest=found.manifest is not None)
+    if found.manifest is not None:
+        return _judge_by_manifest(folder, found.manifest, checksums)
+    if found.sidecar is not None and found.sidecar.manifest_expected:
         problem = f"`{MANIFEST_NAME}` is missing: the save or the removal of this checkpoint did not finish"
         return Verdict("incomplete", problem + ".", (problem,))
-    found = judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
-    return Verdict(found.status, found.reason, found.problems, found.loadable, found.resumable)
+    judged = judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
+    return Verdict(judged.status, judged.reason, judged.problems, judged.loadable, judged.resumable)
 
 
 def _judge_by_manifest(folder: Path, manifest: Manifest, checksums: bool | None) -> Verdict:
@@ -177,7 +162,11 @@ def _judge_by_manifest(folder: Path, manifest: Manifest, checksums: bool | None)
     if problems:
         words = tuple(problems.values())
         return Verdict(
-            "incomplete", problems_sentence(list(words)), words, loadable and layout is None, False, True
+            "incomplete",
+            problems_sentence(list(words)),
+            words,
+            loadable and layout is None,
+            has_manifest=True,
         )
     resumable = loadable and (has_training_state(manifest.files) or layout is not None)
     compared = "size" if checksums is False or not _has_checksums(manifest) else "size and checksum"
