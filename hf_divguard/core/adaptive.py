@@ -66,10 +66,18 @@ class AdaptiveRule:
         self.sensitivity = sensitivity
         self.eval_severity = eval_severity
         self.grace_values = grace_values
-        self.scaler_patience = scaler_patience
         self.metric = metric
         self._non_finite = NonFiniteRule(scaler_patience, metric=metric)
         self.reset()
+
+    @property
+    def scaler_patience(self) -> int:
+        """Optimizer steps over which the gradient norm may stay non-finite beside a good loss."""
+        return self._non_finite.scaler_patience
+
+    @scaler_patience.setter
+    def scaler_patience(self, n_steps: int) -> None:
+        self._non_finite.scaler_patience = n_steps
 
     def reset(self) -> None:
         """Forget everything that was observed."""

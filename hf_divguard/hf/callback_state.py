@@ -133,18 +133,18 @@ def read_callback_states(checkpoint: str | os.PathLike[str]) -> dict[str, Any] |
         return None
 
 
-# Which live callback holds which name in which checkpoint folder, so that two detectors of one class do not
-# write over each other where no trainer of ours keeps the list.
-_claims: dict[str, dict[str, weakref.ref[Any]]] = {}
+def _claim(state: Any, callback: Any) -> str:
+    """Return the name that ``callback`` has in the run of ``state``, as ``named_callbacks`` would give it.
 
-
-def _claim(folder: Path, callback: Any) -> str:
-    holders = _claims.setdefault(str(folder), {})
-    while len(_claims) > 64:
-        del _claims[next(iter(_claims))]
+    Where no trainer of ours keeps the list, the run's state does: the callbacks of one run
+    share it, and come in their order.
+    """
+    if not hasattr(state, "divguard_names"):
+        state.divguard_names = {}
+    holders: dict[str, weakref.ref[Any]] = state.divguard_names
     base = name = _given_name(callback) or type(callback).__name__
     number = 1
-    while name in holders and (holder := holders[name]()) is not None and holder is not callback:
+    while name in holders and holders[name]() is not callback:
         number += 1
         name = f"{base}#{number}"
     holders[name] = weakref.ref(callback)
@@ -170,7 +170,7 @@ class StandaloneStateKeeper:
         if not folder.is_dir():
             return
         callback = self._callback
-        name = _claim(folder, callback)
+        name = _claim(state, callback)
         states = collect_states({name: callback})
         try:
             sidecar = Sidecar(
@@ -195,6 +195,6 @@ class StandaloneStateKeeper:
             states = read_callback_states(folder)
             if states is not None:
                 callback = self._callback
-                key = _claim(folder, callback)
+                key = _claim(state, callback)
                 restore_states({key: callback}, states)
                 return
