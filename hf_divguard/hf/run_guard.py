@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_divguard.core.metric_names import with_eval_prefix
-from hf_divguard.core.retention import CheckpointRecord, rank
+from hf_divguard.core.retention import CheckpointRecord, is_better, rank
 from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
 from hf_divguard.hf.actions import spoilt_note
 from hf_divguard.hf.callback_state import (
@@ -71,6 +72,9 @@ class RunGuard(TrainerCallback):
         self.is_saving = False
         self.preserves = bool(self._options.preserve_best_model)
         self.ranking_key = self._options.divguard_ranking_key
+        tracks_best = self._args.metric_for_best_model is not None
+        self.points_to_saved = self.preserves or bool(self._options.eval_on_save and tracks_best)
+        self.best_evaluated: float | None = None
         self.is_active = bool(self.preserves or self._options.eval_on_save or self._callbacks)
         safe_save = self._options.divguard_safe_save
         self.is_active |= safe_save not in ("auto", "off")
@@ -116,6 +120,7 @@ class RunGuard(TrainerCallback):
         self.watch.start(state.global_step)
         if self._resumed_from is not None:
             self._recall_evaluation(state)
+            self._recall_best_evaluated(state, state.global_step)
             if self._callbacks:
                 states = self._ranks.from_main(
                     read_callback_states(self._resumed_from) if self._ranks.rank == 0 else None
@@ -149,6 +154,7 @@ class RunGuard(TrainerCallback):
         """After a rollback, forget what evaluations of the steps behind ``target_step`` said."""
         state = self._trainer.state
         self._metrics, self._metrics_step = {}, None
+        self._recall_best_evaluated(state, target_step)
         if self.preserves:
             self._point_to_best(state)
         elif state.best_global_step and state.best_global_step > target_step:
@@ -179,6 +185,24 @@ class RunGuard(TrainerCallback):
         self._metrics = dict(metrics or {})
         self._metrics_step = step
 
+    def note_for_best(self, metrics: dict[str, float]) -> None:
+        """Remember the best of all evaluations: the host's patience is measured against it, saved or not."""
+        value = metrics.get(with_eval_prefix(self._args.metric_for_best_model))
+        if value is None:
+            return
+        greater = bool(self._args.greater_is_better)
+        if is_better(float(value), self.best_evaluated, greater_is_better=greater):
+            self.best_evaluated = float(value)
+        elif self.best_evaluated is None:  # as the host has it after an evaluation that was not finite
+            self.best_evaluated = -math.inf if greater else math.inf
+
+    def _recall_best_evaluated(self, state: Any, last_step: int) -> None:
+        self.best_evaluated = None
+        if self.points_to_saved:
+            for entry in state.log_history:
+                if 0 < entry["step"] <= last_step:
+                    self.note_for_best(entry)
+
     def _recall_evaluation(self, state: Any) -> None:
         """Take the results for the step that training resumes at from its log."""
         for entry in state.log_history:
@@ -197,11 +221,14 @@ class RunGuard(TrainerCallback):
         return float(self._metrics[self.ranking_key])
 
     def is_new_best(self, metrics: dict[str, float]) -> bool:
-        """Return whether an evaluation beats every checkpoint there is.
+        """Return whether an evaluation beats every checkpoint there is; decided on rank 0 for all.
 
         Raises:
             MetricNotFoundError: If the evaluation did not produce the ranking metric.
         """
+        return self._ranks.on_main(lambda: self._beats_all(metrics))
+
+    def _beats_all(self, metrics: dict[str, float]) -> bool:
         if self.ranking_key not in metrics:
             there = sorted(key for key in metrics if key.startswith("eval_"))
             raise MetricNotFoundError(
@@ -275,8 +302,19 @@ class RunGuard(TrainerCallback):
         """Folder that stands in for the run folder while the host saves."""
         return self._saver.redirect if self._saver else None
 
-    def save(self, write: Callable[[], None], push: Callable[[str], None]) -> None:
-        """Save a checkpoint of the present step through ``write``, publish it, delete what need not stay."""
+    def save(
+        self,
+        write: Callable[[], None],
+        push: Callable[[str], None],
+        note_best: Callable[[dict[str, float]], object],
+    ) -> None:
+        """Save a checkpoint of the present step, publish it, delete what need not stay.
+
+        Args:
+            write: The host's own save.
+            push: The host's upload of a folder.
+            note_best: Lets the host record the best metric, from the evaluation of this step.
+        """
         assert self._saver is not None
         state = self._trainer.state
         step = state.global_step
@@ -286,8 +324,10 @@ class RunGuard(TrainerCallback):
         spoilt = spoilt_note(state)
         if spoilt is not None:
             self.ledger.leave_behind(step - 1)
+        best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
+        if self.points_to_saved and not self.preserves and self.has_evaluated(step):
+            note_best(self._ranks.from_main(self._metrics))
         best_global_step = state.best_global_step
-        best_model_checkpoint = state.best_model_checkpoint
 
         def write_without_pointer() -> None:
             # The host would look for the best checkpoint beside the folder it writes to, behind a barrier that
@@ -317,7 +357,7 @@ class RunGuard(TrainerCallback):
             self.ledger.go_back_to(before)
             self._ranks.on_main(self.ledger.drop_missing)
             self.ledger.records = self._ranks.from_main(self.ledger.records)
-            state.best_model_checkpoint = best_model_checkpoint
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = best_before
             self._point_to_best(state)
             self.pending_push = None
             if self._options.divguard_save_error == "raise":

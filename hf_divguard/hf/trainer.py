@@ -208,22 +208,35 @@ class DivGuardMixin(_Host):
             # The log of this step has shown a divergence: what is evaluated is the state that is gone back to.
             return {}
         self._is_evaluating = True
+        best_saved = self.state.best_metric
+        if guard is not None and guard.points_to_saved:
+            self.state.best_metric = guard.best_evaluated  # what `EarlyStoppingCallback` compares with
         try:
             metrics = super()._evaluate(trial, *args, **kwargs)
         finally:
             self._is_evaluating = False
+            self.state.best_metric = best_saved
         if guard is not None:
             guard.note_evaluation(step, metrics)
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # The host records a best metric although no checkpoint may hold it. Ours is recorded when the checkpoint
-        # is complete, together with its step and folder.
+        # The host records a best metric although no checkpoint may hold it. Here it is recorded when a checkpoint
+        # of this step is saved, together with its step and folder.
         if self._guard is not None and self._guard.has_to_go_back:
             return False
-        if self._guard is None or not self._guard.preserves:
-            return bool(super()._determine_best_metric(metrics=metrics, trial=trial))
-        return self._guard.is_new_best(metrics)
+        guard = self._guard
+        if guard is not None and guard.points_to_saved:
+            guard.note_for_best(metrics)
+        if guard is not None and guard.preserves:
+            is_best = guard.is_new_best(metrics)
+        elif guard is not None and guard.points_to_saved and self.args.save_strategy != "best":
+            is_best = False
+        else:
+            is_best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
+        # With `save_strategy="best"` the answer decides on the save, which a detector that stops has promised.
+        stops = getattr(self.state, "divguard_finding", None) is not None and self.control.should_save
+        return is_best or stops
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         state, guard = self.state, self._guard
@@ -237,9 +250,11 @@ class DivGuardMixin(_Host):
             host_save(model, trial, *args, **kwargs)
             return
         self._limit_to_record = self.args.save_total_limit
+        host_determine = super()._determine_best_metric
         guard.save(
             write=lambda: host_save(model, trial, *args, **kwargs),
             push=super()._push_from_checkpoint,
+            note_best=lambda metrics: host_determine(metrics=metrics, trial=trial),
         )
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
