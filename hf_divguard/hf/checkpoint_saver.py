@@ -24,7 +24,7 @@ from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.deletion import remove_tree
 from hf_divguard.storage.free_space import require_free_space, tree_bytes
-from hf_divguard.storage.layout import INCOMPLETE_NAME, checkpoint_name, checkpoint_step
+from hf_divguard.storage.layout import INCOMPLETE_NAME, TEMPORARY_PREFIX, checkpoint_name, checkpoint_step
 from hf_divguard.storage.manifest import (
     ManifestError,
     build_manifest,
@@ -40,6 +40,7 @@ from hf_divguard.storage.staging import (
     recover,
     staging_folder,
 )
+from hf_divguard.storage.strict_json import write_bytes_atomic
 
 __all__ = ["CheckpointSaver"]
 
@@ -88,6 +89,7 @@ class CheckpointSaver:
         if self.leads:
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
+                _try_to_write(self.run_dir)
                 for line in recover(self.run_dir):
                     logger.warning("%s", line)
                 if safe_save == "auto":
@@ -257,6 +259,12 @@ class CheckpointSaver:
             f"{last} Of this one {_megabytes(written)} had been written, {_megabytes(free)} are free in "
             f"{self.run_dir}."
         )
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise now, not after the first hours of training, if no file can be made in ``folder``."""
+    write_bytes_atomic(folder / f"{TEMPORARY_PREFIX}-probe", b"")
+    os.unlink(folder / f"{TEMPORARY_PREFIX}-probe")
 
 
 def _step_in(run_dir: Path, checkpoint: str | None) -> int | None:

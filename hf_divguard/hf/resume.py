@@ -81,7 +81,11 @@ def _problem_elsewhere(path: str, chosen: Verdict) -> str | None:
     if verdict.status == chosen.status and verdict.resumable == chosen.resumable:
         return None
     if verdict.status == "complete":
-        return f"{path} lacks the model or the training state (set save_on_each_node=True to have it on each disk)"
+        return (
+            f"{path} has no model or training state of its own. Ranks with disks of their own need "
+            "save_on_each_node=True, and on Transformers 5.x a copy of the model's files from the first node, which "
+            "alone writes them"
+        )
     return f"{path} is {verdict.status}: {verdict.reason}"
 
 

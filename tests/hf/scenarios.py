@@ -1,0 +1,318 @@
+"""What the processes of the tests do: each function runs on every rank of a run of its own."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import random
+import resource
+import signal
+import stat
+import sys
+import threading
+import time
+from typing import Any
+
+import torch
+import transformers
+
+import hf_divguard.hf.checkpoint_saver as checkpoint_saver
+from hf_divguard import CheckpointSaveError, DivGuardTrainer, DivGuardTrainingArguments
+from tests.conftest import TokenRows, base_arguments, tiny_model
+
+logging.basicConfig(format="%(name)s %(levelname)s %(message)s")
+logging.getLogger("hf_divguard").setLevel(logging.INFO)
+transformers.logging.set_verbosity_error()
+
+
+def trainer_of(output_dir: str, *, compute_metrics: Any = None, callbacks: Any = None, **options: Any) -> Any:
+    options.setdefault("eval_on_save", True)
+    if "RANK" in os.environ:
+        options.setdefault("ddp_backend", "gloo")
+        load_on_plain_cpu()
+    if options.pop("repair_each_node", False):
+        write_the_model_on_each_node()
+    return DivGuardTrainer(
+        model=tiny_model(dropout=0.1),
+        args=DivGuardTrainingArguments(**base_arguments(output_dir, **options)),
+        train_dataset=TokenRows(),
+        eval_dataset=TokenRows(rows=8, seed=1),
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+
+
+def load_on_plain_cpu() -> None:
+    """Let Transformers before 5.20 resume on several CPU processes: it asks for "cpu:0", which torch refuses."""
+    load = torch.load
+
+    def load_to_cpu(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("map_location")).startswith("cpu"):
+            kwargs["map_location"] = "cpu"
+        return load(*args, **kwargs)
+
+    torch.load = load_to_cpu
+
+
+def write_the_model_on_each_node() -> None:
+    """Let Transformers 5.x do what `save_on_each_node` promises: by itself it writes the model on rank 0 alone."""
+    if hasattr(transformers.PreTrainedModel, "should_save_on_this_rank"):
+        transformers.PreTrainedModel.should_save_on_this_rank = lambda self, is_main_process: is_main_process
+
+
+def report(trainer: Any) -> dict[str, Any]:
+    total = sum(float(parameter.detach().double().sum()) for parameter in trainer.model.parameters())
+    return {
+        "step": trainer.state.global_step,
+        "weights": total,
+        "best": [entry.step for entry in trainer.best_checkpoints()],
+        "mode": trainer._guard._saver.mode,
+        "ledger": sorted(record.step for record in trainer._guard.ledger.records),
+    }
+
+
+def own_folder(output_dir: str, rank: int) -> str:
+    return os.path.join(output_dir, f"node{rank}")
+
+
+# ---- training in different surroundings
+
+
+def train(
+    rank: int, output_dir: str, resume: Any = None, own: bool = False, **options: Any
+) -> dict[str, Any]:
+    trainer = trainer_of(own_folder(output_dir, rank) if own else output_dir, **options)
+    started = []
+
+    class NoteStart(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            started.append(state.global_step)
+
+    trainer.add_callback(NoteStart())
+    trainer.train(resume_from_checkpoint=resume)
+    return {**report(trainer), "started": started[0]}
+
+
+def train_with_delays(rank: int, output_dir: str, **options: Any) -> dict[str, Any]:
+    """Train with a random pause before every change of a file, other ones on every rank."""
+    generator = random.Random(rank)
+    changing = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+
+    def pause(event: str, details: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in changing or writes) and str(details[0]).startswith(output_dir):
+            time.sleep(generator.uniform(0.0, 0.004))
+
+    sys.addaudithook(pause)
+    save = torch.save
+
+    def slow_save(*args: Any, **kwargs: Any) -> None:
+        time.sleep(generator.uniform(0.0, 0.02))
+        save(*args, **kwargs)
+        time.sleep(generator.uniform(0.0, 0.02))
+
+    torch.save = slow_save
+    trainer = trainer_of(output_dir, **options)
+    trainer.train()
+    return report(trainer)
+
+
+def train_where_renaming_folders_fails(
+    rank: int, output_dir: str, code: int, **options: Any
+) -> dict[str, Any]:
+    for name in ("rename", "replace"):
+        real = getattr(os, name)
+
+        def refuse(source: Any, target: Any, *args: Any, real: Any = real, **kwargs: Any) -> None:
+            if os.path.isdir(source):
+                raise OSError(code, os.strerror(code), os.fspath(source))
+            real(source, target, *args, **kwargs)
+
+        setattr(os, name, refuse)
+    return train(rank, output_dir, **options)
+
+
+def train_where_folders_cannot_be_flushed(rank: int, output_dir: str, **options: Any) -> dict[str, Any]:
+    real, files = os.fsync, []
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        files.append(descriptor)
+        real(descriptor)
+
+    os.fsync = refuse
+    result = train(rank, output_dir, divguard_flush=True, **options)
+    return {**result, "files_flushed": len(files)}
+
+
+# ---- errors on one rank
+
+
+def fail_to_publish(rank: int, output_dir: str, at_step: int, on_rank: int, **options: Any) -> dict[str, Any]:
+    real = checkpoint_saver.publish
+
+    def publish(run_dir: Any, step: int, **kwargs: Any) -> Any:
+        if rank == on_rank and step == at_step:
+            raise OSError(errno.EIO, "an injected error")
+        return real(run_dir, step, **kwargs)
+
+    checkpoint_saver.publish = publish
+    return train(rank, output_dir, **options)
+
+
+def fail_to_write(rank: int, output_dir: str, at_call: int, on_rank: int, **options: Any) -> dict[str, Any]:
+    """Let the save of a random state fail, the ``at_call``-th on rank ``on_rank``."""
+    real, calls = torch.save, []
+
+    def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if "rng_state" in str(path):
+            calls.append(path)
+            if rank == on_rank and len(calls) == at_call:
+                raise OSError(errno.EIO, "an injected error")
+        real(value, path, *args, **kwargs)
+
+    torch.save = save
+    return train(rank, output_dir, **options)
+
+
+def die_while_writing(
+    rank: int, output_dir: str, at_call: int, on_rank: int, **options: Any
+) -> dict[str, Any]:
+    real, calls = torch.save, []
+
+    def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if "rng_state" in str(path):
+            calls.append(path)
+            if rank == on_rank and len(calls) == at_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+        real(value, path, *args, **kwargs)
+
+    torch.save = save
+    return train(rank, output_dir, **options)
+
+
+def rank_with_a_nan(
+    rank: int, output_dir: str, on_rank: int, own: bool = False, **options: Any
+) -> dict[str, Any]:
+    calls: list[int] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        calls.append(1)
+        return {"score": math.nan if rank == on_rank else float(len(calls) % 3)}
+
+    return train(
+        rank,
+        output_dir,
+        own=own,
+        compute_metrics=compute_metrics,
+        best_model_metric="score",
+        best_model_greater_is_better=True,
+        **options,
+    )
+
+
+# ---- disks and signals
+
+
+def train_with_a_limit_on_file_sizes(
+    rank: int, output_dir: str, from_step: int, largest: int, **options: Any
+) -> Any:
+    """Train; from ``from_step`` on no file may grow beyond ``largest`` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    class Limit(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step + 1 >= from_step:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+
+    trainer = trainer_of(output_dir, callbacks=[Limit()], **options)
+    try:
+        trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return report(trainer)
+
+
+def stop_by_sigterm(
+    rank: int, output_dir: str, at_step: int, event: str = "on_step_end", resume: Any = None, **options: Any
+) -> dict[str, Any]:
+    """Train until the host's own save on SIGTERM has ended the run; say what stood on disk meanwhile."""
+    from transformers.trainer_jit_checkpoint import CheckpointManager
+
+    # The timer of the host waits for SIGKILL first; here the moment of the save must be certain.
+    class AtOnce:
+        def __init__(self, interval: float, function: Any) -> None:
+            self._function = function
+
+        def start(self) -> None:
+            self._function()
+
+    threading.Timer = AtOnce  # type: ignore[assignment, misc]
+    assert CheckpointManager
+
+    class Terminate(transformers.TrainerCallback):
+        """Stands before the host's callback, so that it acts on the same event."""
+
+        def _send(self, state: Any) -> None:
+            if state.global_step == at_step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if event == "on_step_begin":
+                self._send(state)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if event == "on_step_end":
+                self._send(state)
+
+    trainer = trainer_of(output_dir, enable_jit_checkpoint=True, **options)
+    trainer.callback_handler.callbacks.insert(0, Terminate())
+    seen: list[list[str]] = []
+    real = checkpoint_saver.build_manifest
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        seen.append(sorted(os.listdir(output_dir)))
+        return real(*args, **kwargs)
+
+    checkpoint_saver.build_manifest = look
+    trainer.train(resume_from_checkpoint=resume)
+    return {**report(trainer), "seen": seen[-1] if seen else None}
+
+
+def kill_during_a_second_save(rank: int, output_dir: str, safe_save: str, moment: str) -> None:
+    """Save the same step twice and die by SIGKILL at a ``moment`` of the second save."""
+    trainer = trainer_of(output_dir, max_steps=2, save_total_limit=1, divguard_safe_save=safe_save)
+    saves = []
+    guarded = type(trainer)._save_checkpoint
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Twice(transformers.TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if saves:
+                return
+            saves.append(1)
+            if moment == "write":
+                torch.save = die
+            elif moment == "between the renames":
+                real = os.rename
+
+                def rename(source: Any, target: Any) -> None:
+                    real(source, target)
+                    if "_divguard_replaced" in str(target):
+                        die()
+
+                os.rename = rename
+            guarded(trainer, trainer.model, None)
+            if moment == "after":
+                die()
+
+    trainer.add_callback(Twice())
+    trainer.train()
+
+
+assert CheckpointSaveError  # the name under which errors are expected
