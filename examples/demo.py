@@ -51,7 +51,7 @@ SEED = 7
 # What is learnt.
 VOCABULARY = 1024
 BLOCK = 64
-EVAL_BLOCKS = 128
+EVAL_BLOCKS = 64
 
 # How long, and what goes wrong.
 STEPS = 400

@@ -87,7 +87,7 @@ def small_llama(
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
         max_position_embeddings=block,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
     )
