@@ -10,6 +10,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import gc
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def base_arguments(output_dir: Any, **options: Any) -> dict[str, Any]:
 
 def checkpoint_steps(output_dir: str | Path) -> set[int]:
     """Return the steps of the checkpoint folders on disk."""
-    return {int(path.name.split("-")[1]) for path in Path(output_dir).glob("checkpoint-*")}
+    folders = [path for path in Path(output_dir).iterdir() if path.is_dir() and not path.is_symlink()]
+    matches = [re.fullmatch(r"checkpoint-([1-9]\d*)", folder.name) for folder in folders]
+    return {int(match[1]) for match in matches if match}
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
