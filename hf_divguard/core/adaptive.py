@@ -3,55 +3,63 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
-from hf_divguard.core.findings import Finding
+from hf_divguard.core.eval_rise import EvalRise
+from hf_divguard.core.findings import SEVERITIES, Finding, Severity
+from hf_divguard.core.gradients import Gradients
+from hf_divguard.core.level_watch import LevelWatch
 from hf_divguard.core.nonfinite import NonFiniteRule
-from hf_divguard.core.robust_level import RobustLevel, median
 
 __all__ = ["AdaptiveRule"]
 
-
-class _Excursion:
-    """A rise above the ordinary that is being watched."""
-
-    def __init__(self) -> None:
-        self.score = 0.0
-        self.onset_step = 0
-        self.values: list[float] = []
-
-    def add(self, step: int, value: float, share: float) -> None:
-        if self.score == 0.0:
-            self.onset_step = step
-            self.values = []
-        self.score = max(0.0, self.score + share)
-        if self.score > 0.0:
-            self.values.append(value)
-            if len(self.values) > 400:
-                del self.values[0]
-        else:
-            self.values = []
-
-    def is_healing(self, base: float, cap: float) -> bool:
-        count = len(self.values)
-        width = max(1, min(9, count // 2))
-        late = min(median(self.values[-width:]) - base, cap)
-        half = count // 2
-        early = min(median(self.values[max(0, half - width) : half] or self.values[:1]) - base, cap)
-        return late <= 0.8 * early
+_HUGE = 1e300
 
 
 class AdaptiveRule:
     """Report a run that is losing what it has learnt, without a threshold to set.
 
+    The rule learns the level, noise and movement of the loss from its ordinary values and
+    measures every rise against them and against the progress ``P`` made so far. Shift or
+    stretch the loss and the same steps are reported. Kinds and severities:
+
+    - ``non_finite``, ``masked`` (error), ``scaler_skip`` (note): as in ``NonFiniteRule``;
+    - ``jump`` (error): the loss rose at once by a quarter of ``P`` or more, has stayed up
+      for 9 values or longer, and does not heal;
+    - ``climb`` (error): it has crept up over the best level by 0.45 ``P`` or more;
+    - ``plateau`` (error): its two best values were in the first eighth of the run, and it
+      has kept far away from them since;
+    - ``grad_explosion`` (warning): the gradient norm is 100 times the usual;
+    - ``eval_climb`` (warning): the evaluation loss has turned and climbs;
+    - ``spike`` (note): a value far above all others, which may heal.
+
+    One incident gives one finding; the next one comes after the loss was ordinary again.
+
     Args:
-        sensitivity: How readily the rule fires, above 0. 1.0 is the default; 2.0 asks for
-            half the evidence, 0.5 for twice as much.
+        sensitivity: How readily level findings are made, above 0. Larger is earlier and
+            louder: 2.0 asks for half the height and half the evidence. The default 1.0
+            is what the tables of the documentation are measured with.
         scaler_patience: As in ``NonFiniteRule``.
-        eval_severity: Severity of a rising evaluation loss: ``"warning"`` or ``"error"``.
-        grace_values: Number of values after a resume or a rollback in which rises are not
-            judged, at least 0.
+        eval_severity: Severity of a climbing evaluation loss, ``"warning"`` by default,
+            because the last checkpoint of an overfitted run is still a sound one.
+        grace_values: Number of values, at least 0, in which no rise is judged after
+            ``begin_grace()``. The default 10 is one patience and one value.
         metric: Log key of the series, for messages.
+
+    Raises:
+        ValueError: If a setting is outside its range.
+        TypeError: If a number of values or steps is not a whole number.
+
+    Example:
+        >>> rule = AdaptiveRule()
+        >>> findings = [rule.observe(step, 2.0 + 3.0 * 0.9**step) for step in range(60)]
+        >>> findings += [rule.observe(step, 4.0) for step in range(60, 80)]
+        >>> found = [finding for finding in findings if finding and finding.severity == "error"]
+        >>> [(finding.kind, finding.onset_step, finding.step) for finding in found]
+        [('jump', 59, 68)]
+        >>> print(found[0])
+        `loss` = 4 at step 68 jumped after step 59 and stays: 2.017 before, 4 now (limit 2.6), 85% of the progress lost.
     """
 
     def __init__(
@@ -59,12 +67,22 @@ class AdaptiveRule:
         *,
         sensitivity: float = 1.0,
         scaler_patience: int = 17,
-        eval_severity: str = "warning",
+        eval_severity: Severity = "warning",
         grace_values: int = 10,
         metric: str = "loss",
     ) -> None:
+        if not (math.isfinite(sensitivity) and sensitivity > 0.0):
+            raise ValueError(f"`sensitivity` must be a finite number above 0, got {sensitivity!r}.")
+        if eval_severity not in get_args(Severity):
+            raise ValueError(
+                f"`eval_severity` must be one of {', '.join(SEVERITIES)}, got {eval_severity!r}."
+            )
+        if not isinstance(grace_values, int) or isinstance(grace_values, bool):
+            raise TypeError(f"`grace_values` must be a whole number of values, got {grace_values!r}.")
+        if grace_values < 0:
+            raise ValueError(f"`grace_values` must be at least 0 values, got {grace_values!r}.")
         self.sensitivity = sensitivity
-        self.eval_severity = eval_severity
+        self.eval_severity: Severity = eval_severity
         self.grace_values = grace_values
         self.metric = metric
         self._non_finite = NonFiniteRule(scaler_patience, metric=metric)
@@ -82,125 +100,83 @@ class AdaptiveRule:
     def reset(self) -> None:
         """Forget everything that was observed."""
         self._non_finite.reset()
-        self._level = RobustLevel()
-        self._jump = _Excursion()
-        self._climb = _Excursion()
-        self._step: int | None = None
-        self._gap = 1
-        self._peak = 0.0
-        self._healed = 0.0
-        self._open = False
-        self._grace = 0
+        self._gradients = Gradients()
+        self._watch = LevelWatch(self._gradients, sensitivity=self.sensitivity, metric=self.metric)
+        self._evaluations: dict[str, EvalRise] = {}
 
     def begin_grace(self, n_values: int | None = None) -> None:
-        """Keep what is ordinary, drop what is suspected, and judge no rise for a while."""
-        self._grace = self.grace_values if n_values is None else n_values
-        self._jump, self._climb = _Excursion(), _Excursion()
-        self._open = False
+        """Keep what is ordinary, drop what is suspected, and judge no rise for a while.
+
+        For after a resume or a rollback, when the loss is often higher for some values.
+        Non-finite values are reported all the same.
+
+        Args:
+            n_values: Number of values to be silent for, at least 0; ``grace_values`` if not given.
+        """
+        self._watch.begin_grace(self.grace_values if n_values is None else n_values)
 
     def observe(self, step: int, value: float, grad_norm: float | None = None) -> Finding | None:
-        """Feed one training loss; return the most severe finding if there is one."""
+        """Feed one training loss; return the most severe finding if there is one.
+
+        Args:
+            step: Optimizer step the value belongs to.
+            value: The loss of the step, or its mean over a logging window.
+            grad_norm: Gradient norm before clipping, or ``None`` if it is not known. It
+                tells a loss that is being pulled back from one that is stuck.
+        """
+        value = float(value)
         finding = self._non_finite.observe(step, value, grad_norm)
-        if not math.isfinite(value):
+        if not math.isfinite(value) or self._non_finite.is_masking:
+            since = self._watch.suspected_since
+            if finding is not None and since is not None:
+                finding = replace(finding, onset_step=min(finding.onset_step, since))
             return finding
-        kind = self._observe_level(step, value)
-        if kind is None or self._open:
-            return finding
-        self._open = True
-        return Finding(
-            step=step,
-            onset_step=self._jump.onset_step if kind == "jump" else self._climb.onset_step,
-            kind=kind,
-            severity="error",
-            metric=self.metric,
-            value=value,
-            limit=self._level.upper,
-            message=f"`{self.metric}` = {value:.6g} at step {step}: {kind}.",
-        )
+        gradient = None
+        if grad_norm is not None and math.isfinite(grad_norm):
+            gradient = float(grad_norm)
+            self._gradients.see(gradient)
+        explosion = self._gradients.judge(step)
+        rise = self._watch.observe(step, max(-_HUGE, min(_HUGE, value)), gradient)
+        found = [entry for entry in (finding, rise, explosion) if entry is not None]
+        return max(found, key=lambda entry: SEVERITIES.index(entry.severity), default=None)
 
     def observe_eval(self, step: int, value: float, *, metric: str = "eval_loss") -> Finding | None:
         """Feed one evaluation loss; ``metric`` tells evaluation sets apart."""
-        return self._non_finite.observe_eval(step, value, metric=metric)
+        finding = self._non_finite.observe_eval(step, value, metric=metric)
+        if not math.isfinite(value):
+            return finding
+        if metric not in self._evaluations:
+            self._evaluations[metric] = EvalRise(metric=metric, severity=self.eval_severity)
+        training = self._watch.level.center if self._watch.level.count else None
+        return self._evaluations[metric].observe(step, float(value), training)
 
-    def _observe_level(self, step: int, x: float) -> str | None:
-        if self._step is not None and step > self._step:
-            self._gap = step - self._step
-        self._step = step
-        level = self._level
-        level.see(x)
-        if level.count <= 5:
-            level.accept(x)
-            return None
-        if self._grace:
-            self._grace -= 1
-            return None
-        sig, prog, best = level.noise, level.progress, level.best if level.best is not None else x
-        k = max(3.0, 8.0 - prog / sig) if sig > 0 else 3.0
-        need_j = max(0.2 * prog, k * sig * 0.5, 1.5 * self._healed)
-        need_c = max(0.45 * prog, k * sig, 1.5 * self._healed)
-        scale = max(0.5 * prog, 1.5 * sig, self._healed)
-        if scale <= 0:
-            scale = need_j = need_c = max(1e-3 * abs(x), 1e-300)
-        w = min(max(self._gap, 1), 3) * self.sensitivity
-        ctr = level.center
-        self._jump.add(step, x, w * (max(-1.0, min(1.0, (x - level.upper) / scale)) - 0.1))
-        m_c = max(0.1 * prog, sig * 2) or scale
-        self._climb.add(step, x, w * (max(-1.0, min(1.0, (x - best - need_c) / m_c)) - 0.1))
-        cap_j, cap_c = 4.0 * max(prog, 2 * need_j), 4.0 * max(prog, 2 * need_c)
-        if self._jump.score > 0:
-            t = len(self._jump.values)
-            E = median(self._jump.values[-max(1, min(9, t // 2)) :]) - ctr
-            if t >= 3:
-                self._peak = max(self._peak, E)
-            if self._jump.score >= 9.0:
-                if need_j <= E and not self._jump.is_healing(ctr, cap_j):
-                    return "jump"
-                self._jump.score = min(self._jump.score, 18.0)
-            if t > 25 and self._peak < need_j:
-                for v in self._jump.values[:-1]:
-                    level.accept(v)
-                self._jump = _Excursion()
-        elif self._peak > 0:
-            if self._peak >= need_j:
-                self._healed = max(self._healed, min(self._peak, 1e300))
-            self._peak = 0.0
-        if self._climb.score >= 30.0 and not self._climb.is_healing(best, cap_c):
-            return "climb"
-        if self._jump.score <= 2:
-            level.accept(x)
-            self._open = False
-        return None
+    # ---- memory
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the memory of the rule as JSON values."""
+        """Return the memory of the rule as JSON values, at most about 1500 numbers."""
         return {
             "non_finite": self._non_finite.state_dict(),
-            "level": self._level.state_dict(),
-            "jump": dict(vars(self._jump)),
-            "climb": dict(vars(self._climb)),
-            "step": self._step,
-            "gap": self._gap,
-            "peak": self._peak,
-            "healed": self._healed,
-            "open": self._open,
-            "grace": self._grace,
+            "gradients": self._gradients.state_dict(),
+            "watch": self._watch.state_dict(),
+            "evaluations": {metric: rise.state_dict() for metric, rise in self._evaluations.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a memory that ``state_dict`` returned.
+        """Take over a memory that ``state_dict`` returned. Settings stay as constructed.
 
         Raises:
-            ValueError: If the state does not fit; the rule is left as it was.
+            ValueError: If the state does not fit this rule; the rule is left as it was.
         """
+        gradients = Gradients()
+        watch = LevelWatch(gradients, sensitivity=self.sensitivity, metric=self.metric)
+        evaluations: dict[str, EvalRise] = {}
         try:
-            level = RobustLevel.from_state_dict(state_dict["level"])
-            jump, climb = _Excursion(), _Excursion()
-            vars(jump).update(state_dict["jump"])
-            vars(climb).update(state_dict["climb"])
-            values = {name: state_dict[name] for name in ("step", "gap", "peak", "healed", "open", "grace")}
+            gradients.load_state_dict(state_dict["gradients"])
+            watch.load_state_dict(state_dict["watch"])
+            for metric, entry in state_dict["evaluations"].items():
+                evaluations[metric] = EvalRise(metric=metric, severity=self.eval_severity)
+                evaluations[metric].load_state_dict(entry)
             self._non_finite.load_state_dict(state_dict["non_finite"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"The state of the adaptive rule cannot be read: {error}.") from error
-        self._level, self._jump, self._climb = level, jump, climb
-        for name, value in values.items():
-            setattr(self, f"_{name}", value)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"The state of the adaptive rule cannot be read: {error!r}.") from error
+        self._gradients, self._watch, self._evaluations = gradients, watch, evaluations

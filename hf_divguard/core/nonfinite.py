@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from hf_divguard.core.findings import Finding
@@ -53,7 +54,7 @@ class NonFiniteRule:
         >>> rule = NonFiniteRule()
         >>> rule.observe(1, 2.31, grad_norm=1.2)
         >>> print(rule.observe(2, 0.0, grad_norm=float("nan")))
-        `loss` = 0 at step 2 is a mask: the gradient norm there is nan, so the loss was not finite and was filtered out of the log.
+        `loss` = 0 at step 2 is a mask: the gradient norm is nan, so the loss was not finite and was filtered out.
         >>> rule.observe(3, 0.0, grad_norm=float("nan"))
     """
 
@@ -73,12 +74,18 @@ class NonFiniteRule:
         self._harmless = 0
         self._bad_gradients = 0
         self._bad_since: int | None = None
+        self._sound_before: int | None = None
         self._previous: float | None = None
         self._same = 0
         self._zeros = 0
         self._zeros_since: int | None = None
         self._last_nonzero = 0.0
         self._largest = 0.0
+
+    @property
+    def is_masking(self) -> bool:
+        """Whether the last value was not the loss of its step."""
+        return self._open == "error"
 
     def observe(self, step: int, value: float, grad_norm: float | None = None) -> Finding | None:
         """Feed one loss, with the gradient norm of the same step where it is known.
@@ -90,6 +97,8 @@ class NonFiniteRule:
         """
         finding = self._judge(step, value, grad_norm)
         if finding is None:
+            # Up to here the loss was sound; the update of this step too, if its gradient is known to be.
+            self._sound_before = step if grad_norm is None else step + 1
             self._open = ""
             return None
         if finding.severity == "note":
@@ -133,18 +142,25 @@ class NonFiniteRule:
                     "batch without labels."
                 )
                 return self._finding(step, step, "non_finite", value, message, severity="note")
-        return non_finite_finding(self.metric, step, value)
+        return replace(non_finite_finding(self.metric, step, value), onset_step=self._onset(step))
+
+    def _onset(self, step: int) -> int:
+        """Return the first step that may be bad: the one after the last sound one."""
+        since = [
+            s for s in (self._bad_since if self._bad_gradients else None, self._sound_before) if s is not None
+        ]
+        return min([step, *since])
 
     def _judge_bad_gradient(self, step: int, value: float, grad_norm: float) -> Finding:
         self._zeros = 0
         self._bad_gradients += 1
         if self._bad_gradients == 1 or self._bad_since is None:
-            self._bad_since = step
+            self._bad_since = min(step, step if self._sound_before is None else self._sound_before)
         evidence: dict[str, float | int | str] = {"grad_norm": grad_norm, "in_a_row": self._bad_gradients}
         if value == 0.0:
             message = (
-                f"`{self.metric}` = 0 at step {step} is a mask: the gradient norm there is {grad_norm}, so the loss was "
-                "not finite and was filtered out of the log."
+                f"`{self.metric}` = 0 at step {step} is a mask: the gradient norm is {grad_norm}, so the loss was not "
+                "finite and was filtered out."
             )
             return self._finding(step, self._bad_since, "masked", value, message, evidence)
         if min(self._same, self._bad_gradients) >= _SAME_IN_A_ROW:
@@ -185,13 +201,13 @@ class NonFiniteRule:
             return None
         self._zeros += 1
         if self._zeros == 1 or self._zeros_since is None:
-            self._zeros_since = step
+            self._zeros_since = min(step, step if self._sound_before is None else self._sound_before)
         if self._zeros < _ZEROS_IN_A_ROW or abs(self._last_nonzero) <= _ABRUPT_SHARE * self._largest:
             return None
         message = (
-            f"`{self.metric}` fell from {self._last_nonzero:.6g} to exactly 0 at step {self._zeros_since} and stayed there "
-            f"for {self._zeros} values: a loss that is filtered because it is not finite looks like this (the log has no "
-            "`grad_norm` to tell for sure)."
+            f"`{self.metric}` fell from {self._last_nonzero:.6g} to exactly 0 at step {self._zeros_since} and stayed "
+            f"there for {self._zeros} values: a loss that is filtered because it is not finite looks like this "
+            "(the log has no `grad_norm` to tell for sure)."
         )
         evidence: dict[str, float | int | str] = {"last_nonzero": self._last_nonzero, "in_a_row": self._zeros}
         return self._finding(step, self._zeros_since, "masked", value, message, evidence)
@@ -241,6 +257,7 @@ _STATE: dict[str, tuple[type, ...]] = {
     "harmless": (int,),
     "bad_gradients": (int,),
     "bad_since": (int, type(None)),
+    "sound_before": (int, type(None)),
     "previous": (float, int, type(None)),
     "same": (int,),
     "zeros": (int,),

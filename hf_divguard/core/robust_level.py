@@ -1,4 +1,4 @@
-"""The ordinary level of a noisy, falling series: where it is, how noisy it is, how far it has come."""
+"""What is ordinary for a noisy, falling series: its level, noise and movement, and how far it has come."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from typing import Any
 
 __all__ = ["RobustLevel", "SortedWindow", "median"]
 
-WINDOW = 100
-"""Values the level and the noise are taken from."""
+# Lengths are counted in values. Where each number comes from is told in docs/detectors.md.
+LONGEST_WINDOW = 100
+SHORTEST_WINDOW = 8
+WINDOW_SHARE = 3
+NOISE_WINDOW = 30
 LEVEL_WINDOW = 9
-"""Values in the median that is compared with the best so far."""
+LEVEL_SHARE = 6
 INITIAL = 5
-"""Values whose median is the level the run began at."""
-UPPER_QUANTILE = 0.8
-"""Part of the ordinary values that lie below ``RobustLevel.upper``."""
-_MEDIAN_DIFFERENCE = 0.9539
-# Median of |a - b| for two normal values of spread 1: 0.6745 * sqrt(2).
-_MEDIAN_ERROR = 1.2533
-# Spread of the median of n normal values is this over sqrt(n): sqrt(pi / 2).
+EARLY = 20
+UPPER = 0.9
+LOWER = 0.1
+
+# For values with normal noise of spread 1:
+_MEDIAN_DIFFERENCE = 0.9539  # median of |a - b|: 0.6745 * sqrt(2)
+_MEDIAN_ERROR = 1.2533  # spread of a median of n is this over sqrt(n): sqrt(pi / 2)
+_UPPER_DIFFERENCE = 1.645 * math.sqrt(2.0)  # 0.9 quantile of |a - b|
+
+_HUGE = 1e300
 
 
 def median(values: Iterable[float]) -> float:
@@ -33,40 +39,40 @@ def median(values: Iterable[float]) -> float:
     """
     ordered = sorted(values)
     half, odd = divmod(len(ordered), 2)
-    # Halved before they are added: the sum of two huge values must not become infinite.
     return ordered[half] if odd else 0.5 * ordered[half - 1] + 0.5 * ordered[half]
 
 
 class SortedWindow:
-    """The last ``size`` values, with any quantile at hand.
+    """The last few values, with any quantile at hand.
 
     Example:
-        >>> window = SortedWindow(3)
+        >>> window = SortedWindow()
         >>> for value in (5.0, 1.0, 9.0, 2.0):
-        ...     window.append(value)
+        ...     window.append(value, size=3)
         >>> window.values(), window.quantile(0.5)
         ([1.0, 9.0, 2.0], 2.0)
     """
 
-    def __init__(self, size: int, values: Sequence[float] = ()) -> None:
-        self.size = size
-        self._arrived = deque(values[-size:])
-        self._ordered = sorted(self._arrived)
+    __slots__ = ("_arrived", "_ordered")
+
+    def __init__(self, values: Sequence[float] = ()) -> None:
+        self._arrived = deque(values)
+        self._ordered = sorted(values)
 
     def __len__(self) -> int:
         return len(self._ordered)
 
-    def append(self, value: float) -> None:
-        """Add a value and drop the oldest one if the window is full."""
+    def append(self, value: float, size: int) -> None:
+        """Add a value, then drop the oldest until ``size`` are left."""
         self._arrived.append(value)
         insort(self._ordered, value)
-        if len(self._arrived) > self.size:
+        while len(self._arrived) > size:
             del self._ordered[bisect_left(self._ordered, self._arrived.popleft())]
 
     def quantile(self, share: float) -> float:
-        """Return the value below which a ``share`` of the window lies."""
+        """Return the value below which a ``share`` of the window lies; 0 if it is empty."""
         ordered = self._ordered
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
     def values(self) -> list[float]:
         """Return the values in the order of their arrival."""
@@ -74,39 +80,90 @@ class SortedWindow:
 
 
 class RobustLevel:
-    """What is ordinary for a series, learnt only from values that were ordinary themselves."""
+    """What is ordinary for a series, learnt only from values that were ordinary themselves.
+
+    Everything is a rank statistic, so that a few outliers do not move it, and everything
+    scales and shifts with the series. The window holds the last third of the accepted
+    values, at least 8 and at most 100, so that it neither remembers the steep start for
+    long nor forgets what a long run is like.
+
+    Example:
+        >>> level = RobustLevel()
+        >>> for value in (4.0, 3.1, 2.9, 3.0, 3.1, 2.9, 3.0, 3.1):
+        ...     level.see(value)
+        ...     level.accept(value)
+        >>> level.center, level.upper
+        (3.1, 4.0)
+    """
 
     def __init__(self) -> None:
-        self._window = SortedWindow(WINDOW)
-        self._differences = SortedWindow(WINDOW)
-        self._recent: deque[float] = deque(maxlen=LEVEL_WINDOW)
+        self.count = 0
+        self.noise = 0.0
+        self.early_noise = 0.0
+        self.movement = 0.0
+        self.best: float | None = None
+        self.spread_at_best = 0.0
+        self.movement_at_best = 0.0
+        self.level: float | None = None
+        self.lowest: list[tuple[float, int]] = []
         self._initial: list[float] = []
         self._last: float | None = None
-        self.best: float | None = None
-        self.count = 0
+        self._window = SortedWindow()
+        self._differences = SortedWindow()
+        self._moves = SortedWindow()
+        self._recent: deque[float] = deque()
+        self._levels: deque[float] = deque()
 
     def see(self, value: float) -> None:
         """Count a finite value, ordinary or not."""
         self.count += 1
         if len(self._initial) < INITIAL:
             self._initial.append(value)
-
-    def accept(self, value: float) -> None:
-        """Let an ordinary value into the level, the noise and the best so far."""
-        self._window.append(value)
-        self._recent.append(value)
-        if self._last is not None:
-            self._differences.append(min(abs(value - self._last), 1e300))
-        self._last = value
-        if len(self._recent) >= 3:
-            certain = median(self._recent) + _MEDIAN_ERROR * self.noise / math.sqrt(len(self._recent))
-            if self.best is None or certain < self.best:
-                self.best = certain
+        if len(self.lowest) < 2:
+            self.lowest = sorted([*self.lowest, (value, self.count)])
+        elif value < self.lowest[1][0]:
+            self.lowest = sorted([self.lowest[0], (value, self.count)])
 
     @property
-    def noise(self) -> float:
-        """Spread of one value about the level, from the differences of neighbours."""
-        return self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE if len(self._differences) else 0.0
+    def size(self) -> int:
+        """Number of ordinary values that are remembered."""
+        return max(SHORTEST_WINDOW, min(LONGEST_WINDOW, self.count // WINDOW_SHARE))
+
+    def accept(self, value: float) -> None:
+        """Let a value into what is ordinary."""
+        size = self.size
+        self._window.append(value, size)
+        if self._last is not None:
+            self._differences.append(min(abs(value - self._last), _HUGE), max(NOISE_WINDOW, size))
+            self.noise = self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE
+            if self.count <= EARLY:
+                self.early_noise = self.noise
+        self._last = value
+        width = max(3, min(LEVEL_WINDOW, self.count // LEVEL_SHARE))
+        recent = self._recent
+        recent.append(value)
+        while len(recent) > width:
+            recent.popleft()
+        if len(recent) >= 3:
+            self.level = median(recent)
+            self._learn_movement(self.level, len(recent), size)
+            certain = self.level + _MEDIAN_ERROR * self.noise / math.sqrt(len(recent))
+            if self.best is None or certain < self.best:
+                self.best = certain
+                self.spread_at_best, self.movement_at_best = self.spread, self.movement
+
+    def _learn_movement(self, level: float, width: int, size: int) -> None:
+        """Learn how far the level moves, beyond noise, while the values it is taken from are replaced."""
+        levels = self._levels
+        levels.append(level)
+        while len(levels) > width + 1:
+            levels.popleft()
+        if len(levels) <= width:
+            return
+        self._moves.append(min(abs(level - levels[0]), _HUGE), size)
+        move = self._moves.quantile(UPPER)
+        by_noise = _UPPER_DIFFERENCE * _MEDIAN_ERROR * self.noise / math.sqrt(width)
+        self.movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
 
     @property
     def center(self) -> float:
@@ -115,37 +172,77 @@ class RobustLevel:
 
     @property
     def upper(self) -> float:
-        """Upper edge of the ordinary values."""
-        return self._window.quantile(UPPER_QUANTILE)
+        """Upper edge of the ordinary values: a tenth of them lie above."""
+        return self._window.quantile(UPPER)
+
+    @property
+    def lower(self) -> float:
+        """Lower edge of the ordinary values: a tenth of them lie below."""
+        return self._window.quantile(LOWER)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the edges: noise, movement and tails together."""
+        return self._window.quantile(UPPER) - self._window.quantile(LOWER)
+
+    @property
+    def initial(self) -> float:
+        """Median of the first values."""
+        return median(self._initial)
 
     @property
     def progress(self) -> float:
         """How far the level has certainly fallen since the beginning; never negative."""
         if self.best is None:
             return 0.0
-        return max(0.0, median(self._initial) - self.best)
+        doubt = _MEDIAN_ERROR / math.sqrt(3.0) * self.early_noise
+        return max(0.0, self.initial - doubt - self.best)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as JSON values."""
-        return {
-            "window": self._window.values(),
-            "differences": self._differences.values(),
-            "recent": list(self._recent),
-            "initial": list(self._initial),
-            "last": self._last,
-            "best": self.best,
-            "count": self.count,
-        }
+        state = {name: getattr(self, name) for name in _NUMBERS}
+        state["lowest"] = [list(pair) for pair in self.lowest]
+        state["initial"], state["last"] = list(self._initial), self._last
+        for name in _SEQUENCES:
+            held = getattr(self, f"_{name}")
+            state[name] = held.values() if isinstance(held, SortedWindow) else list(held)
+        return state
 
     @classmethod
-    def from_state_dict(cls, state_dict: dict[str, Any]) -> RobustLevel:
-        """Return the level that ``state_dict`` was taken from."""
+    def from_state_dict(cls, state: dict[str, Any]) -> RobustLevel:
+        """Return the level that ``state`` was taken from.
+
+        Raises:
+            KeyError: If a part is missing.
+            TypeError: If a part is not made of numbers.
+        """
         level = cls()
-        level._window = SortedWindow(WINDOW, state_dict["window"])
-        level._differences = SortedWindow(WINDOW, state_dict["differences"])
-        level._recent.extend(state_dict["recent"])
-        level._initial = list(state_dict["initial"])[:INITIAL]
-        level._last = state_dict["last"]
-        level.best = state_dict["best"]
-        level.count = state_dict["count"]
+        for name in _NUMBERS:
+            setattr(level, name, None if state[name] is None else _finite(state[name]))
+        level.lowest = [(_finite(value), int(index)) for value, index in state["lowest"]]
+        level._initial = [_finite(value) for value in state["initial"]]
+        level._last = None if state["last"] is None else _finite(state["last"])
+        for name in _SEQUENCES:
+            values = [_finite(value) for value in state[name]]
+            is_window = isinstance(getattr(level, f"_{name}"), SortedWindow)
+            setattr(level, f"_{name}", SortedWindow(values) if is_window else deque(values))
         return level
+
+
+_NUMBERS = (
+    "count",
+    "noise",
+    "early_noise",
+    "movement",
+    "best",
+    "spread_at_best",
+    "movement_at_best",
+    "level",
+)
+_SEQUENCES = ("window", "differences", "moves", "recent", "levels")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a finite number")
+    return value

@@ -1,0 +1,104 @@
+"""Gradient norms: the usual one, and how far the last ones are from it."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from hf_divguard.core.findings import Finding
+from hf_divguard.core.robust_level import SortedWindow, median
+
+__all__ = ["Gradients"]
+
+# Where each number comes from is told in docs/detectors.md.
+LAST = 5
+LEAST = 3
+EXPLOSION = 100.0
+SEEN_BEFORE = 18
+_HUGE = 1e300
+
+
+class Gradients:
+    """The gradient norms of a run.
+
+    Their ratio to the usual one tells a loss that is high and being pulled back (the ratio
+    is high) from one that is high and stuck (it is not).
+
+    Example:
+        >>> gradients = Gradients()
+        >>> for norm in (1.0, 1.2, 0.8, 1.0):
+        ...     gradients.see(norm)
+        ...     gradients.accept(norm, size=100)
+        >>> for norm in (5.0, 6.0, 7.0):
+        ...     gradients.see(norm)
+        >>> gradients.pull()
+        5.0
+    """
+
+    def __init__(self) -> None:
+        self._usual = SortedWindow()
+        self._last: deque[float] = deque(maxlen=LAST)
+        self._seen = 0
+        self._exploding = False
+
+    def see(self, norm: float) -> None:
+        """Take a finite gradient norm, usual or not."""
+        self._last.append(min(norm, _HUGE))
+        self._seen += 1
+
+    def accept(self, norm: float, size: int) -> None:
+        """Let the gradient norm of an ordinary loss into what is usual; keep ``size`` of them."""
+        self._usual.append(min(norm, _HUGE), size)
+
+    def pull(self, count: int = LAST) -> float | None:
+        """Return the median of the last norms, ``count`` of 3 to 5, over the usual one; ``None`` if unknown."""
+        usual = self._usual.quantile(0.5)
+        if len(self._usual) < LEAST or len(self._last) < LEAST or usual <= 0.0:
+            return None
+        return median(list(self._last)[-max(LEAST, min(LAST, count)) :]) / usual
+
+    def judge(self, step: int) -> Finding | None:
+        """Return a finding when the gradient norm begins to be 100 times the usual."""
+        pull = self.pull()
+        if pull is None or pull < EXPLOSION or self._seen < SEEN_BEFORE:
+            self._exploding = False
+            return None
+        if self._exploding:
+            return None
+        self._exploding = True
+        value, usual = median(self._last), self._usual.quantile(0.5)
+        return Finding(
+            step=step,
+            onset_step=step,
+            kind="grad_explosion",
+            severity="warning",
+            metric="grad_norm",
+            value=value,
+            limit=EXPLOSION * usual,
+            message=(
+                f"`grad_norm` = {value:.4g} at step {step} (median of the last {len(self._last)}) is {pull:.3g} times "
+                f"the usual {usual:.4g} (limit {EXPLOSION:g} times)."
+            ),
+            evidence={"usual": usual, "ratio": pull},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as JSON values."""
+        return {
+            "usual": self._usual.values(),
+            "last": list(self._last),
+            "seen": self._seen,
+            "exploding": self._exploding,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a memory.
+
+        Raises:
+            KeyError: If a part is missing.
+            TypeError: If a part is not made of numbers.
+        """
+        usual = SortedWindow([float(norm) for norm in state_dict["usual"]])
+        last = deque([float(norm) for norm in state_dict["last"]], maxlen=LAST)
+        self._seen, self._exploding = int(state_dict["seen"]), bool(state_dict["exploding"])
+        self._usual, self._last = usual, last
