@@ -722,8 +722,23 @@ def run_once(
         resume = any(_ANY_CHECKPOINT.fullmatch(path.name) for path in run_dir.iterdir())
         life = Life(series, run_dir, root, aim=aim, resume=resume)
         seen = follow(life, aim, resume, generator)
-        if seen.started is not None and before is not None:
-            _check_place(series, seen.started, before, unpublished, counts)
+        if seen.done is None and not seen.killed:
+            counts.resume_failed += 1
+            counts.notes.append(f"{series.label}: {seen.failed}")
+            failures += 1
+            broken = (
+                max((step for step in before.folders if step not in before.whole), default=None)
+                if before
+                else None
+            )
+            if failures > 3 or broken is None:
+                break
+            shutil.rmtree(run_dir / f"checkpoint-{broken}", ignore_errors=True)
+            published.discard(broken)
+            continue
+        if seen.started is not None:
+            if before is not None:
+                _check_place(series, seen.started, before, unpublished, counts)
             # What training went on from is published, also if the kill came before it could say so.
             published = {step for step in published if step <= seen.started} | {seen.started} - {0}
             before = None
@@ -734,17 +749,6 @@ def run_once(
             if seen.done != reference.weights:
                 counts.notes.append(f"{series.label}: final weights differ")
             break
-        if not seen.killed:
-            counts.resume_failed += 1
-            counts.notes.append(f"{series.label}: {seen.failed}")
-            failures += 1
-            if failures > 3:
-                break
-            newest = max(before.folders, default=None) if before else None
-            if newest is not None:
-                shutil.rmtree(run_dir / f"checkpoint-{newest}")
-                published.discard(newest)
-            continue
         failures = 0
         counts.kills += 1
         unpublished = (unpublished | {seen.saving or 0}) - published

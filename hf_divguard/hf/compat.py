@@ -6,12 +6,15 @@ The seam is tested, not the version number: 5.0 still has the loop of 4.57.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import Trainer
 
-__all__ = ["HAS_FINALIZE", "HAS_ROTATE_METHOD", "hidden_save_limit"]
+__all__ = ["HAS_FINALIZE", "HAS_ROTATE_METHOD", "hidden_save_limit", "rewrite_best"]
 
 HAS_ROTATE_METHOD = hasattr(Trainer, "_rotate_checkpoints")
 """4.57 to 5.0 rotate through a method, later versions through a module function. Ends with 4.x support."""
@@ -32,3 +35,25 @@ def hidden_save_limit(args: Any) -> Iterator[int | None]:
         yield limit
     finally:
         args.save_total_limit = limit
+
+
+_BEST_FIELDS = ("best_global_step", "best_metric", "best_model_checkpoint")
+# The host dumps its state with sorted keys and an indent of two, so the three stand at the top, a line each.
+_BEST_LINES = re.compile(r"\A\{\n" + "".join(rf'  "{name}": [^\n]*,\n' for name in _BEST_FIELDS))
+
+
+def rewrite_best(state: Any, path: str | os.PathLike[str]) -> None:
+    """Bring what the file at ``path`` says of the best checkpoint up to ``state``, with which it was written.
+
+    Writing the whole state anew takes, with some hundred log entries, as long as writing a
+    small model. A file of another form is written anew all the same.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    head = _BEST_LINES.match(text)
+    if head is None:
+        state.save_to_json(os.fspath(path))
+        return
+    lines = "".join(f'  "{name}": {json.dumps(getattr(state, name))},\n' for name in _BEST_FIELDS)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("{\n" + lines + text[head.end() :])

@@ -23,7 +23,7 @@ from hf_divguard.hf.callback_state import (
     restore_states,
 )
 from hf_divguard.hf.checkpoint_saver import CheckpointSaver
-from hf_divguard.hf.compat import hidden_save_limit
+from hf_divguard.hf.compat import hidden_save_limit, rewrite_best
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.ledger import CheckpointLedger, describe
 from hf_divguard.hf.loss_watch import LossWatch
@@ -344,7 +344,7 @@ class RunGuard(TrainerCallback):
         def finish(folder: Path) -> None:
             self._point_to_best(state, being_saved=step)
             if self._args.should_save:
-                state.save_to_json(os.path.join(folder, "trainer_state.json"))
+                rewrite_best(state, os.path.join(folder, "trainer_state.json"))
 
         try:
             written = self._saver.save(

@@ -437,3 +437,26 @@ def test_saving_a_step_again_never_leaves_the_run_without_a_checkpoint(
     assert start_of(make_trainer, tmp_path / "out", max_steps=4) == 2
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize("metric", [0.5, float("nan"), None])
+def test_the_saved_state_of_the_host_is_what_it_would_write_itself(
+    metric: float | None, tmp_path: Path
+) -> None:
+    from transformers import TrainerState
+
+    from hf_divguard.hf.compat import rewrite_best
+
+    state = TrainerState(global_step=4, log_history=[{"step": 4, "note": 'a "best_metric": 1,\n'}])
+    state.save_to_json(str(tmp_path / "written"))
+    state.best_metric, state.best_global_step, state.best_model_checkpoint = (
+        metric,
+        4,
+        'out/a "name"/checkpoint-4',
+    )
+    rewrite_best(state, tmp_path / "written")
+    state.save_to_json(str(tmp_path / "expected"))
+    assert (tmp_path / "written").read_bytes() == (tmp_path / "expected").read_bytes()
+    (tmp_path / "written").write_text('{"of": "another form"}')
+    rewrite_best(state, tmp_path / "written")
+    assert (tmp_path / "written").read_bytes() == (tmp_path / "expected").read_bytes()
