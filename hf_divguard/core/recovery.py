@@ -73,6 +73,16 @@ class RecoveryCheck:
         level = self.level()
         return self.limit is None or level is None or level <= self.limit
 
+    def was_ever_bad(self) -> bool:
+        """Return whether the median of 9 losses in a row was above the limit at any time since the rollback."""
+        limit = math.inf if self.limit is None else self.limit
+        is_bad = [not loss <= limit for step, loss in self._losses if step > self._since]
+        half = _JUDGED_VALUES // 2
+        return any(
+            sum(is_bad[start : start + _JUDGED_VALUES]) > half
+            for start in range(len(is_bad) - _JUDGED_VALUES + 1)
+        )
+
     def first_bad_step(self) -> int | None:
         """Return the first step since the rollback whose loss is above the limit."""
         limit = math.inf if self.limit is None else self.limit

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_divguard.core.findings import Finding
 
-__all__ = ["Decision", "RollbackPolicy", "Target"]
+__all__ = ["TRAINED_THROUGH", "Decision", "RollbackPolicy", "Target"]
 
 # An incident is over when no error was found for this many cool-downs after the last one ended. A fault that
 # is still there shows itself within the detection delay (a few tens of steps); ten times the default cool-down
@@ -19,6 +19,9 @@ _COOLDOWNS_TO_CLOSE = 10
 # A run that was healthy for this many cool-downs after the last one has left the place where it failed: the
 # states it made since are as good as any, and going back further would only lose more.
 _COOLDOWNS_TO_LEAVE = 2
+
+TRAINED_THROUGH = "trained_through"
+"""Kind of the finding that a fault lasted on after a rollback, and has passed now."""
 
 # The rate that a last attempt gets where the user named no factor below 1.
 _LAST_ATTEMPT_FACTOR = 0.5
@@ -50,12 +53,14 @@ class Decision:
         incident: Number of the incident, from 1.
         lr_factor: What the learning rate is multiplied with.
         cooldown_steps: Steps for which findings are ignored afterwards.
+        onset_step: First bad step at this place; everything before it is good.
         reason: Why it was given up; empty for a rollback.
     """
 
     target: Target | None
     attempt: int
     incident: int
+    onset_step: int
     lr_factor: float = 1.0
     cooldown_steps: int = 0
     reason: str = ""
@@ -66,8 +71,9 @@ class RollbackPolicy:
     """Decides on rollbacks; remembers incidents.
 
     The first rollback of an incident goes to the newest state older than the onset. If
-    the run fails again at the same place, the next goes to an older one; the last one
-    allowed also lowers the learning rate. After that it gives up. Each attempt doubles the
+    the run fails again at the same place, the next goes to an older one, or to the same
+    one if only the fault had not passed yet; the last one allowed also lowers the learning
+    rate. After that it gives up. Each attempt doubles the
     cool-down, so that a fault which lasts a while can pass. The incident is over when no
     error was found for ten cool-downs.
 
@@ -100,6 +106,7 @@ class RollbackPolicy:
     rollbacks: int = 0
     muted_until: int = 0
     open_until: int = 0
+    place_onset: int = 0
     origins_tried: list[int] = field(default_factory=list)
     rate_cuts: list[tuple[int, float]] = field(default_factory=list)
 
@@ -117,49 +124,53 @@ class RollbackPolicy:
         """
         again = self.is_open(step)
         incident, attempt = (self.incident, self.attempt + 1) if again else (self.incident + 1, 1)
+        left_at = self.muted_until + _COOLDOWNS_TO_LEAVE * self.cooldown_steps
+        same_place = again and finding.onset_step <= left_at
+        onset = min(finding.onset_step, self.place_onset) if same_place else finding.onset_step
         if attempt > self.max_rollbacks:
-            return Decision(
-                None,
-                attempt,
-                incident,
-                reason=f"the run failed again after {self.max_rollbacks} rollback(s) (`divguard_max_rollbacks`)",
-            )
+            reason = f"the run failed again after {self.max_rollbacks} rollback(s) (`divguard_max_rollbacks`)"
+            return Decision(None, attempt, incident, onset, reason=reason)
         newest_allowed = finding.onset_step - 2 - self.margin_steps
         old_enough = [target for target in targets if target.step <= newest_allowed]
         if not old_enough:
             held = ", ".join(str(target.step) for target in targets) or "none"
-            return Decision(
-                None,
-                attempt,
-                incident,
-                reason=(
-                    f"no checkpoint is old enough: the onset is step {finding.onset_step}, so one of step "
-                    f"{newest_allowed} or earlier is needed, and those there are of step {held}. Save more often "
-                    "than faults take to show, keep more checkpoints, or set `divguard_snapshot_steps`"
-                ),
+            reason = (
+                f"no checkpoint is old enough: the onset is step {finding.onset_step}, so one of step {newest_allowed} "
+                f"or earlier is needed, and those there are of step {held}. Save more often than faults take to show, keep "
+                "more checkpoints, or set `divguard_snapshot_steps`"
             )
-        same_place = (
-            again and finding.onset_step <= self.muted_until + _COOLDOWNS_TO_LEAVE * self.cooldown_steps
-        )
-        older = [t for t in old_enough if not same_place or t.origin < min(self.origins_tried)]
-        chosen = (
-            max(older, key=lambda t: t.step) if older else min(old_enough, key=lambda t: (t.origin, -t.step))
-        )
-        is_last = attempt == self.max_rollbacks and attempt > 1
-        lower_rate = is_last or not older
+            return Decision(None, attempt, incident, onset, reason=reason)
+        if not same_place:
+            better = old_enough
+        elif finding.kind == TRAINED_THROUGH:
+            better = [target for target in old_enough if target.origin <= min(self.origins_tried)]
+        else:
+            better = [target for target in old_enough if target.origin < min(self.origins_tried)]
+        if better:
+            chosen = max(better, key=lambda target: target.step)
+        else:
+            chosen = min(old_enough, key=lambda target: (target.origin, -target.step))
+        is_last = attempt == self.max_rollbacks and attempt > 1 and finding.kind != TRAINED_THROUGH
+        lower_rate = is_last or not better
         return Decision(
             chosen,
             attempt,
             incident,
+            onset,
             lr_factor=min(self.lr_factor, _LAST_ATTEMPT_FACTOR) if lower_rate else self.lr_factor,
             cooldown_steps=self.cooldown_steps * 2 ** (attempt - 1),
         )
+
+    def may_try_again(self) -> bool:
+        """Return whether the present incident has a rollback left."""
+        return self.attempt < self.max_rollbacks
 
     def record(self, decision: Decision, step: int) -> None:
         """Remember a rollback that was carried out at ``step``."""
         assert decision.target is not None
         if decision.incident != self.incident:
             self.origins_tried = []
+        self.place_onset = decision.onset_step
         self.incident, self.attempt = decision.incident, decision.attempt
         self.rollbacks += 1
         self.origins_tried.append(decision.target.origin)
@@ -176,7 +187,7 @@ class RollbackPolicy:
         """Return whether an error at ``step`` belongs to the last incident."""
         return self.incident > 0 and step <= self.open_until
 
-    _NUMBERS = ("incident", "attempt", "rollbacks", "muted_until", "open_until")
+    _NUMBERS = ("incident", "attempt", "rollbacks", "muted_until", "open_until", "place_onset")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, without settings, as JSON values."""

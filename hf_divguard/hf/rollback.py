@@ -13,7 +13,7 @@ import torch
 
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.recovery import RecoveryCheck
-from hf_divguard.core.rollback_policy import Decision, RollbackPolicy, Target
+from hf_divguard.core.rollback_policy import TRAINED_THROUGH, Decision, RollbackPolicy, Target
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
 from hf_divguard.hf.callback_state import collect_states, read_callback_states
 from hf_divguard.hf.detectors import DivergenceDetector
@@ -129,6 +129,8 @@ class Rollback:
         Findings are ignored during the cool-down, but the loss is not: if the median of its
         last values is still above what was ordinary before the fault, the fault has not
         passed, and another rollback is asked for. The same where training ends in a cool-down.
+        If it has passed in the meantime, the state has been trained through it, and what it
+        took from that stays for long: it is put back once more, now that the way is free.
         """
         trainer, state = self._trainer, self._trainer.state
         total = float(trainer._total_loss_scalar)
@@ -139,24 +141,36 @@ class Rollback:
         is_last = state.global_step >= state.max_steps
         if self._recovery.limit is None or (self.policy.is_muted(state.global_step) and not is_last):
             return
-        if not self._recovery.has_recovered() and getattr(state, "divguard_rollback_request", None) is None:
-            state.divguard_rollback_request = self._not_recovered(state.global_step)
+        if getattr(state, "divguard_rollback_request", None) is None:
+            state.divguard_rollback_request = self._judge_recovery(state.global_step)
         self._recovery.end()
 
-    def _not_recovered(self, step: int) -> Finding:
-        level, limit = self._recovery.level(), self._recovery.limit
+    def _judge_recovery(self, step: int) -> Finding | None:
+        check = self._recovery
+        level, limit = check.level(), check.limit
+        if not check.has_recovered():
+            kind = "not_recovered"
+            message = (
+                f"`loss` has not recovered by step {step}: the median of its last values is {level:.4g}, above the limit "
+                f"{limit:.4g} from before the fault."
+            )
+        elif check.was_ever_bad() and self.policy.may_try_again():
+            kind = TRAINED_THROUGH
+            message = (
+                f"The fault lasted on after the rollback and has passed by step {step}: `loss` was above the limit "
+                f"{limit:.4g} from before the fault and is back at {level:.4g}."
+            )
+        else:
+            return None
         return Finding(
             step=step,
-            onset_step=self._recovery.first_bad_step() or step,
-            kind="not_recovered",
+            onset_step=check.first_bad_step() or step,
+            kind=kind,
             severity="error",
             metric="loss",
             value=math.nan if level is None else level,
             limit=limit,
-            message=(
-                f"`loss` has not recovered by step {step}: the median of its last values is {level:.4g}, above the limit "
-                f"{limit:.4g} from before the fault."
-            ),
+            message=message,
         )
 
     def holds_back_saves(self, step: int) -> bool:
@@ -181,7 +195,7 @@ class Rollback:
             if decision.target is None:
                 self._give_up(finding, decision, model, tr_loss)
                 return False
-            self._mark_diverged(decision.target.step, finding)
+            self._mark_diverged(finding.onset_step - 2 - self.policy.margin_steps, finding)
             try:
                 self._restore(decision.target)
             except CheckpointError as error:
@@ -301,9 +315,9 @@ class Rollback:
         trainer._total_loss_scalar += pending
         return pending / n_steps
 
-    def _mark_diverged(self, target_step: int, finding: Finding) -> None:
-        """Quarantine what was saved after the target, so that no resume takes it."""
-        for step in self._ledger.leave_behind(target_step):
+    def _mark_diverged(self, last_good: int, finding: Finding) -> None:
+        """Quarantine what was saved after the step ``last_good``, so that no resume takes it."""
+        for step in self._ledger.leave_behind(last_good):
             if not self._leads:
                 continue
             path = self._ledger.path(step)
@@ -315,7 +329,7 @@ class Rollback:
                 )
             except OSError as error:
                 logger.warning("%s could not be marked as diverged (%s); do not resume from it.", path, error)
-        self._on_left_behind(target_step)
+        self._on_left_behind(last_good)
 
     def protected_steps(self) -> set[int]:
         """Return the steps that must not be deleted while an incident is open."""
@@ -332,9 +346,7 @@ class Rollback:
     def _give_up(self, finding: Finding, decision: Decision, model: Any, tr_loss: torch.Tensor) -> None:
         """End the run with the best weights from before the fault, and remember the error to raise."""
         state, control = self._trainer.state, self._trainer.control
-        of_incident = [event for event in self.story.events if event["incident"] == decision.incident]
-        onset = min([finding.onset_step, *(event["onset_step"] for event in of_incident)])
-        last_good = onset - 2 - self.policy.margin_steps
+        last_good = decision.onset_step - 2 - self.policy.margin_steps
         candidates = self._ranks.on_main(lambda: self._best_up_to(last_good))
         self._mark_diverged(last_good, finding)
         holds, path = self._load_first_of(candidates)
