@@ -55,5 +55,7 @@ def rewrite_best(state: Any, path: str | os.PathLike[str]) -> None:
         state.save_to_json(os.fspath(path))
         return
     lines = "".join(f'  "{name}": {json.dumps(getattr(state, name))},\n' for name in _BEST_FIELDS)
+    if head[0] == "{\n" + lines:
+        return
     with open(path, "w", encoding="utf-8") as file:
         file.write("{\n" + lines + text[head.end() :])
