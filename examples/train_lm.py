@@ -7,7 +7,8 @@ Every field of ``TrainingArguments`` is a flag, and so is every option of hf_div
         --preserve_n_best 2 --divguard_detector adaptive --use_cpu --report_to none
 
 ``--resume_from_checkpoint`` takes ``latest``, ``best`` or a path. Without ``--text_folder`` the
-source code of Python's standard library is learnt; nothing is downloaded.
+source code of Python's standard library is learnt; nothing is downloaded. The exit code is 79 if the
+run diverged and rolling back (``--divguard_action rollback``) did not save it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import transformers
 from python_corpus import read_texts, small_llama, tokenize_and_pack
 from transformers import HfArgumentParser
 
-from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
+from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, exit_on_divergence
 
 
 @dataclass
@@ -75,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_divergence():
+        main()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MetricNotFoundError,
         NoCompleteCheckpointError,
         TrainingDivergedError,
+        exit_on_divergence,
     )
     from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
     from hf_divguard.hf.detectors import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "exit_on_divergence": "errors",
     "replay": "replay",
     "NonFiniteDetector": "hf.adaptive_detectors",
     "AdaptiveDivergenceDetector": "hf.adaptive_detectors",
@@ -83,6 +85,7 @@ __all__ = [
     "TrainingDivergedError",
     "__version__",
     "best_checkpoints",
+    "exit_on_divergence",
     "find_checkpoints",
     "latest_complete_checkpoint",
     "replay",

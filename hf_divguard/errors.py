@@ -15,12 +15,16 @@ Bad arguments raise ``ValueError`` or ``TypeError``, as in the standard library.
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_divguard.core.findings import Finding
 
 __all__ = [
+    "DIVERGED_EXIT_CODE",
     "CheckpointError",
     "CheckpointSaveError",
     "DivGuardError",
@@ -28,7 +32,11 @@ __all__ = [
     "MetricNotFoundError",
     "NoCompleteCheckpointError",
     "TrainingDivergedError",
+    "exit_on_divergence",
 ]
+
+DIVERGED_EXIT_CODE = 79
+"""What a script exits with when training was given up: no number of sysexits.h (64 to 78), no signal (128 on)."""
 
 
 class DivGuardError(Exception):
@@ -70,3 +78,30 @@ class TrainingDivergedError(DivGuardError):
     def __init__(self, message: str, finding: Finding | None = None) -> None:
         super().__init__(message)
         self.finding = finding
+
+
+@contextlib.contextmanager
+def exit_on_divergence() -> Iterator[None]:
+    """In a script, end with an exit code of its own when training was given up.
+
+    The sentence goes to stderr instead of a traceback, and whoever started the script can
+    tell a diverged run, which would only diverge again, from a crash that is worth another
+    try.
+
+    Raises:
+        SystemExit: With :data:`DIVERGED_EXIT_CODE` (79) for a ``TrainingDivergedError``.
+            Other errors pass through.
+
+    Example:
+        >>> try:
+        ...     with exit_on_divergence():
+        ...         raise TrainingDivergedError("Training was given up at step 590.")
+        ... except SystemExit as exit:
+        ...     exit.code
+        79
+    """
+    try:
+        yield
+    except TrainingDivergedError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(DIVERGED_EXIT_CODE) from error
