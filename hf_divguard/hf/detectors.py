@@ -76,6 +76,8 @@ class DivergenceDetector(TrainerCallback):
     def _forget_run(self) -> None:
         self.findings.clear()
         self._just_logged: tuple[int | None, float] | None = None
+        self._last_evaluated: tuple[int, float] | None = None
+        self._resumed_at: int | None = None
         self._was_firing = ""
         self._has_ended = False
         self._seen = False
@@ -112,7 +114,7 @@ class DivergenceDetector(TrainerCallback):
             self.rule.reset()
         if begin_grace is not None:
             begin_grace(0)
-        self._just_logged = None
+        self._just_logged = self._last_evaluated = None
         self._was_firing = ""
 
     # ---- the host's events
@@ -126,6 +128,7 @@ class DivergenceDetector(TrainerCallback):
             )
         self.rule.reset()
         self._forget_run()
+        self._resumed_at = self._step(state) or None
         self._keeper.restore(args, state)
         self._tell_if_nothing_evaluates(args, state)
 
@@ -188,11 +191,18 @@ class DivergenceDetector(TrainerCallback):
         self._seen = True
         self._count += 1
         step = self._step(state)
-        if self._has_ended or is_muted(state, step):
+        if self._has_ended or is_muted(state, step) or self._is_known(step, value):
             return
         self._handle(
             self._observe(self._count if step is None else step, value, values), args, state, control
         )
+
+    def _is_known(self, step: int | None, value: float) -> bool:
+        """Return whether this evaluation has been counted: logged twice, or made anew where training resumes."""
+        if step is None or not self.metric_key.startswith("eval_"):
+            return False
+        last, self._last_evaluated = self._last_evaluated, (step, value)
+        return step == self._resumed_at or (last is not None and last[0] == step and _same(last[1], value))
 
     def _observe(self, step: int, value: float, values: dict[str, Any]) -> Finding | None:
         """Give the rule one value; ``values`` is the whole log that it stood in."""
