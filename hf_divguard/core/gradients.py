@@ -59,11 +59,12 @@ class Gradients:
 
     def judge(self, step: int) -> Finding | None:
         """Return a finding when the gradient norm begins to be 100 times the usual."""
-        pull = self.pull()
-        if pull is None or pull < EXPLOSION or self._seen < SEEN_BEFORE:
-            self._exploding = False
+        if self._seen < SEEN_BEFORE or self._last[-1] < EXPLOSION * self._usual.quantile(0.5):
+            # Not this one; whether the last few were is asked again with the next large one.
+            self._exploding = self._exploding and (self.pull() or 0.0) >= EXPLOSION
             return None
-        if self._exploding:
+        pull = self.pull()
+        if pull is None or pull < EXPLOSION or self._exploding:
             return None
         self._exploding = True
         value, usual = median(self._last), self._usual.quantile(0.5)

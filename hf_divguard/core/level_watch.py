@@ -100,7 +100,7 @@ class LevelWatch:
         self._step = step
         level = self.level
         level.see(value)
-        if level.lowest[0][1] == level.count or level.lowest[-1][1] == level.count:
+        if level.count in (level.lowest[0][1], level.lowest[-1][1]):
             self._lowest_step = step
         if level.count <= FIRST_VALUES:
             self._accept(step, value, gradient, math.inf)
@@ -165,7 +165,7 @@ class LevelWatch:
                 and not self._is_healing(rise, center, bounds.jump, bounds)
             ):
                 return "jump"
-            rise.score = min(rise.score, 2.0 * JUMP_SCORE)
+            rise.score = min(rise.score, 2.0 * JUMP_SCORE / self.sensitivity)
         if count > SLOW_RISE and rise.peak < bounds.jump:
             # Too slow or too small for a jump: it is ordinary now, and the climb is watched from the best level.
             self._take_back()

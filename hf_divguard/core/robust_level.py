@@ -12,7 +12,7 @@ __all__ = ["RobustLevel", "SortedWindow", "median"]
 
 # Lengths are counted in values. Where each number comes from is told in docs/detectors.md.
 LONGEST_WINDOW = 100
-SHORTEST_WINDOW = 8
+SHORTEST_WINDOW = 7
 WINDOW_SHARE = 3
 NOISE_WINDOW = 30
 LEVEL_WINDOW = 9
@@ -64,10 +64,11 @@ class SortedWindow:
 
     def append(self, value: float, size: int) -> None:
         """Add a value, then drop the oldest until ``size`` are left."""
-        self._arrived.append(value)
-        insort(self._ordered, value)
-        while len(self._arrived) > size:
-            del self._ordered[bisect_left(self._ordered, self._arrived.popleft())]
+        arrived, ordered = self._arrived, self._ordered
+        arrived.append(value)
+        insort(ordered, value)
+        while len(ordered) > size:
+            del ordered[bisect_left(ordered, arrived.popleft())]
 
     def quantile(self, share: float) -> float:
         """Return the value below which a ``share`` of the window lies; 0 if it is empty."""
@@ -84,8 +85,13 @@ class RobustLevel:
 
     Everything is a rank statistic, so that a few outliers do not move it, and everything
     scales and shifts with the series. The window holds the last third of the accepted
-    values, at least 8 and at most 100, so that it neither remembers the steep start for
+    values, at least 7 and at most 100, so that it neither remembers the steep start for
     long nor forgets what a long run is like.
+
+    ``center``, ``upper`` and ``lower`` are the middle and the edges of the window (a tenth of
+    the values lies beyond each edge), ``spread`` is the distance of the edges: noise, movement
+    and tails together. ``progress`` is how far the level has certainly fallen since the first
+    values, ``initial``; it is never negative.
 
     Example:
         >>> level = RobustLevel()
@@ -93,7 +99,7 @@ class RobustLevel:
         ...     level.see(value)
         ...     level.accept(value)
         >>> level.center, level.upper
-        (3.1, 4.0)
+        (3.0, 3.1)
     """
 
     def __init__(self) -> None:
@@ -105,6 +111,7 @@ class RobustLevel:
         self.spread_at_best = 0.0
         self.movement_at_best = 0.0
         self.level: float | None = None
+        self.center = self.upper = self.lower = self.spread = self.progress = self.initial = 0.0
         self.lowest: list[tuple[float, int]] = []
         self._initial: list[float] = []
         self._last: float | None = None
@@ -119,6 +126,7 @@ class RobustLevel:
         self.count += 1
         if len(self._initial) < INITIAL:
             self._initial.append(value)
+            self.initial = median(self._initial)
         if len(self.lowest) < 2:
             self.lowest = sorted([*self.lowest, (value, self.count)])
         elif value < self.lowest[1][0]:
@@ -150,7 +158,10 @@ class RobustLevel:
             certain = self.level + _MEDIAN_ERROR * self.noise / math.sqrt(len(recent))
             if self.best is None or certain < self.best:
                 self.best = certain
+                self._measure()
                 self.spread_at_best, self.movement_at_best = self.spread, self.movement
+                return
+        self._measure()
 
     def _learn_movement(self, level: float, width: int, size: int) -> None:
         """Learn how far the level moves, beyond noise, while the values it is taken from are replaced."""
@@ -165,38 +176,18 @@ class RobustLevel:
         by_noise = _UPPER_DIFFERENCE * _MEDIAN_ERROR * self.noise / math.sqrt(width)
         self.movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
 
-    @property
-    def center(self) -> float:
-        """Median of the ordinary values."""
-        return self._window.quantile(0.5)
-
-    @property
-    def upper(self) -> float:
-        """Upper edge of the ordinary values: a tenth of them lie above."""
-        return self._window.quantile(UPPER)
-
-    @property
-    def lower(self) -> float:
-        """Lower edge of the ordinary values: a tenth of them lie below."""
-        return self._window.quantile(LOWER)
-
-    @property
-    def spread(self) -> float:
-        """Distance of the edges: noise, movement and tails together."""
-        return self._window.quantile(UPPER) - self._window.quantile(LOWER)
-
-    @property
-    def initial(self) -> float:
-        """Median of the first values."""
-        return median(self._initial)
-
-    @property
-    def progress(self) -> float:
-        """How far the level has certainly fallen since the beginning; never negative."""
-        if self.best is None:
-            return 0.0
-        doubt = _MEDIAN_ERROR / math.sqrt(3.0) * self.early_noise
-        return max(0.0, self.initial - doubt - self.best)
+    def _measure(self) -> None:
+        """Work out what follows from the window, once for all who ask."""
+        window = self._window
+        self.center, self.upper, self.lower = (
+            window.quantile(0.5),
+            window.quantile(UPPER),
+            window.quantile(LOWER),
+        )
+        self.spread = self.upper - self.lower
+        if self.best is not None:
+            doubt = _MEDIAN_ERROR / math.sqrt(3.0) * self.early_noise
+            self.progress = max(0.0, self.initial - doubt - self.best)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as JSON values."""
@@ -221,11 +212,13 @@ class RobustLevel:
             setattr(level, name, None if state[name] is None else _finite(state[name]))
         level.lowest = [(_finite(value), int(index)) for value, index in state["lowest"]]
         level._initial = [_finite(value) for value in state["initial"]]
+        level.initial = median(level._initial) if level._initial else 0.0
         level._last = None if state["last"] is None else _finite(state["last"])
         for name in _SEQUENCES:
             values = [_finite(value) for value in state[name]]
             is_window = isinstance(getattr(level, f"_{name}"), SortedWindow)
             setattr(level, f"_{name}", SortedWindow(values) if is_window else deque(values))
+        level._measure()
         return level
 
 
