@@ -178,7 +178,7 @@ class CheckpointLedger:
             return []
         good = self._good()
         by_age = [record.step for record in sorted(good, key=lambda record: record.sequence)]
-        protected = {*by_age[-1:], best_step} & set(by_age)
+        protected = set(by_age) & {*by_age[-1:], best_step}
         others = [step for step in by_age if step not in protected]
         room = max(0, limit - len(protected))
         return self._outside(protected | set(others[len(others) - room :]), limit, good)

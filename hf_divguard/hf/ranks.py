@@ -72,7 +72,7 @@ class Ranks:
             error = error or told
         if error is not None:
             raise error
-        return value  # type: ignore[no-any-return]
+        return value
 
     def agree(self, error: BaseException | None, what: str, note: str = "") -> None:
         """Raise on every rank if there is an error on any of them; else return.
