@@ -134,7 +134,7 @@ def choose_checkpoint(
 
 def _given(path: str) -> str:
     verdict = verify_checkpoint(path)
-    if verdict.status == "incomplete":
+    if verdict.status == "incomplete" and not verdict.lacks_only_sidecar:
         raise CheckpointError(
             f"{path} is not a complete checkpoint: {verdict.reason} Name another one, or resume with "
             "resume_from_checkpoint=True from the newest complete one."
@@ -163,7 +163,7 @@ def _first_complete(
         if info.verdict.status == "complete" and info.verdict.resumable:
             _tell(info, passed)
             return info
-        if info.verdict.status in ("complete", "unknown"):
+        if info.verdict.status in ("complete", "unknown") or info.verdict.lacks_only_sidecar:
             fallbacks.append(info)
         passed.append((info, info.verdict.reason))
     if fallbacks:

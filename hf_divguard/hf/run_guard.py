@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -52,11 +53,12 @@ class RunGuard(TrainerCallback):
         trainer: The trainer.
         run_dir: Folder that gets the checkpoints.
         resumed_from: Checkpoint that training resumes from, if any.
-        initial_states: State of each stateful callback before its first training.
+        initial_states: State of each stateful callback before its first training; one that is
+            not in here trains for the first time.
     """
 
     def __init__(
-        self, trainer: Any, run_dir: str, resumed_from: str | None, initial_states: dict[str, Any] | None
+        self, trainer: Any, run_dir: str, resumed_from: str | None, initial_states: dict[str, Any]
     ) -> None:
         self._trainer = trainer
         self._args = trainer.args
@@ -118,6 +120,8 @@ class RunGuard(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the callbacks their state: from the checkpoint, or as before their first training."""
         self.watch.start(state.global_step)
+        known = {name: cb for name, cb in self._callbacks.items() if name in self._initial_states}
+        restore_states(known, self._initial_states)
         if self._resumed_from is not None:
             self._recall_evaluation(state)
             self._recall_best_evaluated(state, state.global_step)
@@ -129,9 +133,6 @@ class RunGuard(TrainerCallback):
                     restore_states(self._callbacks, states)
                     if self.rollback is not None and ROLLBACK_MEMORY in states:
                         restore_states({ROLLBACK_MEMORY: self.rollback}, states)
-        elif self._initial_states is not None:
-            known = {name: cb for name, cb in self._callbacks.items() if name in self._initial_states}
-            restore_states(known, self._initial_states)
         self._point_to_best(state)
         if self.rollback is not None:
             self.rollback.begin(state)
@@ -175,8 +176,10 @@ class RunGuard(TrainerCallback):
         state.best_model_checkpoint = self.ledger.path(best.step) if best else None
 
     def initial_states(self) -> dict[str, Any]:
-        """Return the present state of the stateful callbacks."""
-        return collect_states(self._callbacks)
+        """Return the states of the stateful callbacks before their first training, those that train now included."""
+        new = {name: cb for name, cb in self._callbacks.items() if name not in self._initial_states}
+        # A copy: many a callback hands out the very lists that it goes on filling.
+        return {**copy.deepcopy(collect_states(new)), **self._initial_states}
 
     # ---- evaluation
 

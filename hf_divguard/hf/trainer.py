@@ -144,13 +144,12 @@ class DivGuardMixin(_Host):
         handler = self.callback_handler
         trial = kwargs.get("trial")
         resumed_from = kwargs.get("resume_from_checkpoint")
-        for callback in handler.callbacks:
-            keeper = getattr(callback, "_keeper", None)
-            if isinstance(keeper, StandaloneStateKeeper):
-                keeper.kept_by_trainer = True
-        guard = RunGuard(self, self._get_output_dir(trial), resumed_from, self._initial_callback_states)
-        if self._initial_callback_states is None:
-            self._initial_callback_states = guard.initial_states()
+        keepers = [getattr(callback, "_keeper", None) for callback in handler.callbacks]
+        keepers = [keeper for keeper in keepers if isinstance(keeper, StandaloneStateKeeper)]
+        for keeper in keepers:
+            keeper.kept_by_trainer = True
+        guard = RunGuard(self, self._get_output_dir(trial), resumed_from, self._initial_callback_states or {})
+        self._initial_callback_states = guard.initial_states()
         self._guard = guard
         handler.callbacks.append(guard)
         self._is_in_guarded_loop = True
@@ -162,6 +161,8 @@ class DivGuardMixin(_Host):
             self._is_in_guarded_loop = False
             guard.watch.release()
             handler.callbacks.remove(guard)
+            for keeper in keepers:
+                keeper.kept_by_trainer = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch, as the stock Trainer does, and show its loss to the detectors."""

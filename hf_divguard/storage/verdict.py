@@ -40,6 +40,8 @@ class Verdict:
         loadable: Whether the model's weights are there and whole.
         resumable: Whether training can go on from it.
         has_manifest: Whether it was judged by its manifest.
+        lacks_only_sidecar: Whether it is incomplete for its sidecar alone: training can go on from
+            it at need, but callbacks start anew.
     """
 
     status: Status
@@ -48,6 +50,7 @@ class Verdict:
     loadable: bool = False
     resumable: bool = False
     has_manifest: bool = False
+    lacks_only_sidecar: bool = False
 
 
 def verify_checkpoint(path: str | os.PathLike[str], *, checksums: bool | None = None) -> Verdict:
@@ -141,7 +144,14 @@ def _quarantine_sentence(note: Quarantine) -> str:
 def _judge_files(folder: Path, found: _Records, checksums: bool | None) -> Verdict:
     for error in (found.manifest_error, found.sidecar_error if found.manifest is None else None):
         if error is not None:
-            return Verdict("unknown" if error.newer else "incomplete", str(error), (str(error),))
+            status: Status = "unknown" if error.newer else "incomplete"
+            if error is found.manifest_error:
+                return Verdict(status, str(error), (str(error),))
+            # The sidecar alone, which tells of callbacks: whether the rest is there, its contents say.
+            rest = judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
+            is_marked = os.path.lexists(folder / INCOMPLETE_NAME)
+            can_resume = rest.status == "complete" and rest.resumable and not is_marked
+            return Verdict(status, str(error), (str(error),), rest.loadable, lacks_only_sidecar=can_resume)
     if os.path.lexists(folder / INCOMPLETE_NAME):
         problem = f"`{INCOMPLETE_NAME}` says that its save did not finish"
         return Verdict("incomplete", problem + ".", (problem,), has_manifest=found.manifest is not None)
@@ -159,6 +169,7 @@ def _judge_by_manifest(folder: Path, manifest: Manifest, checksums: bool | None)
     layout = foreign_layout(manifest.files)
     weights = weight_files(manifest.files)
     loadable = (bool(weights) or layout is not None) and problems.keys().isdisjoint(weights)
+    resumable = loadable and (has_training_state(manifest.files) or layout is not None)
     if problems:
         words = tuple(problems.values())
         return Verdict(
@@ -167,8 +178,8 @@ def _judge_by_manifest(folder: Path, manifest: Manifest, checksums: bool | None)
             words,
             loadable and layout is None,
             has_manifest=True,
+            lacks_only_sidecar=resumable and problems.keys() == {SIDECAR_NAME},
         )
-    resumable = loadable and (has_training_state(manifest.files) or layout is not None)
     compared = "size" if checksums is False or not _has_checksums(manifest) else "size and checksum"
     reason = f"All {len(manifest.files)} files of its manifest are there with their {compared}."
     if not resumable:
