@@ -75,7 +75,7 @@ def rising_game(seed: int, n: int = 1500) -> Curve:
     return Curve("rising game", values)
 
 
-def alternating(seed: int, n: int = 1200, block: int = 40, step_up: float = 1.0) -> Curve:
+def alternating(seed: int, n: int = 1200, block: int = 10, step_up: float = 1.0) -> Curve:
     """Two data sets in turn, one of them harder by a constant."""
     rng = random.Random(seed)
     base = falling(n)
