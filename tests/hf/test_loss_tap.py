@@ -285,8 +285,11 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_accumulation_steps": 2}, {"logging_nan_inf_filter": False}],
-    ids=["filter on", "accumulation", "filter off"],
+    [
+        pytest.param({}, id="filter on"),
+        pytest.param({"gradient_accumulation_steps": 2}, id="accumulation", marks=pytest.mark.slow),
+        pytest.param({"logging_nan_inf_filter": False}, id="filter off", marks=pytest.mark.slow),
+    ],
 )
 def test_watching_waits_for_the_device_as_often_as_the_stock_trainer_and_once_more_per_look(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
