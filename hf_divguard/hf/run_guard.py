@@ -30,6 +30,7 @@ from hf_divguard.hf.ledger import CheckpointLedger, describe
 from hf_divguard.hf.loss_watch import LossWatch
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rollback import Rollback
+from hf_divguard.hf.running_loss import RUNNING_LOSS, RunningLoss
 from hf_divguard.hf.training_args import options_of
 from hf_divguard.storage.deletion import delete_checkpoint
 from hf_divguard.storage.layout import checkpoint_step
@@ -81,6 +82,7 @@ class RunGuard(TrainerCallback):
         safe_save = self._options.divguard_safe_save
         self.is_active |= safe_save not in ("auto", "off")
         self._ranks = Ranks(self._args.process_index, self._args.world_size)
+        self.running_loss = RunningLoss(trainer, self._ranks)
         self.watch = LossWatch(trainer, self._options.divguard_check_steps)
         self.ledger = CheckpointLedger(run_dir=run_dir, run_id="", records=[])
         self._saver: CheckpointSaver | None = None
@@ -131,6 +133,7 @@ class RunGuard(TrainerCallback):
                 )
                 if states is not None:
                     restore_states(self._callbacks, states)
+                    self.running_loss.restore(states.get(RUNNING_LOSS))
                     if self.rollback is not None and ROLLBACK_MEMORY in states:
                         restore_states({ROLLBACK_MEMORY: self.rollback}, states)
         self._point_to_best(state)
@@ -253,6 +256,8 @@ class RunGuard(TrainerCallback):
             model: The model as it is trained.
         """
         trainer = self._trainer
+        if self._callbacks:
+            self.running_loss.end_step(tr_loss, trainer.state.global_step)
         save_was_due = trainer.control.should_save
         values = self.watch.end_step(grad_norm)
         rollback = self.rollback
@@ -322,6 +327,7 @@ class RunGuard(TrainerCallback):
         state = self._trainer.state
         step = state.global_step
         metric = self._ranks.from_main(self.metric_of_step(step))
+        running_loss = self.running_loss.collect()
         before = replace(self.ledger)
         self.ledger.add(step, metric)
         spoilt = spoilt_note(state)
@@ -354,7 +360,7 @@ class RunGuard(TrainerCallback):
                 step,
                 write=write_without_pointer,
                 finish=finish,
-                sidecar=lambda: replace(self._sidecar(step), quarantine=spoilt),
+                sidecar=lambda: replace(self._sidecar(step, running_loss), quarantine=spoilt),
             )
         except CheckpointSaveError as error:
             self.ledger.go_back_to(before)
@@ -380,9 +386,13 @@ class RunGuard(TrainerCallback):
             logger.warning("%s was saved, and marked as never to be resumed.", self.ledger.path(step))
         self._delete_surplus(just_saved=step)
 
-    def _sidecar(self, step: int) -> Sidecar:
+    def _sidecar(self, step: int, running_loss: dict[str, Any] | None) -> Sidecar:
         assert self._saver is not None
         record = self.ledger.records[-1]
+        memories = {} if self.rollback is None else {ROLLBACK_MEMORY: self.rollback}
+        states = collect_states({**self._callbacks, **memories})
+        if running_loss is not None:
+            states[RUNNING_LOSS] = running_loss
         return Sidecar(
             step=step,
             run_id=self.ledger.run_id,
@@ -393,9 +403,7 @@ class RunGuard(TrainerCallback):
             records=tuple(
                 CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records
             ),
-            callbacks=collect_states(
-                {**self._callbacks, **({ROLLBACK_MEMORY: self.rollback} if self.rollback is not None else {})}
-            ),
+            callbacks=states,
             manifest_expected=self._saver.mode != "off",
         )
 

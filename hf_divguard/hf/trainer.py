@@ -144,8 +144,8 @@ class DivGuardMixin(_Host):
         handler = self.callback_handler
         trial = kwargs.get("trial")
         resumed_from = kwargs.get("resume_from_checkpoint")
-        keepers = [getattr(callback, "_keeper", None) for callback in handler.callbacks]
-        keepers = [keeper for keeper in keepers if isinstance(keeper, StandaloneStateKeeper)]
+        held = [getattr(callback, "_keeper", None) for callback in handler.callbacks]
+        keepers = [keeper for keeper in held if isinstance(keeper, StandaloneStateKeeper)]
         for keeper in keepers:
             keeper.kept_by_trainer = True
         guard = RunGuard(self, self._get_output_dir(trial), resumed_from, self._initial_callback_states or {})
