@@ -260,8 +260,9 @@ the interval that holds that median in 95 of 100 resamplings of the races. Saves
 
 A stock step takes {stock_ms:.1f} ms of CPU time here (a GPT-2 of 0.1 million parameters, batches of 8 rows of 32
 tokens, a log every {BLOCK} steps), so 0.01 is {stock_ms * 10:.0f} microseconds. In a loop by themselves the tap takes
-{tap:.0f} microseconds of a step and the adaptive rule {rule:.0f}: {share:.1f} % of this step, less than the races can tell
-from chance. A model of use has far longer steps, in which the same microseconds disappear.
+{tap:.0f} microseconds of a step and the adaptive rule {rule:.0f}: {share:.1f} % of this step,
+less than the races can tell from chance. A model of use has far longer steps, in which the same microseconds
+disappear.
 
 Measured on {platform.machine()} with {os.cpu_count()} cores shared with other work, one thread: Python
 {platform.python_version()}, PyTorch {torch.__version__}, Transformers {transformers.__version__}.
