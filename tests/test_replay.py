@@ -134,9 +134,7 @@ def test_evaluations_come_with_steps_of_their_own() -> None:
         "eval_steps": steps[9::10],
     }
     assert [(finding.kind, finding.onset_step) for finding in replay(history)] == [("eval_climb", 50)]
-    with pytest.raises(
-        HistoryError, match="`eval_steps` is missing"
-    ):
+    with pytest.raises(HistoryError, match="`eval_steps` is missing"):
         replay({key: value for key, value in history.items() if key != "eval_steps"})
 
 
