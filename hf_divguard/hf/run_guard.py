@@ -17,6 +17,7 @@ from hf_divguard.core.metric_names import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, is_better, rank
 from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
 from hf_divguard.hf.actions import spoilt_note
+from hf_divguard.hf.agreement import agree_on_what_follows
 from hf_divguard.hf.callback_state import (
     collect_states,
     named_callbacks,
@@ -190,6 +191,11 @@ class RunGuard(TrainerCallback):
         """Remember the results of the evaluation at ``step``."""
         self._metrics = dict(metrics or {})
         self._metrics_step = step
+
+    def agree_on_what_follows(self) -> None:
+        """Make what callbacks asked for at an evaluation the same on all ranks."""
+        if self.is_active:
+            agree_on_what_follows(self._ranks, self._trainer.state, self._trainer.control)
 
     def note_for_best(self, metrics: dict[str, float]) -> None:
         """Remember the best of all evaluations: the host's patience is measured against it, saved or not."""

@@ -219,6 +219,7 @@ class DivGuardMixin(_Host):
             self.state.best_metric = best_saved
         if guard is not None:
             guard.note_evaluation(step, metrics)
+            guard.agree_on_what_follows()
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
