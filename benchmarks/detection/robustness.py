@@ -28,31 +28,34 @@ HEAD = (
 )
 
 
-def constants() -> list[tuple[ModuleType, str]]:
-    """Return every number of the rule that is a choice: upper-case, public, not a limit of floats."""
-    return [
-        (module, name)
+def constants() -> dict[str, float]:
+    """Return every number of the rule that is a choice, by name: upper-case and public."""
+    return {
+        name: value
         for module in MODULES
         for name, value in vars(module).items()
         if name.isupper() and not name.startswith("_") and isinstance(value, (int, float))
-    ]
+    }
 
 
 @contextmanager
-def moved(module: ModuleType, name: str, factor: float) -> Iterator[float]:
+def moved(name: str, factor: float) -> Iterator[float]:
     """Multiply one constant for a while; whole numbers stay whole, shares stay below 1."""
-    before = getattr(module, name)
+    holders: list[ModuleType] = [module for module in MODULES if hasattr(module, name)]
+    before = getattr(holders[0], name)
     after = before * factor
     if isinstance(before, int):
         after = max(1, math.floor(after) if factor < 1.0 else math.ceil(after))
     elif 0.5 < before < 1.0:
         # A share: its distance from 1 is what is moved.
         after = 1.0 - (1.0 - before) * factor
-    setattr(module, name, after)
     try:
+        for module in holders:
+            setattr(module, name, after)
         yield after
     finally:
-        setattr(module, name, before)
+        for module in holders:
+            setattr(module, name, before)
 
 
 def row(what: str, generated: list[Run], public: list[Run]) -> str:
@@ -90,10 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     public = [run for run in runs if not run.is_generated]
 
     text = HEAD + row("**as it is**", generated, public)
-    for module, name in constants():
+    for name, before in constants().items():
         for factor in (0.75, 1.25):
-            before = getattr(module, name)
-            with moved(module, name, factor) as after:
+            with moved(name, factor) as after:
                 text += row(f"`{name}` {before:g} → {after:g}", generated, public)
                 print(text.splitlines()[-1], flush=True)
     text += "\n" + HEAD

@@ -10,6 +10,7 @@ from hf_divguard.core.robust_level import median
 __all__ = ["Excursion"]
 
 # Where each number comes from is told in docs/detectors.md.
+PATIENCE = 9
 LONGEST = 256
 DRIFT = 0.1
 WIDTH = 9
@@ -93,7 +94,7 @@ class Excursion:
         early, late = self._halves(base, math.inf)
         if early <= 0.0:
             return False
-        patience, count = 9.0 / weight, len(self.values)
+        patience, count = PATIENCE / weight, len(self.values)
         if count < patience * (1.0 if late >= PARTIAL * progress else PATIENCES_WITH_GRADIENT):
             return True
         # Halvings still to go, at the pace of the last half, must fit into the time left to heal.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from hf_divguard.core.excursion import Excursion
+from hf_divguard.core.excursion import PATIENCE, Excursion
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.gradients import Gradients
 from hf_divguard.core.robust_level import RobustLevel, median
@@ -14,7 +14,6 @@ __all__ = ["LevelWatch"]
 
 # Where each number comes from is told in docs/detectors.md.
 FIRST_VALUES = 5
-PATIENCE = 9
 LEAST_PATIENCE = 3
 HISTORY_PER_PATIENCE = 10
 JUMP_SCORE = 8.0
