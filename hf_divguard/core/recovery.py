@@ -44,6 +44,7 @@ class RecoveryCheck:
 
     def __init__(self) -> None:
         self.limit: float | None = None
+        self.is_judging = False
         self._losses: deque[tuple[int, float]] = deque(maxlen=_MEMORY)
         self._since = 0
 
@@ -59,6 +60,7 @@ class RecoveryCheck:
         kept = [entry for entry in self._losses if entry[0] <= target_step]
         self._losses = deque(kept, maxlen=_MEMORY)
         self.limit = _upper([loss for _, loss in kept])
+        self.is_judging = True
         self._since = step
 
     def level(self) -> float | None:
@@ -69,9 +71,9 @@ class RecoveryCheck:
         return median(late) if all(math.isfinite(loss) for loss in late) else math.nan
 
     def has_recovered(self) -> bool:
-        """Return whether the last losses are ordinary; with nothing to compare, they are taken to be."""
+        """Return whether the last losses are ordinary; with nothing to compare them with, whether they are finite."""
         level = self.level()
-        return self.limit is None or level is None or level <= self.limit
+        return level is None or level <= (math.inf if self.limit is None else self.limit)
 
     def was_ever_bad(self) -> bool:
         """Return whether the median of 9 losses in a row was above the limit at any time since the rollback."""
@@ -90,7 +92,7 @@ class RecoveryCheck:
 
     def end(self) -> None:
         """Stop judging."""
-        self.limit = None
+        self.is_judging = False
 
     def _late(self) -> list[float]:
         return [loss for step, loss in self._losses if step > self._since][-_JUDGED_VALUES:]
@@ -98,7 +100,7 @@ class RecoveryCheck:
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as JSON values; a loss that is not finite is ``None``."""
         losses = [[step, loss if math.isfinite(loss) else None] for step, loss in self._losses]
-        return {"limit": self.limit, "since": self._since, "losses": losses}
+        return {"is_judging": self.is_judging, "limit": self.limit, "since": self._since, "losses": losses}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a memory.
@@ -111,6 +113,7 @@ class RecoveryCheck:
             losses = [
                 (int(step), math.nan if loss is None else float(loss)) for step, loss in state_dict["losses"]
             ]
+            self.is_judging = bool(state_dict["is_judging"])
             self.limit = None if limit is None else float(limit)
         except (KeyError, TypeError) as error:
             raise ValueError(f"The memory of losses cannot be read: {error!r}.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_divguard.core.findings import Finding
@@ -107,6 +107,7 @@ class RollbackPolicy:
     muted_until: int = 0
     open_until: int = 0
     place_onset: int = 0
+    went_back_at: int = -1
     origins_tried: list[int] = field(default_factory=list)
     rate_cuts: list[tuple[int, float]] = field(default_factory=list)
 
@@ -122,6 +123,7 @@ class RollbackPolicy:
             step: Present optimizer step.
             targets: States that can be gone back to, whatever their age.
         """
+        finding = self.place(finding)
         again = self.is_open(step)
         incident, attempt = (self.incident, self.attempt + 1) if again else (self.incident + 1, 1)
         left_at = self.muted_until + _COOLDOWNS_TO_LEAVE * self.cooldown_steps
@@ -136,8 +138,8 @@ class RollbackPolicy:
             held = ", ".join(str(target.step) for target in targets) or "none"
             reason = (
                 f"no checkpoint is old enough: the onset is step {finding.onset_step}, so one of step {newest_allowed} "
-                f"or earlier is needed, and those there are of step {held}. Save more often than faults take to show, keep "
-                "more checkpoints, or set `divguard_snapshot_steps`"
+                f"or earlier is needed, and those there are of step {held}. Save more often than faults take to show, "
+                "keep more checkpoints, or set `divguard_snapshot_steps`"
             )
             return Decision(None, attempt, incident, onset, reason=reason)
         if not same_place:
@@ -161,6 +163,14 @@ class RollbackPolicy:
             cooldown_steps=self.cooldown_steps * 2 ** (attempt - 1),
         )
 
+    def place(self, finding: Finding) -> Finding:
+        """Return ``finding`` with an onset after the last rollback.
+
+        A rule that takes the last good value it saw for the time before the onset would place
+        it in the stretch that is left behind already.
+        """
+        return replace(finding, onset_step=max(finding.onset_step, self.went_back_at + 1))
+
     def may_try_again(self) -> bool:
         """Return whether the present incident has a rollback left."""
         return self.attempt < self.max_rollbacks
@@ -170,7 +180,7 @@ class RollbackPolicy:
         assert decision.target is not None
         if decision.incident != self.incident:
             self.origins_tried = []
-        self.place_onset = decision.onset_step
+        self.place_onset, self.went_back_at = decision.onset_step, step
         self.incident, self.attempt = decision.incident, decision.attempt
         self.rollbacks += 1
         self.origins_tried.append(decision.target.origin)
@@ -187,7 +197,15 @@ class RollbackPolicy:
         """Return whether an error at ``step`` belongs to the last incident."""
         return self.incident > 0 and step <= self.open_until
 
-    _NUMBERS = ("incident", "attempt", "rollbacks", "muted_until", "open_until", "place_onset")
+    _NUMBERS = (
+        "incident",
+        "attempt",
+        "rollbacks",
+        "muted_until",
+        "open_until",
+        "place_onset",
+        "went_back_at",
+    )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, without settings, as JSON values."""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.recovery import RecoveryCheck
-from hf_divguard.core.rollback_policy import TRAINED_THROUGH, Decision, RollbackPolicy, Target
+from hf_divguard.core.rollback_policy import Decision, RollbackPolicy, Target
+from hf_divguard.core.rollback_watch import RollbackWatch
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
+from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callback_state import collect_states, read_callback_states
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.ledger import CheckpointLedger
@@ -69,7 +70,6 @@ class Rollback:
         self._detectors = detectors
         self._on_left_behind = on_left_behind
         self._finite_total = 0.0
-        self._recovery = RecoveryCheck()
         self._rewarming = Rewarming(options.divguard_rewarm_steps)
         self._snapshots = Snapshots(options.divguard_snapshot_steps)
         self._origins: dict[int, int] = {}
@@ -79,6 +79,13 @@ class Rollback:
             margin_steps=options.divguard_rollback_margin_steps,
             lr_factor=options.divguard_rollback_lr_factor,
         )
+        minds_setbacks = any(
+            isinstance(detector, AdaptiveDivergenceDetector)
+            and detector.action == "rollback"
+            and detector.takes_raw_losses
+            for detector in detectors.values()
+        )
+        self._watch = RollbackWatch(self.policy, minds_setbacks=minds_setbacks)
         self.story = RollbackStory(ledger.run_dir, ledger.run_id, ranks)
         self.error: TrainingDivergedError | None = None
         self.went_to_memory = False
@@ -92,7 +99,7 @@ class Rollback:
             "events": list(self.story.events),
             "origins": {str(step): origin for step, origin in self._origins.items()},
             "rewarm_since": self._rewarming.since,
-            "recovery": self._recovery.state_dict(),
+            "watch": self._watch.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -105,7 +112,7 @@ class Rollback:
         self.story.events = list(state_dict["events"])
         self._origins = {int(step): int(origin) for step, origin in state_dict["origins"].items()}
         self._rewarming.since = state_dict["rewarm_since"]
-        self._recovery.load_state_dict(state_dict["recovery"])
+        self._watch.load_state_dict(state_dict["watch"])
 
     def begin(self, state: Any) -> None:
         """Start training: bring the story on disk up to date, mute what has to stay muted."""
@@ -124,58 +131,20 @@ class Rollback:
     # ---- one step
 
     def watch(self, values: list[StepValues]) -> None:
-        """Take the raw losses since the last look; at the end of a cool-down, judge whether the run has recovered.
-
-        Findings are ignored during the cool-down, but the loss is not: if the median of its
-        last values is still above what was ordinary before the fault, the fault has not
-        passed, and another rollback is asked for. The same where training ends in a cool-down.
-        If it has passed in the meantime, the state has been trained through it, and what it
-        took from that stays for long: it is put back once more, now that the way is free.
-        """
+        """Take the raw losses since the last look, and ask for a rollback where they call for one."""
         trainer, state = self._trainer, self._trainer.state
         total = float(trainer._total_loss_scalar)
         if math.isfinite(total):
             self._finite_total = total
         for entry in values:
-            self._recovery.observe(entry.step, entry.loss)
-        is_last = state.global_step >= state.max_steps
-        if self._recovery.limit is None or (self.policy.is_muted(state.global_step) and not is_last):
-            return
-        if getattr(state, "divguard_rollback_request", None) is None:
-            state.divguard_rollback_request = self._judge_recovery(state.global_step)
-        self._recovery.end()
+            self._watch.observe(entry.step, entry.loss)
+        finding = self._watch.judge(state.global_step, is_last=state.global_step >= state.max_steps)
+        if finding is not None and getattr(state, "divguard_rollback_request", None) is None:
+            state.divguard_rollback_request = finding
 
-    def _judge_recovery(self, step: int) -> Finding | None:
-        check = self._recovery
-        level, limit = check.level(), check.limit
-        if not check.has_recovered():
-            kind = "not_recovered"
-            message = (
-                f"`loss` has not recovered by step {step}: the median of its last values is {level:.4g}, above the limit "
-                f"{limit:.4g} from before the fault."
-            )
-        elif check.was_ever_bad() and self.policy.may_try_again():
-            kind = TRAINED_THROUGH
-            message = (
-                f"The fault lasted on after the rollback and has passed by step {step}: `loss` was above the limit "
-                f"{limit:.4g} from before the fault and is back at {level:.4g}."
-            )
-        else:
-            return None
-        return Finding(
-            step=step,
-            onset_step=check.first_bad_step() or step,
-            kind=kind,
-            severity="error",
-            metric="loss",
-            value=math.nan if level is None else level,
-            limit=limit,
-            message=message,
-        )
-
-    def holds_back_saves(self, step: int) -> bool:
-        """Return whether the run is in a cool-down and its loss still says that the fault is there."""
-        return self.policy.is_muted(step) and not self._recovery.has_recovered()
+    def holds_back_saves(self) -> bool:
+        """Return whether what would be saved now is under a fault that a rollback has not ended."""
+        return self._watch.sees_the_fault()
 
     def perform_if_asked(self, model: Any, tr_loss: torch.Tensor) -> bool:
         """Roll back if any rank's detectors ask for it; return whether weights were put back.
@@ -188,6 +157,7 @@ class Rollback:
         finding = next((request for request in requests if request is not None), None)
         if finding is None or self.error is not None:
             return False
+        finding = self.policy.place(finding)
         unusable: set[Target] = set()
         while True:
             began = time.perf_counter()
@@ -195,7 +165,7 @@ class Rollback:
             if decision.target is None:
                 self._give_up(finding, decision, model, tr_loss)
                 return False
-            self._mark_diverged(finding.onset_step - 2 - self.policy.margin_steps, finding)
+            self._mark_diverged(self._last_good(finding), finding)
             try:
                 self._restore(decision.target)
             except CheckpointError as error:
@@ -228,6 +198,9 @@ class Rollback:
             logger.warning("Not rolling back to %s: %s", path, verdict.reason)
             targets = [target for target in targets if target != decision.target]
 
+    def _last_good(self, finding: Finding) -> int:
+        return finding.onset_step - 2 - self.policy.margin_steps
+
     def _target(self, step: int, *, is_snapshot: bool = False) -> Target:
         return Target(step, self._origins.get(step, step), is_snapshot=is_snapshot)
 
@@ -241,8 +214,8 @@ class Rollback:
         before = scheduled_rates(self._trainer)[0]
         scale_rates(self._trainer, decision.lr_factor)
         pending_loss = self._clean_loop(model, tr_loss)
-        self._snapshots.drop_after(target.step)
-        self._recovery.go_back(target.step, step)
+        self._snapshots.drop_after(self._last_good(finding))
+        self._watch.go_back(target.step, step, finding)
         self.policy.record(decision, step)
         self.went_to_memory = target.is_snapshot
         self._origins = {kept: origin for kept, origin in self._origins.items() if kept <= target.step}

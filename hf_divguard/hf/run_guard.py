@@ -275,7 +275,7 @@ class RunGuard(TrainerCallback):
                 rollback.watch(values)
                 if rollback.perform_if_asked(model, tr_loss):
                     self._save_after_rollback(save_was_due)
-                elif rollback.holds_back_saves(trainer.state.global_step):
+                elif rollback.holds_back_saves():
                     trainer.control.should_save = False
             # Detectors that work on logs and evaluations speak while the host acts.
             may_find = trainer.control.should_log or trainer.control.should_evaluate
