@@ -46,8 +46,6 @@ def choose_for_all(
         NoCompleteCheckpointError: On every rank, as for :func:`choose_checkpoint`.
         CheckpointError: On every rank, as for :func:`choose_checkpoint`.
     """
-    if _is_path(asked):
-        return ranks.on_main(lambda: _given(os.fspath(asked)))  # type: ignore[arg-type]
     local_ranks = ranks.on_same_file_system(Path(output_dir))
     leads = ranks.rank == local_ranks[0]
     if leads:
@@ -59,6 +57,8 @@ def choose_for_all(
                 "What a killed save may have left in %s could not be mended: %s", output_dir, error
             )
     ranks.gather(None)
+    if _is_path(asked):
+        return _given_to_all(os.fspath(asked), ranks, leads)  # type: ignore[arg-type]
     refused: dict[int, str] = {}
     while True:
         info = ranks.on_main(
@@ -74,6 +74,20 @@ def choose_for_all(
         if not problems:
             return own
         refused[info.step] = "; ".join(f"on rank {rank} {told}" for rank, told in problems.items())
+
+
+def _given_to_all(path: str, ranks: Ranks, leads: bool) -> str:
+    """Return ``path`` if it is complete on every disk; else raise the same error on all ranks."""
+    error: CheckpointError | None = None
+    if leads:
+        try:
+            _given(path)
+        except CheckpointError as caught:
+            error = caught
+    for told in ranks.gather(error):
+        if told is not None:
+            raise told
+    return path
 
 
 def _problem_elsewhere(path: str, chosen: Verdict) -> str | None:
@@ -132,7 +146,7 @@ def choose_checkpoint(
     return _first_complete(candidates, output_dir, refused or {})
 
 
-def _given(path: str) -> str:
+def _given(path: str) -> None:
     verdict = verify_checkpoint(path)
     if verdict.status == "incomplete" and not verdict.lacks_only_sidecar:
         raise CheckpointError(
@@ -143,7 +157,6 @@ def _given(path: str) -> str:
         logger.warning("Resuming from %s although it is %s: %s", path, verdict.status, verdict.reason)
     elif not verdict.resumable:
         logger.warning("%s holds the model but not all of the training state: %s", path, verdict.reason)
-    return path
 
 
 def _first_complete(

@@ -193,6 +193,19 @@ def test_nodes_without_a_common_step_refuse_with_the_same_error(
     assert "on rank 1" in first.error
 
 
+def test_a_checkpoint_that_was_named_and_is_broken_on_one_rank_is_refused_by_all(
+    run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
+    for outcome in run_ranks("train", 2, output_dir=tmp_path / "out", max_steps=2):
+        outcome.check()
+    named = tmp_path / "out" / "checkpoint-2"
+    (named / "rng_state_1.pth").unlink()
+    first, second = run_ranks("train", 2, output_dir=tmp_path / "out", resume=str(named))
+    assert first.error == second.error
+    assert first.error.startswith("CheckpointError: ")
+    assert "`rng_state_1.pth` (random state of rank 1) is missing" in first.error
+
+
 def test_ranks_with_own_folders_but_no_model_in_each_are_told_so(
     run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:

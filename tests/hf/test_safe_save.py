@@ -328,14 +328,16 @@ def test_what_a_killed_save_left_whole_is_resumed_from(
     assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.parametrize("by_name", [False, True])
 def test_what_a_killed_replacement_moved_aside_is_resumed_from(
-    saved: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+    by_name: bool, saved: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = copy_of(saved, "guarded", tmp_path)
     for step in (2, 4):
         shutil.rmtree(folder / f"checkpoint-{step}")
     (folder / "checkpoint-6").rename(folder / "_divguard_replaced-6")
-    assert start_of(make_trainer, folder) == 6
+    resume = str(folder / "checkpoint-6") if by_name else True
+    assert start_of(make_trainer, folder, resume) == 6
 
 
 def test_a_checkpoint_of_the_stock_trainer_with_its_unfinished_marker_does_not_count(
@@ -422,13 +424,19 @@ def test_a_folder_that_cannot_be_deleted_does_not_end_the_run(
 # ---- saving a step again
 
 
-@pytest.mark.parametrize("mode", ["staged", "in_place"])
-@pytest.mark.parametrize("moment", ["write", "between the renames", "after"])
+@pytest.mark.parametrize(
+    ("mode", "moment"),
+    [
+        ("staged", "write"),
+        ("staged", "between the renames"),
+        ("staged", "after"),
+        ("in_place", "write"),
+        ("in_place", "after"),
+    ],
+)
 def test_saving_a_step_again_never_leaves_the_run_without_a_checkpoint(
-    moment: str, mode: str, run_ranks: Callable[..., Any], make_trainer: Callable[..., Any], tmp_path: Path
+    mode: str, moment: str, run_ranks: Callable[..., Any], make_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    if (moment, mode) == ("between the renames", "in_place"):
-        pytest.skip("nothing is renamed in place")
     outcome = run_ranks(
         "kill_during_a_second_save", output_dir=tmp_path / "out", safe_save=mode, moment=moment
     )
