@@ -69,7 +69,8 @@ def main() -> None:
         train_dataset=train_data,
         eval_dataset=eval_data,
     )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    with exit_on_divergence():
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.log_metrics("train", result.metrics)
     for checkpoint in trainer.best_checkpoints():
         print(f"best: {checkpoint.path}  {args.divguard_ranking_key} {checkpoint.metric:.4f}")
