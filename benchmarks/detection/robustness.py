@@ -21,6 +21,11 @@ from benchmarks.detection.runs import CORPUS, Run, read_runs, score
 from hf_divguard.core import excursion, level_watch, robust_level
 
 MODULES = (robust_level, excursion, level_watch)
+INTRO = (
+    "# The adaptive rule with each constant moved by a quarter, and on changed runs\n\n"
+    "Written by `python -m benchmarks.detection.robustness`; "
+    "[detectors.md](../detectors.md) tells what the constants are.\n\n"
+)
 HEAD = (
     "| what | every step: false | recall | delay | every 10: false | recall | public: false | recall |\n"
     + "|---" * 8
@@ -92,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     generated = [run for run in runs if run.is_generated]
     public = [run for run in runs if not run.is_generated]
 
-    text = HEAD + row("**as it is**", generated, public)
+    text = INTRO + HEAD + row("**as it is**", generated, public)
     for name, before in constants().items():
         for factor in (0.75, 1.25):
             with moved(name, factor) as after:

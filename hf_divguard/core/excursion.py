@@ -53,11 +53,13 @@ class Excursion:
         if self.score == 0.0:
             # The loss of a step is from before its update: the update of the step before may be the bad one.
             self.onset_step = step if self._before is None else self._before
-            self.values, self.peak, self.highest_score = [], 0.0, 0.0
+            if self.values:
+                self.values, self.peak, self.highest_score = [], 0.0, 0.0
         self._before = step
-        self.score = max(0.0, self.score + weight * (max(-1.0, min(1.0, share)) - DRIFT))
-        self.highest_score = max(self.highest_score, self.score)
+        share = 1.0 if share > 1.0 else -1.0 if share < -1.0 else share
+        self.score = max(0.0, self.score + weight * (share - DRIFT))
         if self.score > 0.0:
+            self.highest_score = max(self.highest_score, self.score)
             self.values.append(value)
             if len(self.values) > LONGEST:
                 del self.values[0]

@@ -71,9 +71,17 @@ class SortedWindow:
             del ordered[bisect_left(ordered, arrived.popleft())]
 
     def quantile(self, share: float) -> float:
-        """Return the value below which a ``share`` of the window lies; 0 if it is empty."""
+        """Return the value below which a ``share`` (under 1) of the window lies; 0 if it is empty."""
         ordered = self._ordered
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+        return ordered[int(share * len(ordered))] if ordered else 0.0
+
+    def quantiles(self, first: float, second: float, third: float) -> tuple[float, float, float]:
+        """Return three quantiles at once."""
+        ordered = self._ordered
+        n = len(ordered)
+        if not n:
+            return 0.0, 0.0, 0.0
+        return ordered[int(first * n)], ordered[int(second * n)], ordered[int(third * n)]
 
     def values(self) -> list[float]:
         """Return the values in the order of their arrival."""
