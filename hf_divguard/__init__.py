@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from hf_divguard.hf.trainer import DivGuardMixin, DivGuardTrainer
     from hf_divguard.hf.training_args import DivGuardArgumentsMixin, DivGuardTrainingArguments
-    from hf_divguard.replay import replay
+    from hf_divguard.replays import replay
     from hf_divguard.storage.checkpoints import (
         best_checkpoints,
         find_checkpoints,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "exit_on_divergence": "errors",
-    "replay": "replay",
+    "replay": "replays",
     "NonFiniteDetector": "hf.adaptive_detectors",
     "AdaptiveDivergenceDetector": "hf.adaptive_detectors",
     "CheckpointError": "errors",

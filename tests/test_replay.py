@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hf_divguard.errors import HistoryError
-from hf_divguard.replay import ReplayedFindings, replay
+from hf_divguard.replays import ReplayedFindings, replay
 from tests import curves
 
 JUMP = curves.jump(0, height=4.0)
@@ -204,7 +204,7 @@ def test_unknown_detectors_and_parameters_are_answered_with_what_there_is() -> N
 
 def test_a_replay_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from hf_divguard.replay import replay; replay({'loss': [2.0, 1.9]}); "
+        "import sys; from hf_divguard.replays import replay; replay({'loss': [2.0, 1.9]}); "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
