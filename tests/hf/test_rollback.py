@@ -816,3 +816,24 @@ def test_a_resumed_run_knows_its_rollbacks_and_their_counter(
         for event in again.divguard_events
     ]
     assert told == [(1, 1, 1, 10), (2, 1, 2, 15)]
+
+
+def test_a_rollback_that_a_resume_has_undone_stays_in_the_file_and_says_so(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """From memory nothing is saved at once; done again, it takes the place of the first."""
+    options: dict[str, Any] = {"divguard_snapshot_steps": 4, "lr_scheduler_type": "constant"}
+    first = nan_run(make_trainer, range(11, 12), max_steps=11, **options)
+    first.train()
+    assert moves(first) == [(11, 8)]
+    before = str(tmp_path / "out" / "checkpoint-8")
+    path = tmp_path / "out" / "divguard" / "events.jsonl"
+    without = nan_run(make_trainer, range(0), max_steps=10, **options)
+    without.train(resume_from_checkpoint=before)
+    assert without.divguard_events == []
+    assert [json.loads(line)["undone_by_resume_from"] for line in path.read_text().splitlines()] == [8]
+    again = nan_run(make_trainer, range(11, 12), max_steps=14, **options)
+    again.train(resume_from_checkpoint=before)
+    assert moves(again) == [(11, 8)]
+    (line,) = path.read_text().splitlines()
+    assert "undone_by_resume_from" not in json.loads(line)
