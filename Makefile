@@ -96,8 +96,9 @@ bench-detection: $(READY) ## Compare detection rules on labelled loss curves
 	@$(BIN)/python -m benchmarks.detection.evaluate $(BENCH)
 	@$(BIN)/python -m benchmarks.detection.robustness
 
-bench-recovery: $(READY) ## Put faults into runs and compare how they end
+bench-recovery: $(READY) ## Put faults into runs, compare how they end, and time a rollback
 	@$(BIN)/python benchmarks/recovery.py $(BENCH)
+	@$(BIN)/python benchmarks/rollback_time.py $(BENCH)
 
 bench-overhead: $(READY) ## Measure what guarding costs per value, per step and per save
 	@$(BIN)/python -m benchmarks.detection.update_cost
