@@ -57,9 +57,9 @@ class AdaptiveRule:
         >>> findings += [rule.observe(step, 4.0) for step in range(60, 80)]
         >>> found = [finding for finding in findings if finding and finding.severity == "error"]
         >>> [(finding.kind, finding.onset_step, finding.step) for finding in found]
-        [('jump', 59, 68)]
+        [('jump', 60, 68)]
         >>> print(found[0])
-        `loss` = 4 at step 68 jumped after step 59 and stays: 2.017 before, 4 now (limit 2.6), 85% of the progress lost.
+        `loss` = 4 at step 68 jumped at step 60 and stays: 2.017 before, 4 now (limit 2.6), 85% of the progress lost.
     """
 
     def __init__(

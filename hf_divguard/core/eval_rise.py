@@ -73,7 +73,8 @@ class EvalRise:
                 )
         return Finding(
             step=step,
-            onset_step=self._best_step,
+            # The weights after the best step are good: so is the training loss of the step after it.
+            onset_step=min(step, self._best_step + 2),
             kind="eval_climb",
             severity=self.severity,
             metric=self.metric,

@@ -29,15 +29,15 @@ class Excursion:
     """Add up how far each value lies above a bound, as a cumulative sum that starts anew at zero.
 
     One value counts between -1 and 1, so that a single outlier is worth no more than any
-    value beyond the full distance. The sum began where the rise began: that is the
-    estimate of its onset.
+    value beyond the full distance. The sum began where the rise began: the estimate of
+    its onset is the step after the last value before.
 
     Example:
         >>> rise = Excursion()
         >>> for step, share in enumerate([-1.0, 0.2, -0.5, 1.0, 40.0, 1.0]):
         ...     rise.add(step, share, share)
         >>> rise.onset_step, round(rise.score, 1)
-        (2, 2.7)
+        (3, 2.7)
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class Excursion:
     def add(self, step: int, value: float, share: float, weight: float = 1.0) -> None:
         """Take the next value, which lies ``share`` of a full distance above the bound."""
         if self.score == 0.0:
-            # The loss of a step is from before its update: the update of the step before may be the bad one.
-            self.onset_step = step if self._before is None else self._before
+            # Values may be several steps apart: the first bad step is one of those after the last value.
+            self.onset_step = step if self._before is None else self._before + 1
             if self.values:
                 self.values, self.peak, self.highest_score = [], 0.0, 0.0
         self._before = step

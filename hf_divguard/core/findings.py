@@ -21,8 +21,9 @@ class Finding:
 
     Args:
         step: Optimizer step (``TrainerState.global_step``) at which the rule was sure.
-        onset_step: Estimated first bad step; at most ``step``. A rollback has to go
-            back to a checkpoint older than this.
+        onset_step: Estimated first step with a bad training loss, at most ``step``: the
+            step after the last one known to be sound. A rollback has to go back to a
+            checkpoint that is at least two steps older.
         kind: What was seen, in one word: ``"non_finite"``, ``"jump"``, ``"climb"``...
         severity: ``"note"``, ``"warning"`` or ``"error"``. Only an error is acted on.
         metric: Log key of the series (``"loss"``, ``"grad_norm"``, ``"eval_loss"``).

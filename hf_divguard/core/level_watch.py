@@ -240,16 +240,16 @@ class LevelWatch:
         level, best = self.level, _or_center(self.level.best, self.level.center)
         if kind == "jump":
             before, now, limit = level.center, self._jump.late_level(), level.center + bounds.jump
-            onset = self._jump.onset_step
-            said = f"jumped after step {onset} and stays: {before:.4g} before, {now:.4g} now"
+            onset = step if self._jump.onset_step is None else min(step, self._jump.onset_step)
+            said = f"jumped at step {onset} and stays: {before:.4g} before, {now:.4g} now"
         elif kind == "climb":
             before, now, limit = best, median(self._climb.values[-PATIENCE:]), best + bounds.climb
-            onset = self._calm_step
-            said = f"has climbed since step {onset}: {before:.4g} at its best, {now:.4g} now"
+            onset = _after(self._calm_step, step)
+            said = f"has climbed from step {onset} on: {before:.4g} at its best, {now:.4g} now"
         else:
             before, now, limit = level.lowest[0][0], level.center, level.lowest[1][0]
-            onset = self._lowest_step
-            said = f"is stuck since step {onset}: {before:.4g} at its best, {now:.4g} now"
+            onset = _after(self._lowest_step, step)
+            said = f"is stuck from step {onset} on: {before:.4g} at its best, {now:.4g} now"
         evidence: dict[str, float | int | str] = {
             "before": before,
             "now": now,
@@ -266,7 +266,7 @@ class LevelWatch:
             evidence["grad_norm_ratio"] = pull
         return Finding(
             step=step,
-            onset_step=step if onset is None else min(step, onset),
+            onset_step=onset,
             kind=kind,
             severity="error",
             metric=self.metric,
@@ -313,6 +313,11 @@ _STATE = ("healed", "calm_step", "lowest_step", "step", "gap", "open")
 def _or_center(best: float | None, center: float) -> float:
     """Return ``best``, or ``center`` while there is none."""
     return center if best is None else best
+
+
+def _after(last_good: int | None, step: int) -> int:
+    """Return the first step that may be bad, at most ``step``."""
+    return step if last_good is None else min(step, last_good + 1)
 
 
 def _spreads(factor: float, progress: float, spread: float) -> float:

@@ -270,7 +270,7 @@ class AdaptiveDivergenceDetector(RawLossDetector):
         >>> for step in range(60):
         ...     detector.on_log(None, None, control, logs={"loss": 2.0 + 0.01 * (step % 3) + (step >= 40) * 4.0})
         >>> control.should_training_stop, detector.findings[-1].onset_step
-        (True, 40)
+        (True, 41)
     """
 
     def __init__(

@@ -76,17 +76,17 @@ def test_a_run_that_never_returns_near_its_early_best_is_stuck() -> None:
     values = [4.6, 1.9, 2.0, *(2.7 + rng.gauss(0.0, 0.03) for _ in range(40))]
     found = errors_of(values, every=2000)
     assert [finding.kind for finding in found] == ["plateau"]
-    assert found[0].onset_step == 6000
+    assert found[0].onset_step == 6001
 
 
 @pytest.mark.parametrize("every", [1, 10])
-def test_the_onset_of_a_jump_is_the_last_step_before_it(every: int) -> None:
+def test_the_onset_of_a_jump_is_the_step_after_the_last_value_before_it(every: int) -> None:
     for seed in range(10):
         made = curves.jump(seed)
         assert made.onset is not None
         found = errors_of(curves.every(made.values, every), every=every)[0]
         last_good = made.onset // every * every
-        assert last_good - every <= found.onset_step <= last_good
+        assert last_good - every < found.onset_step <= last_good + 1
 
 
 def test_the_onset_of_a_climb_is_near_its_begin() -> None:
@@ -180,7 +180,7 @@ def test_values_that_are_not_finite_never_enter_what_is_ordinary() -> None:
 def test_nan_in_the_middle_of_a_rise_began_with_the_rise() -> None:
     values = [*curves.healthy(0, 400).values, 5.0, 6.0, 7.0, 7.5, 8.0, 8.5, 9.0, NAN]
     found = errors_of(values)
-    assert [(finding.kind, finding.onset_step) for finding in found] == [("non_finite", 400)]
+    assert [(finding.kind, finding.onset_step) for finding in found] == [("non_finite", 401)]
 
 
 def test_after_a_rollback_nothing_is_suspected_but_the_ordinary_is_still_known() -> None:
@@ -215,7 +215,7 @@ def test_an_evaluation_loss_that_turns_is_a_warning_unless_said_otherwise() -> N
         rule = AdaptiveRule(**params)
         found = [f for step, loss in enumerate(losses) if (f := rule.observe_eval(step, loss)) is not None]
         assert [(f.kind, f.severity, f.onset_step, f.metric) for f in found] == [
-            ("eval_climb", severity, 4, "eval_loss")
+            ("eval_climb", severity, 6, "eval_loss")
         ]
 
 
