@@ -85,6 +85,11 @@ class RecoveryCheck:
             for start in range(len(is_bad) - _JUDGED_VALUES + 1)
         )
 
+    def began_well(self) -> bool:
+        """Return whether the first loss since the rollback, that of the restored weights, is ordinary."""
+        limit = math.inf if self.limit is None else self.limit
+        return next((loss <= limit for step, loss in self._losses if step > self._since), False)
+
     def first_bad_step(self) -> int | None:
         """Return the first step since the rollback whose loss is above the limit."""
         limit = math.inf if self.limit is None else self.limit

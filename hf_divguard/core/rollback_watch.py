@@ -20,7 +20,8 @@ class RollbackWatch:
     training ends within it, the run is judged:
 
     - If the last losses are above what was ordinary before the fault, the fault has not
-      passed: another rollback.
+      passed: another rollback. After a setback only if the restored weights were good at
+      first: where they never were, it is the data that became harder.
     - If they are back but were not at some time, the restored state has been trained
       through the rest of the fault, and what it took from that stays for long: it is put
       back once more, now that the way is free, unless that were the last attempt's end.
@@ -65,8 +66,9 @@ class RollbackWatch:
         check = self._recovery
         level, limit = check.level(), math.inf if check.limit is None else check.limit
         if not check.has_recovered():
-            if self._was_setback and level is not None and math.isfinite(level):
-                return None  # No detector has called it a divergence: it may go on to heal.
+            if self._was_setback and not check.began_well() and level is not None and math.isfinite(level):
+                # The good weights do no better on these data, and no detector calls it a divergence: let it heal.
+                return None
             kind = "not_recovered"
             above = (
                 "not finite" if limit == math.inf else f"above the limit {limit:.4g} from before the fault"

@@ -182,10 +182,7 @@ class Rollback:
         step = self._trainer.state.global_step
         targets = [self._target(kept.step, is_snapshot=True) for kept in self._snapshots.all()]
         in_memory = {target.step for target in targets if target not in unusable}
-        for record in self._ledger.records:
-            healthy = record.metric is None or math.isfinite(record.metric)
-            if record.in_lineage and healthy and record.step not in in_memory and record.step <= step:
-                targets.append(self._target(record.step))
+        targets += [self._target(kept) for kept in self._usable_steps() if kept <= step and kept not in in_memory]
         targets = [target for target in targets if target not in unusable]
         while True:
             decision = self.policy.decide(finding, step, targets)
@@ -305,14 +302,29 @@ class Rollback:
         self._on_left_behind(last_good)
 
     def protected_steps(self) -> set[int]:
-        """Return the steps that must not be deleted while an incident is open."""
+        """Return the steps that must not be deleted while an incident is open.
+
+        They are what was gone back to, and the newest state older than all of that: the next
+        one to take.
+        """
         if not self.policy.is_open(self._trainer.state.global_step):
             return set()
-        return {
+        protected = {
             event["target_step"]
             for event in self.story.events
             if event["event"] == "rollback" and event["incident"] == self.policy.incident
         }
+        oldest = min(self.policy.origins_tried)
+        older = [step for step in self._usable_steps() if self._target(step).origin < oldest]
+        return protected | set(older[-1:])
+
+    def _usable_steps(self) -> list[int]:
+        """Return the steps of the lineage's checkpoints whose metric, if there is one, is finite; lowest first."""
+        return sorted(
+            record.step
+            for record in self._ledger.records
+            if record.in_lineage and (record.metric is None or math.isfinite(record.metric))
+        )
 
     # ---- giving up
 

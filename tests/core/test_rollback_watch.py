@@ -96,6 +96,14 @@ def test_a_setback_that_no_detector_calls_a_divergence_is_undone_once_and_then_l
     assert run.feed([5.0] * 100) == []
 
 
+def test_a_setback_whose_fault_breaks_the_restored_state_anew_is_not_left_to_heal() -> None:
+    """The first loss after the rollback is as good as ever: it is not the data that became harder."""
+    run = Run()
+    run.feed([5.0] * 20)
+    run.go_back("setback")
+    assert run.feed([2.0] + [5.0] * 40) == [(251, "not_recovered")]
+
+
 @pytest.mark.parametrize("loss", [9.0, 2.0], ids=["bad", "good"])
 def test_whether_the_fault_is_still_there_is_known_during_the_cooldown(loss: float) -> None:
     """It decides whether anything is saved."""

@@ -431,6 +431,20 @@ def test_the_target_is_not_rotated_away_while_the_incident_is_open(
     assert 4 in checkpoint_steps(tmp_path / "out")
 
 
+def test_the_state_that_a_second_attempt_would_take_is_not_rotated_away_either(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Where the same place fails again an older state is next: the save after the first rollback must not delete it."""
+    trainer = scripted_run(
+        make_trainer, {10: 10, 16: 11}, save_total_limit=2, save_steps=4, lr_scheduler_type="constant"
+    )
+    trainer.train()
+    assert moves(trainer) == [(10, 8), (16, 4)]
+    first, second = trainer.divguard_events
+    assert second["learning_rate_after"] == first["learning_rate_before"]
+    assert {4, 8} <= checkpoint_steps(tmp_path / "out")
+
+
 def test_a_target_that_cannot_be_read_is_passed_over(
     make_trainer: MakeTrainer, tmp_path: Path, our_log: pytest.LogCaptureFixture
 ) -> None:
