@@ -1,9 +1,10 @@
-"""One model, one fault, three runs: what the stock Trainer does and what a guarded one does.
+"""One model, one fault, three trainers: what the stock one does and what guarded ones do.
 
 A small language model, made from a config, learns the source code of Python's own standard
 library. Half-way the learning rate is a hundred times too high for a few steps. The same run
 goes through ``transformers.Trainer``, through a ``DivGuardTrainer`` that stops, and through one
-that rolls back and goes on. At the end a table says what became of each, and
+that rolls back and goes on; before them it is done without the fault, to compare with. At the
+end a table says what became of each, and
 ``demo_output/demo.png`` shows the loss curves.
 
 Run it with ``make demo``, or ``python examples/demo.py`` where the package is installed with
@@ -57,7 +58,7 @@ EVAL_BLOCKS = 64
 STEPS = 400
 SAVE_EVERY = 40
 FAULT_FIRST = 206
-FAULT_LAST = 225
+FAULT_LAST = 220
 FAULT_FACTOR = 100.0
 
 
@@ -119,9 +120,20 @@ class Variant:
     arguments_class: Any
     options: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[TrainerCallback]] = list
+    has_fault: bool = True
 
 
 GUARDS = {"eval_on_save": True, "preserve_best_model": True, "preserve_n_best": 2}
+
+HEALTHY = Variant(
+    name="healthy",
+    label="stock, without the fault",
+    color="#b2babb",
+    trainer_class=Trainer,
+    arguments_class=TrainingArguments,
+    options={"eval_strategy": "steps", "eval_steps": SAVE_EVERY},
+    has_fault=False,
+)
 
 VARIANTS = [
     Variant(
@@ -198,7 +210,7 @@ def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
         args=args,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        callbacks=[TooHighRate(), progress, *variant.callbacks()],
+        callbacks=[*([TooHighRate()] if variant.has_fault else []), progress, *variant.callbacks()],
     )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
@@ -248,7 +260,14 @@ def with_losses(checkpoints: list[int], outcome: Outcome) -> str:
     )
 
 
-def print_table(outcomes: list[Outcome]) -> None:
+def against_healthy(outcome: Outcome, healthy: Outcome) -> str:
+    """Return the evaluation loss of the best checkpoint left, and how it compares with the healthy run's."""
+    step, loss = outcome.best[0]
+    reference = healthy.best[0][1]
+    return f"step {step:>3}   eval loss {loss:6.3f}\n{loss / reference:.2f} x the healthy run's {reference:.3f}"
+
+
+def print_table(outcomes: list[Outcome], healthy: Outcome) -> None:
     """Print what became of each variant, side by side."""
     rows = [
         ("", [outcome.variant.label for outcome in outcomes]),
@@ -256,7 +275,7 @@ def print_table(outcomes: list[Outcome]) -> None:
         ("steps wasted", [steps_wasted(outcome) for outcome in outcomes]),
         ("training time", [f"{outcome.seconds:.0f} s" for outcome in outcomes]),
         ("checkpoints left", [with_losses(outcome.checkpoints, outcome) for outcome in outcomes]),
-        ("best of them", [with_losses([outcome.best[0][0]], outcome) for outcome in outcomes]),
+        ("best of them", [against_healthy(outcome, healthy) for outcome in outcomes]),
     ]
     width = 31
     rule = f"  {'-' * 22}{('  ' + '-' * width) * len(outcomes)}"
@@ -277,7 +296,7 @@ def print_table(outcomes: list[Outcome]) -> None:
 # ---- the picture
 
 
-def draw(outcomes: list[Outcome], path: Path) -> None:
+def draw(outcomes: list[Outcome], healthy: Outcome, path: Path) -> None:
     """Draw the losses of all variants with fault and findings, and below them the checkpoints that are left."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (curves, shelf) = plt.subplots(
@@ -285,6 +304,14 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     )
     for axes in (curves, shelf):
         axes.axvspan(FAULT_FIRST, FAULT_LAST, color="#f5b041", alpha=0.3, linewidth=0)
+    curves.plot(
+        list(healthy.losses),
+        list(healthy.losses.values()),
+        color=healthy.variant.color,
+        linewidth=1.3,
+        label=healthy.variant.label,
+        zorder=1,
+    )
     for order, outcome in enumerate(outcomes):
         steps = list(outcome.losses)
         curves.plot(
@@ -403,10 +430,11 @@ def main() -> None:
         f"Fault: in steps {FAULT_FIRST} to {FAULT_LAST} the learning rate is {FAULT_FACTOR:g} times too high.\n",
         flush=True,
     )
+    healthy = run(HEALTHY, train_data, eval_data)
     outcomes = [run(variant, train_data, eval_data) for variant in VARIANTS]
     print()
-    print_table(outcomes)
-    draw(outcomes, OUTPUT / "demo.png")
+    print_table(outcomes, healthy)
+    draw(outcomes, healthy, OUTPUT / "demo.png")
     print(f"\n  Picture: {OUTPUT / 'demo.png'}   Checkpoints: {OUTPUT}/<variant>/checkpoint-<step>")
 
 

@@ -231,7 +231,7 @@ class Rollback:
                 "target": "memory"
                 if target.is_snapshot
                 else os.path.basename(self._ledger.path(target.step)),
-                "steps_lost": step - target.step,
+                "steps_lost": self.story.updates_up_to(step) - self.story.updates_up_to(target.step),
                 "skipped_steps": [target.step + 1, step],
                 "learning_rate_before": before,
                 "learning_rate_after": scheduled_rates(self._trainer)[0],

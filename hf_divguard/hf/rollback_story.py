@@ -64,6 +64,14 @@ class RollbackStory:
         self._old = [old for old in self._old if old.get("run_id") != self._run_id or _identity(old) != again]
         return event
 
+    def updates_up_to(self, step: int) -> int:
+        """Return how many of the updates up to ``step`` are in the weights of that step."""
+        return step - sum(
+            event["steps_lost"]
+            for event in self.events
+            if event["event"] == "rollback" and event["step"] <= step
+        )
+
     def write(self) -> None:
         """Bring the file up to date if it is not."""
         if self._is_on_disk:

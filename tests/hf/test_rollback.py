@@ -441,6 +441,7 @@ def test_the_state_that_a_second_attempt_would_take_is_not_rotated_away_either(
     trainer.train()
     assert moves(trainer) == [(10, 8), (16, 4)]
     first, second = trainer.divguard_events
+    assert (first["steps_lost"], second["steps_lost"]) == (2, 10), "no update is lost twice"
     assert second["learning_rate_after"] == first["learning_rate_before"]
     assert {4, 8} <= checkpoint_steps(tmp_path / "out")
 
