@@ -264,7 +264,9 @@ def against_healthy(outcome: Outcome, healthy: Outcome) -> str:
     """Return the evaluation loss of the best checkpoint left, and how it compares with the healthy run's."""
     step, loss = outcome.best[0]
     reference = healthy.best[0][1]
-    return f"step {step:>3}   eval loss {loss:6.3f}\n{loss / reference:.2f} x the healthy run's {reference:.3f}"
+    return (
+        f"step {step:>3}   eval loss {loss:6.3f}\n{loss / reference:.2f} x the healthy run's {reference:.3f}"
+    )
 
 
 def print_table(outcomes: list[Outcome], healthy: Outcome) -> None:

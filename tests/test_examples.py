@@ -67,5 +67,7 @@ def test_the_demo_ends_with_its_table_and_its_picture(tmp_path: Path) -> None:
     """The whole demo: what each trainer did, and both curves in one picture."""
     printed = run_example("demo.py", cwd=tmp_path).stdout
     assert "noticed nothing and trained on" in printed
+    assert "went back (from step" in printed
+    assert "x the healthy run's" in printed
     assert "checkpoints left" in printed
     assert (tmp_path / "demo_output" / "demo.png").read_bytes().startswith(b"\x89PNG")

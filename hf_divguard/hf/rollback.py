@@ -182,7 +182,9 @@ class Rollback:
         step = self._trainer.state.global_step
         targets = [self._target(kept.step, is_snapshot=True) for kept in self._snapshots.all()]
         in_memory = {target.step for target in targets if target not in unusable}
-        targets += [self._target(kept) for kept in self._usable_steps() if kept <= step and kept not in in_memory]
+        targets += [
+            self._target(kept) for kept in self._usable_steps() if kept <= step and kept not in in_memory
+        ]
         targets = [target for target in targets if target not in unusable]
         while True:
             decision = self.policy.decide(finding, step, targets)
@@ -314,7 +316,7 @@ class Rollback:
             for event in self.story.events
             if event["event"] == "rollback" and event["incident"] == self.policy.incident
         }
-        oldest = min(self.policy.origins_tried)
+        oldest = min(self.policy.origins_tried, default=0)
         older = [step for step in self._usable_steps() if self._target(step).origin < oldest]
         return protected | set(older[-1:])
 
