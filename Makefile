@@ -113,7 +113,7 @@ build: $(READY) ## Build the source archive and the wheel into dist/
 ci-long: $(READY) $(OLD_READY) ## What continuous integration runs after `make test`, in shortened form
 	@$(MAKE) --no-print-directory notebooks
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
-	@if [ -f benchmarks/recovery.py ]; then $(MAKE) --no-print-directory bench-recovery BENCH=--short; fi
+	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(OLD_TESTS) $(PYTEST)
 
 clean: ## Remove environments, builds and results
