@@ -250,7 +250,11 @@ class FaultCallback(TrainerCallback):
     def __init__(self, fault: Fault, steps: range, model: Any) -> None:
         self.fault, self.steps = fault, steps
         self.generator = torch.Generator().manual_seed(5)
-        self.poisons = False
+        self.poisons = self.explodes = False
+        if fault.name == "gradients":
+            for weight in model.parameters():
+                direction = torch.randn(weight.shape, generator=self.generator)  # the same in every step
+                weight.register_hook(lambda gradient, direction=direction: self.explode(gradient, direction))
         if fault.name == "nan":
             first = next(module for module in model.modules() if module._parameters)
             first.register_forward_hook(self.poison)
@@ -259,10 +263,16 @@ class FaultCallback(TrainerCallback):
         """Put a NaN into what the first layer gives."""
         return output + float("nan") if self.poisons and module.training else output
 
+    def explode(self, gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        """Put a huge gradient in the place of a weight's own, in the backward pass: its norm shows it."""
+        if not self.explodes or gradient.numel() < 2:
+            return gradient
+        return 1000.0 * gradient.std() * direction
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do what the fault does before the forward pass."""
         is_on = state.global_step + 1 in self.steps
-        self.poisons = is_on
+        self.poisons = self.explodes = is_on
         if not is_on:
             return
         optimizer = kwargs["optimizer"]
@@ -278,15 +288,6 @@ class FaultCallback(TrainerCallback):
                 for weight in kwargs["model"].parameters():
                     spread = float(weight.std()) if weight.numel() > 1 else 0.0
                     weight += 3.0 * spread * torch.randn(weight.shape, generator=self.generator)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do what the fault does to gradients."""
-        if self.fault.name == "gradients" and state.global_step + 1 in self.steps:
-            self.generator.manual_seed(5)  # the same direction in every step
-            for weight in kwargs["model"].parameters():
-                if weight.grad is not None:
-                    size = 1000.0 * float(weight.grad.std()) if weight.numel() > 1 else 0.0
-                    weight.grad = size * torch.randn(weight.shape, generator=self.generator)
 
 
 def fresh_model(task: Task, seed: int) -> Any:

@@ -8,7 +8,10 @@ from typing import Any
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.robust_level import SortedWindow, median
 
-__all__ = ["Gradients"]
+__all__ = ["GRAD_EXPLOSION", "Gradients"]
+
+GRAD_EXPLOSION = "grad_explosion"
+"""Kind of the finding that the gradient norm is 100 times the usual."""
 
 # Where each number comes from is told in docs/detectors.md.
 LAST = 5
@@ -39,6 +42,7 @@ class Gradients:
         self._usual = SortedWindow()
         self._last: deque[float] = deque(maxlen=LAST)
         self._seen = 0
+        self._large_since: int | None = None
         self._exploding = False
 
     def see(self, norm: float) -> None:
@@ -57,12 +61,24 @@ class Gradients:
             return None
         return median(list(self._last)[-max(LEAST, min(LAST, count)) :]) / usual
 
+    def is_large(self, norm: float) -> bool:
+        """Return whether ``norm`` is 100 times the usual."""
+        return self._seen >= SEEN_BEFORE and norm >= EXPLOSION * self._usual.quantile(0.5)
+
+    def forget_last(self) -> None:
+        """Keep what is usual and drop the last norms: for after a rollback."""
+        self._last.clear()
+        self._large_since, self._exploding = None, False
+
     def judge(self, step: int) -> Finding | None:
         """Return a finding when the gradient norm begins to be 100 times the usual."""
-        if self._seen < SEEN_BEFORE or self._last[-1] < EXPLOSION * self._usual.quantile(0.5):
+        if not self.is_large(self._last[-1]):
             # Not this one; whether the last few were is asked again with the next large one.
-            self._exploding = self._exploding and (self.pull() or 0.0) >= EXPLOSION
+            if (self.pull() or 0.0) < EXPLOSION:
+                self._exploding, self._large_since = False, None
             return None
+        if self._large_since is None:
+            self._large_since = step
         pull = self.pull()
         if pull is None or pull < EXPLOSION or self._exploding:
             return None
@@ -70,8 +86,8 @@ class Gradients:
         value, usual = median(self._last), self._usual.quantile(0.5)
         return Finding(
             step=step,
-            onset_step=step,
-            kind="grad_explosion",
+            onset_step=min(step, self._large_since),
+            kind=GRAD_EXPLOSION,
             severity="warning",
             metric="grad_norm",
             value=value,
@@ -89,6 +105,7 @@ class Gradients:
             "usual": self._usual.values(),
             "last": list(self._last),
             "seen": self._seen,
+            "large_since": self._large_since,
             "exploding": self._exploding,
         }
 
@@ -101,5 +118,7 @@ class Gradients:
         """
         usual = SortedWindow([float(norm) for norm in state_dict["usual"]])
         last = deque([float(norm) for norm in state_dict["last"]], maxlen=LAST)
+        large_since = state_dict["large_since"]
         self._seen, self._exploding = int(state_dict["seen"]), bool(state_dict["exploding"])
+        self._large_since = None if large_since is None else int(large_since)
         self._usual, self._last = usual, last

@@ -1,16 +1,26 @@
-"""What the raw losses say about rolling back: a deep setback, a fault that lasts on, one that has passed."""
+"""What losses and gradients say about rolling back: damage that may heal, a fault that lasts on, one that has passed."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from hf_divguard.core.findings import Finding
+from hf_divguard.core.gradients import GRAD_EXPLOSION, Gradients
 from hf_divguard.core.recovery import RecoveryCheck
 from hf_divguard.core.rollback_policy import TRAINED_THROUGH, RollbackPolicy
 from hf_divguard.core.setback import SETBACK, SetbackCheck
 
-__all__ = ["RollbackWatch"]
+__all__ = ["UNDONE_ONCE", "RollbackWatch"]
+
+UNDONE_ONCE = frozenset({SETBACK, GRAD_EXPLOSION})
+"""Kinds of damage that a run may live with: one rollback if that is possible, and never the end of a run."""
+
+# Gradient norms that tell what is usual: as many as ordinary losses tell it elsewhere.
+_USUAL_NORMS = 100
+# Steps without a large gradient after which an explosion has passed: as many as tell that it began.
+_CALM_NORMS = 5
 
 
 class RollbackWatch:
@@ -25,27 +35,47 @@ class RollbackWatch:
     - If they are back but were not at some time, the restored state has been trained
       through the rest of the fault, and what it took from that stays for long: it is put
       back once more, now that the way is free, unless that were the last attempt's end.
+      Gradients that still exploded and no longer do count like losses that were not back.
 
-    Outside of incidents a setback that a detector lets heal is asked to be undone once.
+    Outside of incidents it asks once to undo what a detector lets pass: a setback that may
+    heal, and gradients a hundred times the usual that nothing clips. Those ruin the running
+    averages of an optimizer for hundreds of steps, whether the loss shows it or not.
 
     Args:
         policy: Knows the incidents and the attempts.
         minds_setbacks: Whether setbacks are asked to be undone.
+        minds_explosions: Whether exploding gradients are.
     """
 
-    def __init__(self, policy: RollbackPolicy, *, minds_setbacks: bool) -> None:
+    def __init__(
+        self, policy: RollbackPolicy, *, minds_setbacks: bool, minds_explosions: bool = False
+    ) -> None:
         self._policy = policy
         self._minds_setbacks = minds_setbacks
+        self._minds_explosions = minds_explosions
         self._recovery = RecoveryCheck()
         self._setback = SetbackCheck()
-        self._setback_found: Finding | None = None
-        self._was_setback = False
+        self._gradients = Gradients()
+        self._damage: Finding | None = None
+        self._exploded: list[int] = []
+        self._may_heal = False
 
-    def observe(self, step: int, loss: float) -> None:
-        """Take the raw loss of a step."""
+    def observe(self, step: int, loss: float, grad_norm: float | None = None) -> None:
+        """Take the raw loss of a step, and its gradient norm before clipping if it is known."""
         self._recovery.observe(step, loss)
-        if not self._policy.is_muted(step):
-            self._setback_found = self._setback.observe(step, loss) or self._setback_found
+        norm = grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None
+        if self._policy.is_muted(step):
+            if norm is not None and self._minds_explosions and self._gradients.is_large(norm):
+                self._exploded.append(step)
+            return
+        found = self._setback.observe(step, loss) if self._minds_setbacks else None
+        if norm is not None:
+            self._gradients.see(norm)
+            explosion = self._gradients.judge(step)
+            self._gradients.accept(norm, _USUAL_NORMS)
+            if explosion is not None and self._minds_explosions:
+                found = replace(explosion, severity="error")
+        self._damage = found or self._damage
 
     def judge(self, step: int, *, is_last: bool) -> Finding | None:
         """Return why to go back, if there is a reason.
@@ -54,8 +84,8 @@ class RollbackWatch:
             step: Present step.
             is_last: Whether training ends here.
         """
-        finding, self._setback_found = self._setback_found, None
-        if not self._minds_setbacks or self._policy.is_open(step):
+        finding, self._damage = self._damage, None
+        if self._policy.is_open(step):
             finding = None
         if self._recovery.is_judging and (is_last or not self._policy.is_muted(step)):
             finding = self._judge_recovery(step) or finding
@@ -65,8 +95,9 @@ class RollbackWatch:
     def _judge_recovery(self, step: int) -> Finding | None:
         check = self._recovery
         level, limit = check.level(), math.inf if check.limit is None else check.limit
+        onset = check.first_bad_step() or step
         if not check.has_recovered():
-            if self._was_setback and not check.began_well() and level is not None and math.isfinite(level):
+            if self._may_heal and not check.began_well() and level is not None and math.isfinite(level):
                 # The good weights do no better on these data, and no detector calls it a divergence: let it heal.
                 return None
             kind = "not_recovered"
@@ -80,11 +111,17 @@ class RollbackWatch:
                 f"The fault lasted on after the rollback and has passed by step {step}: `loss` was above the limit "
                 f"{limit:.4g} from before the fault and is back at {level:.4g}."
             )
+        elif self._exploded and self._exploded[-1] < step - _CALM_NORMS and self._policy.may_try_again():
+            kind, onset = TRAINED_THROUGH, self._exploded[0]
+            message = (
+                f"Gradients exploded on after the rollback, last at step {self._exploded[-1]}, and no longer do by "
+                f"step {step}."
+            )
         else:
             return None
         return Finding(
             step=step,
-            onset_step=check.first_bad_step() or step,
+            onset_step=onset,
             kind=kind,
             severity="error",
             metric="loss",
@@ -101,15 +138,22 @@ class RollbackWatch:
         """Note a rollback at ``step`` to ``target_step`` because of ``finding``; begin to judge it."""
         self._recovery.go_back(target_step, step)
         self._setback.go_back(target_step)
-        self._setback_found = None
-        self._was_setback = finding.kind == SETBACK
+        self._gradients.forget_last()
+        self._damage, self._exploded = None, []
+        self._may_heal = finding.kind in UNDONE_ONCE
+
+    def let_heal(self) -> None:
+        """Note that damage which was asked to be undone has to be lived with."""
+        self._setback.begin_anew()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as JSON values."""
         return {
             "recovery": self._recovery.state_dict(),
             "setback": self._setback.state_dict(),
-            "was_setback": self._was_setback,
+            "gradients": self._gradients.state_dict(),
+            "exploded": list(self._exploded),
+            "may_heal": self._may_heal,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,6 +165,8 @@ class RollbackWatch:
         try:
             self._recovery.load_state_dict(state_dict["recovery"])
             self._setback.load_state_dict(state_dict["setback"])
-            self._was_setback = bool(state_dict["was_setback"])
+            self._gradients.load_state_dict(state_dict["gradients"])
+            self._exploded = [int(step) for step in state_dict["exploded"]]
+            self._may_heal = bool(state_dict["may_heal"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"The memory of rollbacks cannot be read: {error!r}.") from error

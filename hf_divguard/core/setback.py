@@ -82,6 +82,10 @@ class SetbackCheck:
             ),
         )
 
+    def begin_anew(self) -> None:
+        """Take what comes for ordinary: after a setback that cannot be undone."""
+        self._recent.clear()
+
     def go_back(self, target_step: int) -> None:
         """Forget the losses after ``target_step``."""
         kept = [entry for entry in self._recent if entry[0] <= target_step]

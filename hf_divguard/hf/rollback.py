@@ -13,7 +13,7 @@ import torch
 
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback_policy import Decision, RollbackPolicy, Target
-from hf_divguard.core.rollback_watch import RollbackWatch
+from hf_divguard.core.rollback_watch import UNDONE_ONCE, RollbackWatch
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callback_state import collect_states, read_callback_states
@@ -85,7 +85,11 @@ class Rollback:
             and detector.takes_raw_losses
             for detector in detectors.values()
         )
-        self._watch = RollbackWatch(self.policy, minds_setbacks=minds_setbacks)
+        self._watch = RollbackWatch(
+            self.policy,
+            minds_setbacks=minds_setbacks,
+            minds_explosions=minds_setbacks and not trainer.args.max_grad_norm,
+        )
         self.story = RollbackStory(ledger.run_dir, ledger.run_id, ranks)
         self.error: TrainingDivergedError | None = None
         self.went_to_memory = False
@@ -137,7 +141,7 @@ class Rollback:
         if math.isfinite(total):
             self._finite_total = total
         for entry in values:
-            self._watch.observe(entry.step, entry.loss)
+            self._watch.observe(entry.step, entry.loss, entry.grad_norm)
         finding = self._watch.judge(state.global_step, is_last=state.global_step >= state.max_steps)
         if finding is not None and getattr(state, "divguard_rollback_request", None) is None:
             state.divguard_rollback_request = finding
@@ -162,6 +166,10 @@ class Rollback:
         while True:
             began = time.perf_counter()
             decision = self._ranks.on_main(lambda: self._decide(finding, unusable))
+            if decision.target is None and finding.kind in UNDONE_ONCE:
+                self._watch.let_heal()
+                self.story.tell_left(finding, decision.reason)
+                return False
             if decision.target is None:
                 self._give_up(finding, decision, model, tr_loss)
                 return False

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+from hf_divguard.core.findings import Finding
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.events import read_events, write_events
 
@@ -106,6 +107,11 @@ class RollbackStory:
             _rates_told(event),
             event["step"] + event["cooldown_steps"],
         )
+
+    def tell_left(self, finding: Finding, reason: str) -> None:
+        """Say that damage is left to heal because it cannot be undone, at rank 0."""
+        if self._ranks.rank == 0:
+            logger.warning("%s It is not rolled back: %s. Training goes on.", finding.message, reason)
 
     def tell_end(self, message: str) -> None:
         """Say that and why the run was given up, at rank 0."""

@@ -152,8 +152,8 @@ def test_a_high_loss_without_a_gradient_to_pull_it_back_is_reported_sooner() -> 
 def test_a_gradient_a_hundred_times_the_usual_is_a_warning() -> None:
     values = curves.healthy(0, 300).values
     norms = [1.0] * 200 + [500.0] * 100
-    assert [(f.kind, f.severity, f.step) for f in findings_of(values, norms)] == [
-        ("grad_explosion", "warning", 203)
+    assert [(f.kind, f.severity, f.onset_step, f.step) for f in findings_of(values, norms)] == [
+        ("grad_explosion", "warning", 201, 203)
     ]
 
 

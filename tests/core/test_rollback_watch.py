@@ -114,6 +114,18 @@ def test_whether_the_fault_is_still_there_is_known_during_the_cooldown(loss: flo
     assert run.watch.sees_the_fault() is (loss == 9.0)
 
 
+@pytest.mark.parametrize("minds", [True, False])
+def test_unclipped_gradients_a_hundred_times_the_usual_are_asked_to_be_undone_once(minds: bool) -> None:
+    """A hundred steps of them are one explosion."""
+    watch = RollbackWatch(RollbackPolicy(), minds_setbacks=True, minds_explosions=minds)
+    asked = []
+    for step in range(1, 301):
+        watch.observe(step, 2.0, 1.0 if step <= 100 else 500.0)
+        finding = watch.judge(step, is_last=False)
+        asked += [] if finding is None else [(step, finding.onset_step, finding.kind, finding.severity)]
+    assert asked == ([(103, 101, "grad_explosion", "error")] if minds else [])
+
+
 def test_the_memory_survives_json_in_the_middle_of_a_cooldown() -> None:
     """A resumed run asks for the same at the same step."""
     run = Run()
@@ -127,7 +139,7 @@ def test_the_memory_survives_json_in_the_middle_of_a_cooldown() -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [{}, {"recovery": {}, "setback": {}, "was_setback": False}], ids=["empty", "hollow"]
+    "broken", [{}, {"recovery": {}, "setback": {}, "gradients": {}, "exploded": [], "may_heal": False}], ids=["empty", "hollow"]
 )
 def test_a_memory_that_cannot_be_read_is_refused(broken: dict[str, Any]) -> None:
     """With a sentence."""

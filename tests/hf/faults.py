@@ -44,6 +44,19 @@ class NaNBatch(TrainerCallback):
         self.is_on = state.global_step + 1 in self.steps
 
 
+class LargeGradients(TrainerCallback):
+    """Gradients that the backward pass makes a thousand times too large in some steps."""
+
+    def __init__(self, model: torch.nn.Module, steps: range, factor: float = 1000.0) -> None:
+        self.steps, self.is_on = steps, False
+        for weight in model.parameters():
+            weight.register_hook(lambda gradient: factor * gradient if self.is_on else gradient)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Enlarge the gradients of this step, or leave them alone."""
+        self.is_on = state.global_step + 1 in self.steps
+
+
 class ScriptedRule:
     """A rule that finds something at the steps it is told, with the onset it is told."""
 

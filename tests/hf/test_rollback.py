@@ -28,6 +28,7 @@ from tests.conftest import ScriptedMetric, checkpoint_steps, same_weights, tiny_
 from tests.hf.faults import (
     AtRollback,
     HighRate,
+    LargeGradients,
     NaNBatch,
     RatesUsed,
     ScriptedRule,
@@ -510,6 +511,61 @@ def test_a_fault_that_outlasts_the_cooldown_takes_another_rollback(make_trainer:
     first, second = trainer.divguard_events
     assert second["finding"]["kind"] == "not_recovered"
     assert (first["target_step"], second["step"], second["target_step"]) == (70, 111, 60)
+
+
+# ---- damage that a run may live with
+
+
+def exploding_run(make_trainer: MakeTrainer, **options: Any) -> Any:
+    """Return a trainer whose gradients are a thousand times too large in five steps."""
+    model = tiny_model()
+    return make_trainer(
+        model=model,
+        callbacks=[LargeGradients(model, range(41, 46))],
+        **{
+            "divguard_detector": "adaptive",
+            "divguard_action": "rollback",
+            "max_grad_norm": 0.0,
+            "max_steps": 80,
+            "save_steps": 5,
+            **options,
+        },
+    )
+
+
+def test_gradients_that_explode_unclipped_are_undone_though_the_loss_does_not_show_them(
+    make_trainer: MakeTrainer,
+) -> None:
+    """They would hold Adam back for the rest of the run."""
+    trainer = exploding_run(make_trainer)
+    trainer.train()
+    first, second = trainer.divguard_events
+    assert (first["finding"]["kind"], first["onset_step"]) == ("grad_explosion", 41)
+    # It was found at its third step; its last two struck the restored state, which is put back once more.
+    assert (second["finding"]["kind"], second["onset_step"]) == ("trained_through", 44)
+    assert [first["target_step"], second["target_step"]] == [35, 35]
+    second_moment = max(
+        float(memory["exp_avg_sq"].max()) for memory in trainer.optimizer.state_dict()["state"].values()
+    )
+    assert second_moment < 1.0
+
+
+def test_where_gradients_are_clipped_their_explosion_is_no_damage(make_trainer: MakeTrainer) -> None:
+    """The update was as large as ever."""
+    trainer = exploding_run(make_trainer, max_grad_norm=1.0)
+    trainer.train()
+    assert trainer.divguard_events == []
+
+
+def test_damage_that_cannot_be_undone_is_lived_with(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
+) -> None:
+    """No checkpoint is old enough; a run that may go on well is not given up for it."""
+    trainer = exploding_run(make_trainer, save_steps=60)
+    trainer.train()
+    assert trainer.state.global_step == 80
+    assert trainer.divguard_events == []
+    assert our_log.text.count("It is not rolled back: no checkpoint is old enough") == 1
 
 
 def test_training_that_ends_in_a_cooldown_does_not_end_with_a_ruined_model(
