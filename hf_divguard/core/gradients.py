@@ -72,7 +72,7 @@ class Gradients:
 
     def judge(self, step: int) -> Finding | None:
         """Return a finding when the gradient norm begins to be 100 times the usual."""
-        if not self.is_large(self._last[-1]):
+        if not self._last or not self.is_large(self._last[-1]):
             # Not this one; whether the last few were is asked again with the next large one.
             if (self.pull() or 0.0) < EXPLOSION:
                 self._exploding, self._large_since = False, None
