@@ -187,9 +187,7 @@ def row(name: str, values: list[float], again: list[float] | None) -> str:
 def main() -> int:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--short", action="store_true", help="few pairs, nothing written: shows that it runs"
-    )
+    parser.add_argument("--short", action="store_true", help="few pairs, nothing written: shows that it runs")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--hidden", type=int, default=64, help="width of the model")
     options = parser.parse_args()

@@ -29,7 +29,8 @@ class RecoveryCheck:
     """Remembers raw losses, and judges after a rollback whether they are back where they were.
 
     The limit is the 0.9 quantile of the last 50 losses up to the step that was gone back
-    to. The run has recovered when the median of its last 9 losses is not above it.
+    to. The run has recovered when the median of its last 9 losses is not above it; where
+    there are fewer, when the least of them is not, since one or two may be high by chance.
 
     Example:
         >>> check = RecoveryCheck()
@@ -64,11 +65,16 @@ class RecoveryCheck:
         self._since = step
 
     def level(self) -> float | None:
-        """Return the median of the last losses since the rollback; NaN if one is not finite, ``None`` without any."""
+        """Return the median of the last losses since the rollback, of fewer than 9 the least.
+
+        NaN if one is not finite, ``None`` if there is none.
+        """
         late = self._late()
         if not late:
             return None
-        return median(late) if all(math.isfinite(loss) for loss in late) else math.nan
+        if not all(math.isfinite(loss) for loss in late):
+            return math.nan
+        return median(late) if len(late) == _JUDGED_VALUES else min(late)
 
     def has_recovered(self) -> bool:
         """Return whether the last losses are ordinary; with nothing to compare them with, whether they are finite."""

@@ -104,7 +104,7 @@ class RollbackWatch:
             above = (
                 "not finite" if limit == math.inf else f"above the limit {limit:.4g} from before the fault"
             )
-            message = f"`loss` has not recovered by step {step}: the median of its last values is {level:.4g}, {above}."
+            message = f"`loss` has not recovered by step {step}: its last values are at {level:.4g}, {above}."
         elif check.was_ever_bad() and self._policy.may_try_again():
             kind = TRAINED_THROUGH
             message = (

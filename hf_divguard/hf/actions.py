@@ -113,6 +113,8 @@ def spoilt_note(state: Any) -> Quarantine | None:
     finding = getattr(state, "divguard_finding", None)
     if finding is None or finding.kind not in _SPOILS_WEIGHTS or finding.metric.startswith("eval_"):
         return None
+    if finding.step <= getattr(state, "divguard_went_back_at", -1):
+        return None  # another detector has had these weights put back
     return quarantine_note(finding.message, finding.onset_step)
 
 

@@ -116,6 +116,7 @@ class CheckpointSaver:
         write: Callable[[], None],
         finish: Callable[[Path], None],
         sidecar: Callable[[], Sidecar],
+        anew: bool = False,
     ) -> bool:
         """Write the checkpoint of ``step`` and publish it.
 
@@ -124,6 +125,7 @@ class CheckpointSaver:
             write: The host's own save; it asks for its folder through ``redirect``.
             finish: Corrects the files in the folder it is given, on the rank that leads.
             sidecar: Makes the sidecar, on the rank that leads.
+            anew: Whether what is there of this step must not stay.
 
         Returns:
             Whether it was written. Written in place, a checkpoint that this very training has
@@ -137,7 +139,7 @@ class CheckpointSaver:
         final = self.run_dir / checkpoint_name(step)
         what = f"Saving {final}"
         folder = staging_folder(self.run_dir) / checkpoint_name(step) if self.mode == "staged" else final
-        if self._is_there(step, final) and self.mode == "in_place":
+        if self._is_there(step, final) and self.mode == "in_place" and not anew:
             return False
         try:
             self._do(what, lambda: self._prepare(folder, final, sidecar), folder)

@@ -231,12 +231,11 @@ def _ancestors(checkpoint: str, ranking_key: str) -> tuple[dict[int, _Ancestor],
         own = checkpoint_step(folder.name)
         steps = [step for step in checkpoint_folders(folder.parent) if own is not None and step <= own]
         return {step: _Ancestor(None, logged.get(step)) for step in steps}, None
+    # The log knows what was evaluated at a step, the sidecar what was evaluated on the weights saved there: after a
+    # rollback that is not the same. The log is asked for other metrics only.
     same_metric = sidecar.metric_name == ranking_key
     return {
-        record.step: _Ancestor(
-            record.sequence,
-            record.metric if same_metric and record.metric is not None else logged.get(record.step),
-        )
+        record.step: _Ancestor(record.sequence, record.metric if same_metric else logged.get(record.step))
         for record in sidecar.records
         if record.in_lineage
     }, sidecar.run_id

@@ -13,7 +13,7 @@ __all__ = ["LossWatch"]
 
 
 class LossWatch:
-    """Taps the loss of every step while a detector takes it; does nothing otherwise.
+    """Taps the loss of every step while somebody takes it; does nothing otherwise.
 
     The losses are looked at every ``check_steps`` steps, and before the host logs,
     evaluates, saves or stops, so that what it does then can still be decided.
@@ -21,9 +21,10 @@ class LossWatch:
     Args:
         trainer: The trainer.
         check_steps: Optimizer steps between two looks.
+        always: Tap the losses even if no detector takes them; :meth:`end_step` returns them.
     """
 
-    def __init__(self, trainer: Any, check_steps: int) -> None:
+    def __init__(self, trainer: Any, check_steps: int, *, always: bool = False) -> None:
         self._trainer = trainer
         self._detectors: list[RawLossDetector] = []
         has_scaler = _scales_losses(trainer.accelerator)
@@ -32,7 +33,8 @@ class LossWatch:
                 callback.use_raw_losses(has_loss_scaler=has_scaler)
                 if callback.takes_raw_losses:
                     self._detectors.append(callback)
-        self._tap = LossTap(check_steps, trainer.args.world_size) if self._detectors else None
+        is_needed = always or bool(self._detectors)
+        self._tap = LossTap(check_steps, trainer.args.world_size) if is_needed else None
         self._last_step = 0
 
     def start(self, step: int) -> None:

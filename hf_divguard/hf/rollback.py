@@ -70,6 +70,7 @@ class Rollback:
         self._detectors = detectors
         self._on_left_behind = on_left_behind
         self._finite_total = 0.0
+        self._last_not_finite = -1
         self._rewarming = Rewarming(options.divguard_rewarm_steps)
         self._snapshots = Snapshots(options.divguard_snapshot_steps)
         self._origins: dict[int, int] = {}
@@ -121,6 +122,14 @@ class Rollback:
     def begin(self, state: Any) -> None:
         """Start training: bring the story on disk up to date, mute what has to stay muted."""
         self.story.begin(state.global_step)
+        saves = (
+            str(getattr(self._trainer.args.save_strategy, "value", self._trainer.args.save_strategy)) != "no"
+        )
+        if not saves and self._options.divguard_snapshot_steps == 0 and self._ranks.rank == 0:
+            logger.warning(
+                "Nothing is saved (`save_strategy='no'`), so there is nothing to roll back to. Set `save_strategy`, or "
+                "keep states in memory with `divguard_snapshot_steps`."
+            )
         state.divguard_muted_until = self.policy.muted_until
         self._take_snapshot(state.global_step)
 
@@ -141,8 +150,11 @@ class Rollback:
         if math.isfinite(total):
             self._finite_total = total
         for entry in values:
+            if not math.isfinite(entry.loss):
+                self._last_not_finite = entry.step
             self._watch.observe(entry.step, entry.loss, entry.grad_norm)
-        finding = self._watch.judge(state.global_step, is_last=state.global_step >= state.max_steps)
+        is_last = state.global_step >= state.max_steps or trainer.control.should_training_stop
+        finding = self._watch.judge(state.global_step, is_last=is_last)
         if finding is not None and getattr(state, "divguard_rollback_request", None) is None:
             state.divguard_rollback_request = finding
 
@@ -228,6 +240,7 @@ class Rollback:
         self._origins = {kept: origin for kept, origin in self._origins.items() if kept <= target.step}
         self._origins[step] = target.origin
         state.divguard_muted_until = self.policy.muted_until
+        state.divguard_went_back_at = step
         self._rewarming.begin(step)
         event = self.story.add(
             {
@@ -272,7 +285,17 @@ class Rollback:
             error = caught
         self._ranks.agree(error, f"Rolling back to step {target.step}")
         for name, detector in self._detectors.items():
-            detector.go_back((states or {}).get(name))
+            try:
+                detector.go_back((states or {}).get(name))
+            except ValueError as misfit:
+                if self._ranks.rank == 0:
+                    logger.warning(
+                        "The state of `%s` at step %d does not fit, so it starts anew: %s",
+                        name,
+                        target.step,
+                        misfit,
+                    )
+                detector.go_back(None)
 
     def _clean_loop(self, model: Any, tr_loss: torch.Tensor) -> float | None:
         """Drop gradients in flight and the losses that wait for the next log.
@@ -284,13 +307,15 @@ class Rollback:
         trainer, step = self._trainer, self._trainer.state.global_step
         model.zero_grad()
         n_steps = step - trainer._globalstep_last_logged
+        # The host's filter puts another number in the place of a NaN.
+        is_filtered = self._last_not_finite > trainer._globalstep_last_logged
         losses = self._ranks.gather(float(tr_loss.item()))
         pending = sum(losses) / len(losses)
         tr_loss.zero_()
         trainer._globalstep_last_logged = step
         if not math.isfinite(trainer._total_loss_scalar):
             trainer._total_loss_scalar = self._finite_total
-        if n_steps <= 0 or not math.isfinite(pending):
+        if n_steps <= 0 or is_filtered or not math.isfinite(pending):
             return None
         trainer._total_loss_scalar += pending
         return pending / n_steps
@@ -345,6 +370,8 @@ class Rollback:
         candidates = self._ranks.on_main(lambda: self._best_up_to(last_good))
         self._mark_diverged(last_good, finding)
         holds, path = self._load_first_of(candidates)
+        # It has been through the fault. A further `train()` of this trainer starts with a fresh one.
+        self._trainer.optimizer.state.clear()
         self._clean_loop(model, tr_loss)
         message = (
             f"Training was given up at step {state.global_step}: {decision.reason}. {finding.message} The model holds "

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_divguard.core.metric_names import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, is_better, rank
@@ -74,6 +74,8 @@ class RunGuard(TrainerCallback):
         self._pushes: dict[int, Any] = {}
         self.pending_push: str | None = None
         self.is_saving = False
+        self.owes_save = False
+        """Whether the state of a rollback is still to be saved."""
         self.preserves = bool(self._options.preserve_best_model)
         self.ranking_key = self._options.divguard_ranking_key
         tracks_best = self._args.metric_for_best_model is not None
@@ -84,7 +86,9 @@ class RunGuard(TrainerCallback):
         self.is_active |= safe_save not in ("auto", "off")
         self._ranks = Ranks(self._args.process_index, self._args.world_size)
         self.running_loss = RunningLoss(trainer, self._ranks)
-        self.watch = LossWatch(trainer, self._options.divguard_check_steps)
+        detectors = {name: cb for name, cb in self._callbacks.items() if isinstance(cb, DivergenceDetector)}
+        rolls_back = any(detector.action == "rollback" for detector in detectors.values())
+        self.watch = LossWatch(trainer, self._options.divguard_check_steps, always=rolls_back)
         self.ledger = CheckpointLedger(run_dir=run_dir, run_id="", records=[])
         self._saver: CheckpointSaver | None = None
         if self.is_active:
@@ -100,8 +104,7 @@ class RunGuard(TrainerCallback):
             # Each rank's own spelling of the folder, which is another one where ranks have disks of their own.
             self.ledger = replace(read, run_dir=run_dir)
         self.rollback: Rollback | None = None
-        detectors = {name: cb for name, cb in self._callbacks.items() if isinstance(cb, DivergenceDetector)}
-        if any(detector.action == "rollback" for detector in detectors.values()):
+        if rolls_back:
             assert self._saver is not None
             self.rollback = Rollback(
                 trainer,
@@ -160,24 +163,32 @@ class RunGuard(TrainerCallback):
         state = self._trainer.state
         self._metrics, self._metrics_step = {}, None
         self._recall_best_evaluated(state, target_step)
+        for callback in self._trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = 0
         if self.preserves:
             self._point_to_best(state)
-        elif state.best_global_step and state.best_global_step > target_step:
+        elif state.best_metric is not None and (state.best_global_step or math.inf) > target_step:
             self._recall_best(state, target_step)
 
     def _recall_best(self, state: Any, last_step: int) -> None:
-        """Take the host's best metric from the evaluations up to ``last_step`` whose checkpoints stand."""
+        """Take the host's best metric from the evaluations up to ``last_step`` whose checkpoints stand.
+
+        Where the host names no step for it, as without saves, all of them count.
+        """
+        names_step = state.best_global_step is not None
         key, greater = with_eval_prefix(self._args.metric_for_best_model), bool(self._args.greater_is_better)
         standing = {record.step for record in self.ledger.records if record.in_lineage}
         logged = [
             CheckpointRecord(entry["step"], entry["step"], float(entry[key]))
             for entry in state.log_history
-            if key in entry and entry["step"] <= last_step and entry["step"] in standing
+            if key in entry and entry["step"] <= last_step and (entry["step"] in standing or not names_step)
         ]
         best = next(iter(rank(logged, greater_is_better=greater)), None)
         state.best_metric = best.metric if best else None
-        state.best_global_step = best.step if best else None
-        state.best_model_checkpoint = self.ledger.path(best.step) if best else None
+        if names_step:
+            state.best_global_step = best.step if best else None
+            state.best_model_checkpoint = self.ledger.path(best.step) if best else None
 
     def initial_states(self) -> dict[str, Any]:
         """Return the states of the stateful callbacks before their first training, those that train now included."""
@@ -275,13 +286,20 @@ class RunGuard(TrainerCallback):
                 rollback.watch(values)
                 if rollback.perform_if_asked(model, tr_loss):
                     self._save_after_rollback(save_was_due)
-                elif rollback.holds_back_saves():
+                elif self.holds_back_saves:
                     trainer.control.should_save = False
-            # Detectors that work on logs and evaluations speak while the host acts.
-            may_find = trainer.control.should_log or trainer.control.should_evaluate
-            save_was_due = trainer.control.should_save
+            # Detectors that work on logs and evaluations speak while the host acts; others may ask for the end there.
+            control = trainer.control
+            may_find = control.should_log or control.should_evaluate
+            save_was_due, was_ending = control.should_save, control.should_training_stop
             host_acts()
-            if may_find and rollback.perform_if_asked(model, tr_loss):
+            ends_here = control.should_training_stop and not was_ending
+            if ends_here and self.has_to_go_back:
+                # What asked for the end has seen the state that is undone now.
+                ends_here = control.should_training_stop = False
+            if ends_here:
+                rollback.watch([])
+            if (may_find or ends_here) and rollback.perform_if_asked(model, tr_loss):
                 self._save_after_rollback(save_was_due)
                 host_acts()
         finally:
@@ -293,12 +311,18 @@ class RunGuard(TrainerCallback):
         """Have the state that was gone back to saved under the present step, so that a kill does not undo it."""
         assert self.rollback is not None
         saves = str(getattr(self._args.save_strategy, "value", self._args.save_strategy)) != "no"
-        self._trainer.control.should_save = was_due or (saves and not self.rollback.went_to_memory)
+        self.owes_save = saves and not self.rollback.went_to_memory
+        self._trainer.control.should_save = was_due or self.owes_save
 
     @property
     def has_to_go_back(self) -> bool:
         """Whether a detector has asked for a rollback that is still to come."""
         return getattr(self._trainer.state, "divguard_rollback_request", None) is not None
+
+    @property
+    def holds_back_saves(self) -> bool:
+        """Whether what would be saved now is under a fault that a rollback has not ended."""
+        return self.rollback is not None and self.rollback.holds_back_saves()
 
     def raise_if_given_up(self) -> None:
         """Raise the error of a run that rollbacks could not save.
@@ -332,6 +356,7 @@ class RunGuard(TrainerCallback):
         assert self._saver is not None
         state = self._trainer.state
         step = state.global_step
+        self.owes_save = False
         metric = self._ranks.from_main(self.metric_of_step(step))
         running_loss = self.running_loss.collect()
         before = replace(self.ledger)
@@ -367,6 +392,7 @@ class RunGuard(TrainerCallback):
                 write=write_without_pointer,
                 finish=finish,
                 sidecar=lambda: replace(self._sidecar(step, running_loss), quarantine=spoilt),
+                anew=step in before.quarantined,
             )
         except CheckpointSaveError as error:
             self.ledger.go_back_to(before)

@@ -225,9 +225,9 @@ class DivGuardMixin(_Host):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # The host records a best metric although no checkpoint may hold it. Here it is recorded when a checkpoint
         # of this step is saved, together with its step and folder.
-        if self._guard is not None and self._guard.has_to_go_back:
-            return False
         guard = self._guard
+        if guard is not None and (guard.has_to_go_back or guard.holds_back_saves):
+            return False
         if guard is not None and guard.points_to_saved:
             guard.note_for_best(metrics)
         if guard is not None and guard.preserves:
@@ -236,9 +236,10 @@ class DivGuardMixin(_Host):
             is_best = False
         else:
             is_best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
-        # With `save_strategy="best"` the answer decides on the save, which a detector that stops has promised.
+        # With `save_strategy="best"` the answer decides on the save, which a detector that stops has promised and a
+        # rollback needs.
         stops = getattr(self.state, "divguard_finding", None) is not None and self.control.should_save
-        return is_best or stops
+        return is_best or stops or (guard is not None and guard.owes_save)
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         state, guard = self.state, self._guard
@@ -246,6 +247,8 @@ class DivGuardMixin(_Host):
             # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
             guard.watch.look()
         if getattr(state, "divguard_aborted", False) or getattr(state, "divguard_rollback_request", None):
+            return
+        if guard is not None and guard.holds_back_saves:
             return
         host_save = super()._save_checkpoint
         if guard is None or not guard.is_active:

@@ -264,15 +264,28 @@ class DivGuardArgumentsMixin(_Host):
 
     @property
     def divguard_greater_is_better(self) -> bool | None:
-        """Direction of ``best_model_metric`` as it will be used; ``None`` for an unknown name."""
-        for given in (self.best_model_greater_is_better, getattr(self, "greater_is_better", None)):
-            if given is not None:
-                return bool(given)
-        return greater_is_better(self.best_model_metric)
+        """Direction of the ranking metric as it will be used; ``None`` for an unknown name."""
+        if self.best_model_greater_is_better is not None:
+            return bool(self.best_model_greater_is_better)
+        host_metric, host_direction = (
+            getattr(self, "metric_for_best_model", None),
+            getattr(self, "greater_is_better", None),
+        )
+        is_same = host_metric is None or with_eval_prefix(host_metric) == self.divguard_ranking_key
+        if is_same and host_direction is not None:
+            return bool(host_direction)
+        return greater_is_better(self.divguard_ranking_key)
 
     @property
     def divguard_ranking_key(self) -> str:
-        """Key of the ranking metric in the evaluation's results: ``best_model_metric`` with ``eval_``."""
+        """Key of the ranking metric in the evaluation's results, with ``eval_``.
+
+        It is ``best_model_metric``. Where that was left alone and no best checkpoints are
+        preserved, it is the metric that the stock Trainer tracks, if it tracks one.
+        """
+        host_metric = getattr(self, "metric_for_best_model", None)
+        if host_metric is not None and not self.preserve_best_model and self.best_model_metric == "loss":
+            return with_eval_prefix(host_metric)
         return with_eval_prefix(self.best_model_metric)
 
     def _check_divguard_fields(self) -> None:

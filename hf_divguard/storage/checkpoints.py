@@ -191,7 +191,9 @@ def best_checkpoints(
         value = info.metric if _is(info.metric_name, name) else None
         if value is None and info.sequence is None and newest is not None and _is(newest.metric_name, name):
             value = remembered.get(info.step)
-        if value is None:
+        if value is None and not (info.sequence is not None and _is(info.metric_name, name)):
+            # A sidecar without the metric it ranks by says that these very weights were not evaluated, whatever the
+            # log holds for their step: after a rollback it holds what the undone weights gave.
             value = histories.value(info)
         if value is not None:
             ranked[info.step] = replace(info, metric_name=name, metric=value, greater_is_better=greater)

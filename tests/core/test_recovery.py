@@ -36,8 +36,21 @@ def check_after_rollback(after: list[float], before: int = 100) -> RecoveryCheck
         ([2.0, 9.0] * 10, False, True),
         ([2.0] * 19 + [math.nan], False, False),
         ([], True, False),
+        ([9.0], False, False),
+        ([9.0, 2.0, 9.0], True, False),
     ],
-    ids=["good", "bad", "passed", "came back", "one spike", "every other", "nan at the end", "nothing yet"],
+    ids=[
+        "good",
+        "bad",
+        "passed",
+        "came back",
+        "one spike",
+        "every other",
+        "nan at the end",
+        "nothing yet",
+        "one bad",
+        "few with a good one",
+    ],
 )
 def test_the_last_losses_decide_and_a_bad_stretch_is_remembered(
     after: list[float], recovered: bool, ever_bad: bool

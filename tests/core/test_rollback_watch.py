@@ -139,7 +139,9 @@ def test_the_memory_survives_json_in_the_middle_of_a_cooldown() -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [{}, {"recovery": {}, "setback": {}, "gradients": {}, "exploded": [], "may_heal": False}], ids=["empty", "hollow"]
+    "broken",
+    [{}, {"recovery": {}, "setback": {}, "gradients": {}, "exploded": [], "may_heal": False}],
+    ids=["empty", "hollow"],
 )
 def test_a_memory_that_cannot_be_read_is_refused(broken: dict[str, Any]) -> None:
     """With a sentence."""
