@@ -86,10 +86,11 @@ class Rollback:
             and detector.takes_raw_losses
             for detector in detectors.values()
         )
+        # What a loss scaler has enlarged cannot be compared from step to step.
+        has_scaler = getattr(trainer.accelerator, "scaler", None) is not None
+        self.minds_explosions = minds_setbacks and not trainer.args.max_grad_norm and not has_scaler
         self._watch = RollbackWatch(
-            self.policy,
-            minds_setbacks=minds_setbacks,
-            minds_explosions=minds_setbacks and not trainer.args.max_grad_norm,
+            self.policy, minds_setbacks=minds_setbacks, minds_explosions=self.minds_explosions
         )
         self.story = RollbackStory(ledger.run_dir, ledger.run_id, ranks)
         self.error: TrainingDivergedError | None = None

@@ -27,6 +27,7 @@ from hf_divguard.hf.callback_state import (
 from hf_divguard.hf.checkpoint_saver import CheckpointSaver
 from hf_divguard.hf.compat import hidden_save_limit, rewrite_best
 from hf_divguard.hf.detectors import DivergenceDetector
+from hf_divguard.hf.gradient_norm import gradient_norm
 from hf_divguard.hf.ledger import CheckpointLedger, describe
 from hf_divguard.hf.loss_watch import LossWatch
 from hf_divguard.hf.ranks import Ranks
@@ -73,6 +74,8 @@ class RunGuard(TrainerCallback):
         self._metrics_step: int | None = None
         self._pushes: dict[int, Any] = {}
         self.pending_push: str | None = None
+        self._host_gives_no_norm = False
+        self._own_norm: Any = None
         self.is_saving = False
         self.owes_save = False
         """Whether the state of a rollback is still to be saved."""
@@ -149,9 +152,11 @@ class RunGuard(TrainerCallback):
         self.watch.begin_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hold the learning rate back while it warms up again after a rollback."""
+        """Hold the learning rate back while it warms up again after a rollback; see how large the gradients are."""
         if self.rollback is not None:
             self.rollback.hold_back_rates(state.global_step)
+            if self._host_gives_no_norm and self.rollback.minds_explosions:
+                self._own_norm = gradient_norm(self._trainer.model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the schedule its learning rate back."""
@@ -276,7 +281,9 @@ class RunGuard(TrainerCallback):
         if self._callbacks:
             self.running_loss.end_step(tr_loss, trainer.state.global_step)
         save_was_due = trainer.control.should_save
-        values = self.watch.end_step(grad_norm)
+        # Transformers 4 measures gradients only to clip them.
+        self._host_gives_no_norm = grad_norm is None
+        values = self.watch.end_step(self._own_norm if grad_norm is None else grad_norm)
         rollback = self.rollback
         if rollback is None:
             host_acts()
