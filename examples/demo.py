@@ -125,13 +125,15 @@ class Variant:
 
 GUARDS = {"eval_on_save": True, "preserve_best_model": True, "preserve_n_best": 2}
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": SAVE_EVERY}
+
 HEALTHY = Variant(
     name="healthy",
     label="stock, without the fault",
     color="#b2babb",
     trainer_class=Trainer,
     arguments_class=TrainingArguments,
-    options={"eval_strategy": "steps", "eval_steps": SAVE_EVERY},
+    options=EVALUATED,
     has_fault=False,
 )
 
@@ -142,7 +144,7 @@ VARIANTS = [
         color="#c0392b",
         trainer_class=Trainer,
         arguments_class=TrainingArguments,
-        options={"eval_strategy": "steps", "eval_steps": SAVE_EVERY},
+        options=EVALUATED,
     ),
     Variant(
         name="stop",

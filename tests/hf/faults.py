@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
+from hf_divguard import NonFiniteDetector
 from hf_divguard.core.findings import Finding
-from tests.conftest import TokenRows
+from tests.conftest import TokenRows, tiny_model
+
+QUICK = {"divguard_check_steps": 1, "divguard_cooldown_steps": 4, "max_steps": 24, "save_steps": 4}
+"""Options of a short run that looks at every step."""
 
 
 class HighRate(TrainerCallback):
@@ -164,3 +168,28 @@ def same_state(first: Any, second: Any) -> bool:
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same_state, first, second))
     return bool(first == second)
+
+
+def nan_run(
+    make_trainer: Callable[..., Any],
+    steps: range,
+    *,
+    detector: Any = None,
+    callbacks: Any = (),
+    model: Any = None,
+    **options: Any,
+) -> Any:
+    """Return a quick trainer whose loss is NaN in ``steps`` and that rolls back, on NaN if no detector is given."""
+    model = model if model is not None else tiny_model(dropout=options.pop("dropout", 0.0))
+    detector = detector or NonFiniteDetector(action="rollback")
+    callbacks = [NaNBatch(model, steps), detector, *callbacks]
+    return make_trainer(model=model, callbacks=callbacks, **{**QUICK, **options})
+
+
+def moves(trainer: Any) -> list[tuple[int, int]]:
+    """Return from where to where a run went back."""
+    return [
+        (event["step"], event["target_step"])
+        for event in trainer.divguard_events
+        if event["event"] == "rollback"
+    ]

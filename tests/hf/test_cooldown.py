@@ -21,32 +21,28 @@ from hf_divguard import (
     find_checkpoints,
 )
 from tests.conftest import AskAt, MetricByStep, ScriptedMetric, TokenRows, tiny_model, weights
-from tests.hf.faults import AtRollback, HighRate, NaNBatch, ScriptedRule, holds, saved_weights
+from tests.hf.faults import (
+    QUICK,
+    AtRollback,
+    HighRate,
+    NaNBatch,
+    ScriptedRule,
+    holds,
+    moves,
+    nan_run,
+    saved_weights,
+)
 
 MakeTrainer = Callable[..., Any]
 
-QUICK = {"divguard_check_steps": 1, "divguard_cooldown_steps": 4, "max_steps": 24, "save_steps": 4}
+BY_BEST = {
+    "save_strategy": "best",
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "metric_for_best_model": "score",
+    "greater_is_better": True,
+}
 BY_LOGS = {"short_alpha": 0.5, "long_alpha": 0.05, "threshold": 0.5, "use_eval_loss": False}
-
-
-def nan_run(
-    make_trainer: MakeTrainer, steps: range, *, detector: Any = None, callbacks: Any = (), **options: Any
-) -> Any:
-    """Return a trainer that rolls back, whose loss is NaN in ``steps``."""
-    model = tiny_model()
-    detector = detector or NonFiniteDetector(action="rollback")
-    return make_trainer(
-        model=model, callbacks=[NaNBatch(model, steps), detector, *callbacks], **{**QUICK, **options}
-    )
-
-
-def moves(trainer: Any) -> list[tuple[int, int]]:
-    """Return from where to where a run went back."""
-    return [
-        (event["step"], event["target_step"])
-        for event in trainer.divguard_events
-        if event["event"] == "rollback"
-    ]
 
 
 def is_finite(tensors: dict[str, torch.Tensor]) -> bool:
@@ -121,12 +117,8 @@ def test_no_save_under_a_lasting_fault_for_a_metric_that_seems_the_best(
         make_trainer,
         range(14, 20),
         callbacks=[metric],
-        save_strategy="best",
-        eval_strategy="steps",
-        eval_steps=4,
         compute_metrics=metric,
-        metric_for_best_model="score",
-        greater_is_better=True,
+        **BY_BEST,
         divguard_cooldown_steps=14,
         max_steps=40,
     )
@@ -160,12 +152,8 @@ def test_the_state_that_was_gone_back_to_is_saved_with_any_strategy_that_saves(
         make_trainer,
         range(12, 13),
         callbacks=[metric],
-        save_strategy="best",
-        eval_strategy="steps",
-        eval_steps=4,
         compute_metrics=metric,
-        metric_for_best_model="score",
-        greater_is_better=True,
+        **BY_BEST,
     )
     trainer.train()
     assert moves(trainer) == [(12, 8)]

@@ -26,6 +26,7 @@ from hf_divguard import (
 )
 from tests.conftest import ScriptedMetric, checkpoint_steps, same_weights, tiny_model, weights
 from tests.hf.faults import (
+    QUICK,
     AtRollback,
     HighRate,
     LargeGradients,
@@ -34,23 +35,13 @@ from tests.hf.faults import (
     ScriptedRule,
     Stream,
     holds,
+    moves,
+    nan_run,
     same_state,
     saved_weights,
 )
 
 MakeTrainer = Callable[..., Any]
-
-QUICK = {"divguard_check_steps": 1, "divguard_cooldown_steps": 4, "max_steps": 24, "save_steps": 4}
-
-
-def nan_run(
-    make_trainer: MakeTrainer, steps: range, *, callbacks: Any = (), model: Any = None, **options: Any
-) -> Any:
-    """Return a trainer that rolls back on NaN, whose loss is NaN in ``steps``."""
-    model = model if model is not None else tiny_model(dropout=options.pop("dropout", 0.0))
-    detector = NonFiniteDetector(action="rollback")
-    callbacks = [NaNBatch(model, steps), detector, *callbacks]
-    return make_trainer(model=model, callbacks=callbacks, **{**QUICK, **options})
 
 
 def scripted_run(
@@ -59,15 +50,6 @@ def scripted_run(
     """Return a trainer that rolls back at the steps of ``onsets``."""
     detector = DivergenceDetector(ScriptedRule(onsets), action="rollback")
     return make_trainer(callbacks=[detector, *callbacks], **{**QUICK, **options})
-
-
-def moves(trainer: Any) -> list[tuple[int, int]]:
-    """Return from where to where a run went back."""
-    return [
-        (event["step"], event["target_step"])
-        for event in trainer.divguard_events
-        if event["event"] == "rollback"
-    ]
 
 
 # ---- what is put back
