@@ -290,11 +290,12 @@ def is_right_end(outcome: dict[str, Any]) -> bool:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the training losses of all runs of the first seed."""
+    """Draw the training losses around the fault, for all runs of the first seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     tasks = [task for task in TASKS if any(row["task"] == task.name for row in rows)]
@@ -309,13 +310,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         layout="constrained",
     )
     styles = {
-        "healthy": ("#7f8c8d", 2.5),
-        "stock": ("#c0392b", 1.2),
-        "stop": ("#1f6fb4", 1.2),
-        "rollback": ("#1e8449", 1.2),
+        "healthy": ("#b2babb", 3.0, "without the fault"),
+        "stock": ("#c0392b", 1.2, "stock"),
+        "stop": ("#1f6fb4", 1.2, "stop (its end: a dot)"),
+        "rollback": ("#1e8449", 1.2, "rollback (each: a triangle)"),
     }
-    for down, fault in enumerate(faults):
-        for right, task in enumerate(tasks):
+    for right, task in enumerate(tasks):
+        for down, fault in enumerate(faults):
             axes = grid[down, right]
             row = next((r for r in rows if r["task"] == task.name and r["fault"] == fault.name), None)
             if row is None:
@@ -325,23 +326,41 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axes.axvspan(
                 covered[0], max(covered[-1], covered[0] + 2), color="#f5b041", alpha=0.3, linewidth=0
             )
-            for name, (color, width) in styles.items():
-                points = [(step, loss) for step, loss in row["curves"][name] if loss == loss]
-                if points:
-                    axes.plot(*zip(*points, strict=True), color=color, linewidth=width, label=name)
+            for name, (color, width, label) in styles.items():
+                # The host logs 0.0 where its filter has hidden a NaN; a logarithm has no place for it.
+                steps, losses = zip(*row["curves"][name], strict=True)
+                losses = [loss if loss > 0.0 else float("nan") for loss in losses]
+                axes.plot(steps, losses, color=color, linewidth=width, label=label)
+                if name == "stop" and row["stop"]["found"]:
+                    axes.plot(steps[-1], losses[-1], "o", color=color, markersize=4)
+            for step, _ in row["rollback"]["rollbacks"]:
+                axes.plot(step, 0.04, "^", color=styles["rollback"][0], transform=axes.get_xaxis_transform())
             ends = {name: row[name]["ratio"] for name in VARIANTS}
+            how = "gave up with" if row["rollback"]["gave_up"] else "rolled back"
+            title = f"end: stock {number(ends['stock'])}, {how} {number(ends['rollback'])}"
+            above = [f"{task.title}: training loss"] if down == 0 else []
             axes.set_title(
-                ("" if right else fault.title + "\n")
-                + f"end: stock {number(ends['stock'])}, rolled back {number(ends['rollback'])}",
-                loc="left",
-                fontsize=8.5,
+                "\n".join([*above, *([] if right else [fault.title]), title]), loc="left", fontsize=8.5
             )
             axes.set_yscale("log")
             axes.grid(axis="y", color="#e5e7e9")
             if down == len(faults) - 1:
                 axes.set_xlabel("step")
-    for axes, task in zip(grid[0], tasks, strict=True):
-        axes.set_title(f"{task.title}: training loss\n" + axes.get_title("left"), loc="left", fontsize=8.5)
+        healthy = [
+            loss for row in rows if row["task"] == task.name for step, loss in row["curves"]["healthy"]
+        ]
+        axes = grid[0, right]
+        axes.set_xlim(400, STEPS + 10)
+        axes.set_ylim(0.8 * min(healthy), 12.0 * statistics.median(healthy))
+        ticks = [
+            tick
+            for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+            if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]
+        ]
+        for axes in grid[:, right]:
+            axes.set_yticks(ticks)
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=80)
