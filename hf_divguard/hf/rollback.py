@@ -22,7 +22,12 @@ from hf_divguard.hf.ledger import CheckpointLedger
 from hf_divguard.hf.loss_tap import StepValues
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import Rewarming, scale_rates, scheduled_rates
-from hf_divguard.hf.restore import refuse_unsupported, restore_checkpoint
+from hf_divguard.hf.restore import (
+    load_weights,
+    refuse_unsupported,
+    restore_checkpoint,
+    weights_kept_on_error,
+)
 from hf_divguard.hf.rollback_story import RollbackStory, log_keys
 from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
 from hf_divguard.storage.quarantine import quarantine
@@ -273,18 +278,19 @@ class Rollback:
         states: dict[str, Any] | None = None
         with_rng = bool(self._options.divguard_restore_rng)
         factor = self.policy.rate_factor_since(target.step)
-        try:
-            if target.is_snapshot:
-                snapshot = self._snapshots.of(target.step)
-                restore_snapshot(self._trainer, snapshot, with_rng=with_rng, rate_factor=factor)
-                states = snapshot.callbacks
-            else:
-                path = self._ledger.path(target.step)
-                restore_checkpoint(self._trainer, path, with_rng=with_rng, rate_factor=factor)
-                states = read_callback_states(path)
-        except Exception as caught:
-            error = caught
-        self._ranks.agree(error, f"Rolling back to step {target.step}")
+        with weights_kept_on_error(self._trainer.model):
+            try:
+                if target.is_snapshot:
+                    snapshot = self._snapshots.of(target.step)
+                    restore_snapshot(self._trainer, snapshot, with_rng=with_rng, rate_factor=factor)
+                    states = snapshot.callbacks
+                else:
+                    path = self._ledger.path(target.step)
+                    restore_checkpoint(self._trainer, path, with_rng=with_rng, rate_factor=factor)
+                    states = read_callback_states(path)
+            except Exception as caught:
+                error = caught
+            self._ranks.agree(error, f"Rolling back to step {target.step}")
         for name, detector in self._detectors.items():
             try:
                 detector.go_back((states or {}).get(name))
@@ -422,20 +428,18 @@ class Rollback:
             path = self._ledger.path(target.step)
             error: BaseException | None = None
             try:
-                if target.is_snapshot:
-                    restore_snapshot(
-                        self._trainer,
-                        self._snapshots.of(target.step),
-                        with_rng=False,
-                        rate_factor=1.0,
-                        weights_only=True,
-                    )
-                else:
-                    self._trainer._load_from_checkpoint(path)
-            except Exception as caught:
-                error = caught
-            try:
-                self._ranks.agree(error, f"Loading the weights of step {target.step}")
+                with weights_kept_on_error(self._trainer.model):
+                    try:
+                        if target.is_snapshot:
+                            snapshot = self._snapshots.of(target.step)
+                            restore_snapshot(
+                                self._trainer, snapshot, with_rng=False, rate_factor=1.0, weights_only=True
+                            )
+                        else:
+                            load_weights(self._trainer, path)
+                    except Exception as caught:
+                        error = caught
+                    self._ranks.agree(error, f"Loading the weights of step {target.step}")
             except CheckpointError as told:
                 logger.warning("%s", told)
                 continue

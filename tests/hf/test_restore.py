@@ -1,0 +1,271 @@
+"""What a checkpoint or a snapshot gives back: every weight that is trained, or an error that says which not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
+
+from hf_divguard import CheckpointError, DivergenceDetector, TrainingDivergedError
+from hf_divguard.hf.restore import load_weights, weights_kept_on_error
+from tests.conftest import same_weights, tiny_model, weights
+from tests.hf.faults import ScriptedRule
+
+MakeTrainer = Callable[..., Any]
+
+QUICK = {"divguard_check_steps": 1, "divguard_cooldown_steps": 4, "max_steps": 16, "save_steps": 4}
+MEMORY = {"divguard_snapshot_steps": 4, "save_strategy": "no"}
+
+
+class EachStep(TrainerCallback):
+    """Copies the weights and buffers of every step, and those right after a rollback."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, dict[str, torch.Tensor]] = {}
+        self.restored: list[dict[str, torch.Tensor]] = []
+        self.identities: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Copy what the step has left."""
+        self.at[state.global_step] = everything(kwargs["model"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Copy it if this is the log of a rollback."""
+        if "divguard/rollbacks" in logs:
+            self.restored.append(everything(kwargs["model"]))
+            self.identities = [id(weight) for weight in kwargs["model"].parameters()]
+
+
+def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of parameters and buffers."""
+    return weights(model) | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def run(
+    make_trainer: MakeTrainer, model: Any, *, callbacks: Any = (), **options: Any
+) -> tuple[Any, EachStep]:
+    """Return a trainer that has to go back from step 11 to a state of step 8, and what it will show."""
+    seen = EachStep()
+    detector = DivergenceDetector(ScriptedRule({11: 10}), action="rollback")
+    trainer = make_trainer(model=model, callbacks=[*callbacks, seen, detector], **{**QUICK, **options})
+    return trainer, seen
+
+
+def goes_back(trainer: Any, seen: EachStep) -> None:
+    """Train, and assert that the rollback gave back all that had been trained, in the same objects."""
+    identities = [id(weight) for weight in trainer.model.parameters()]
+    trainer.train()
+    (event,) = trainer.divguard_events
+    assert (event["event"], event["step"], event["target_step"]) == ("rollback", 11, 8)
+    assert not same_weights(seen.at[11], seen.at[8])
+    assert same_weights(seen.restored[0], seen.at[8])
+    assert seen.identities == identities
+
+
+# ---- whole models
+
+SIZES = {
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 8}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 4}),
+    "llama": ("Llama", {}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+}
+
+
+def model_of(kind: str) -> Any:
+    """Return a tiny model of an architecture."""
+    name, options = KINDS[kind]
+    set_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_trained_weight_comes_back_whatever_it_is_called_on_disk(
+    make_trainer: MakeTrainer, kind: str
+) -> None:
+    """Mixtures of experts are saved under other names and in other shapes than they are trained in."""
+    goes_back(*run(make_trainer, model_of(kind)))
+
+
+def test_generators_are_where_they_were_after_a_load_under_other_names(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Building the model a second time draws from them."""
+    trainer, _ = run(make_trainer, model_of("mixtral"), max_steps=4)
+    trainer.train()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    load_weights(trainer, str(tmp_path / "out" / "checkpoint-4"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weights_in_several_files_come_back(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """As large models are saved."""
+    model = tiny_model()
+    save = model.save_pretrained
+    model.save_pretrained = lambda folder, **options: save(folder, **{**options, "max_shard_size": "2KB"})
+    goes_back(*run(make_trainer, model))
+    assert len(list((tmp_path / "out" / "checkpoint-8").glob("*.safetensors"))) > 1
+
+
+class Normed(torch.nn.Module):
+    """A model that is none of Transformers', with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(16, 8)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 16)
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **_: Any) -> Any:
+        """Return loss and logits."""
+        logits = self.head(self.norm(self.embed(input_ids).flatten(0, 1)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels.flatten()), "logits": logits}
+
+
+def test_running_statistics_of_a_model_of_ones_own_come_back(make_trainer: MakeTrainer) -> None:
+    """Buffers are part of what is saved."""
+    torch.manual_seed(0)
+    goes_back(*run(make_trainer, Normed(), eval_dataset=None))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_model_that_was_compiled_by_hand_comes_back(make_trainer: MakeTrainer) -> None:
+    """Its names carry a prefix."""
+    model = torch.compile(tiny_model(), backend="eager")
+    goes_back(*run(make_trainer, model, remove_unused_columns=False))
+
+
+def test_a_file_that_lacks_a_trained_weight_is_refused_and_nothing_is_changed(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """The sentence names it; the model is as it was before the attempt."""
+    trainer, _ = run(make_trainer, tiny_model(), max_steps=8)
+    trainer.train()
+    path = tmp_path / "out" / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["transformer.ln_f.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    before = everything(trainer.model)
+    with (
+        pytest.raises(CheckpointError, match=r"checkpoint-4 .*`transformer\.ln_f\.weight`"),
+        weights_kept_on_error(trainer.model),
+    ):
+        load_weights(trainer, str(path.parent))
+    assert same_weights(everything(trainer.model), before)
+
+
+# ---- adapters
+
+
+def adapters(kind: str) -> Any:
+    """Return a tiny model with adapters of a kind."""
+    peft = pytest.importorskip("peft")
+    on = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    if kind in ("prompt", "prefix", "projected", "p_tuning"):
+        made = {
+            "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            "projected": lambda: peft.PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8, prefix_projection=True
+            ),
+            "p_tuning": lambda: peft.PromptEncoderConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8
+            ),
+        }
+        set_seed(0)
+        sizes = {"vocab_size": 16, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
+        still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = GPT2Config(**sizes, **still, bos_token_id=0, eos_token_id=0)
+        return peft.get_peft_model(GPT2LMHeadModel(config), made[kind]())
+    configs = {
+        "lora": lambda: peft.LoraConfig(r=2, **on),
+        "dora": lambda: peft.LoraConfig(r=2, use_dora=True, **on),
+        "modules_to_save": lambda: peft.LoraConfig(r=2, modules_to_save=["ln_f"], **on),
+        "bias": lambda: peft.LoraConfig(r=2, bias="all", **on),
+        "tokens": lambda: peft.LoraConfig(r=2, trainable_token_indices={"wte": [1, 2]}, **on),
+        "ia3": lambda: peft.IA3Config(
+            target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"], fan_in_fan_out=True
+        ),
+        "adalora": lambda: peft.AdaLoraConfig(total_step=16, init_r=4, target_r=2, tinit=2, tfinal=4, **on),
+    }
+    model = peft.get_peft_model(tiny_model(), configs["lora" if kind == "unfrozen" else kind]())
+    if kind == "unfrozen":
+        model.base_model.model.transformer.ln_f.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind", ["lora", "dora", "modules_to_save", "bias", "tokens", "ia3", "adalora", "prompt", "prefix"]
+)
+def test_adapters_come_back_from_disk(make_trainer: MakeTrainer, kind: str) -> None:
+    """All that is trained of them, and the rest was never changed."""
+    goes_back(*run(make_trainer, adapters(kind), eval_dataset=None))
+
+
+@pytest.mark.parametrize("kind", ["p_tuning", "projected", "unfrozen"])
+def test_adapters_whose_files_lack_what_was_trained_come_back_from_memory(
+    make_trainer: MakeTrainer, kind: str
+) -> None:
+    """A snapshot holds the parameters themselves."""
+    goes_back(*run(make_trainer, adapters(kind), eval_dataset=None, **MEMORY))
+
+
+@pytest.mark.parametrize("kind", ["p_tuning", "projected", "unfrozen"])
+def test_adapters_whose_files_lack_what_was_trained_are_not_said_to_be_back(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """The run is given up, with the weights as they were, and the log says what to do."""
+    trainer, seen = run(make_trainer, adapters(kind), eval_dataset=None)
+    with pytest.raises(TrainingDivergedError, match="The model holds the weights as they were"):
+        trainer.train()
+    assert "Keep states in memory with `divguard_snapshot_steps`" in our_log.text
+    assert same_weights(everything(trainer.model), seen.at[11])
+
+
+def test_all_adapters_that_were_active_stay_active_and_trained(make_trainer: MakeTrainer) -> None:
+    """The host's load would leave the first one only."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(tiny_model(), config, adapter_name="first")
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["first", "second"])
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    trainer, seen = run(make_trainer, model, eval_dataset=None)
+    goes_back(trainer, seen)
+    assert model.active_adapters == ["first", "second"]
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad] == trained
+    after = seen.at[16]
+    assert all(not torch.equal(after[name], seen.restored[0][name]) for name in trained)
+
+
+def test_adapters_keep_their_precision_and_their_memory(make_trainer: MakeTrainer) -> None:
+    """The host's load would turn bfloat16 into float32 behind the back of the optimizer."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(tiny_model().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    addresses = [weight.data_ptr() for weight in model.parameters()]
+    goes_back(*run(make_trainer, model, eval_dataset=None))
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert [weight.data_ptr() for weight in model.parameters()] == addresses
