@@ -46,8 +46,9 @@ def _engine_in_the_way(trainer: Any) -> str | None:
         return f"the distributed type {kind}"
     if any(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()):
         return "tensor parallelism, which shards the weights over the ranks"
-    if "layerwise" in str(getattr(trainer.args.optim, "value", trainer.args.optim)):
-        return "a layerwise optimizer, which updates the weights during the backward pass"
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "layerwise" in optimizer or optimizer in ("lomo", "adalomo"):
+        return f"the optimizer {optimizer}, which updates the weights during the backward pass"
     return None
 
 

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
-from hf_divguard import CheckpointError, DivergenceDetector, TrainingDivergedError
+from hf_divguard import CheckpointError, DivergenceDetector, NonFiniteDetector, TrainingDivergedError
 from hf_divguard.hf.restore import load_weights, weights_kept_on_error
 from tests.conftest import same_weights, tiny_model, weights
-from tests.hf.faults import ScriptedRule
+from tests.hf.faults import NaNBatch, ScriptedRule
 
 MakeTrainer = Callable[..., Any]
 
@@ -269,3 +269,20 @@ def test_adapters_keep_their_precision_and_their_memory(make_trainer: MakeTraine
     goes_back(*run(make_trainer, model, eval_dataset=None))
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert [weight.data_ptr() for weight in model.parameters()] == addresses
+
+
+# ---- optimizers
+
+
+@pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_update_in_the_backward_pass_are_refused(
+    make_trainer: MakeTrainer, name: str
+) -> None:
+    """Before the first step."""
+    options = {"optim_target_modules": ["attn"]} if "layerwise" in name else {}
+    model = tiny_model()
+    callbacks = [NaNBatch(model, range(0)), NonFiniteDetector(action="rollback")]
+    trainer = make_trainer(model=model, callbacks=callbacks, optim=name, **QUICK, **options)
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match="which updates the weights during the backward pass"):
+        trainer.train()
