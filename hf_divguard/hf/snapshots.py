@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import torch
 
+from hf_divguard.errors import CheckpointError
 from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
 
 __all__ = ["Snapshot", "Snapshots", "restore_snapshot"]
@@ -82,7 +83,7 @@ def _copy_of_now(trainer: Any, step: int, callbacks: dict[str, Any]) -> Snapshot
         rng["cuda"] = torch.cuda.get_rng_state_all()
     return Snapshot(
         step,
-        {name: tensor.detach().to("cpu", copy=True) for name, tensor in _trained_tensors(trainer.model)},
+        {name: tensor.detach().to("cpu", copy=True) for name, tensor in _kept_tensors(trainer)},
         _to_cpu(trainer.optimizer.state_dict()),
         copy.deepcopy(trainer.lr_scheduler.state_dict()),
         copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
@@ -91,10 +92,19 @@ def _copy_of_now(trainer: Any, step: int, callbacks: dict[str, Any]) -> Snapshot
     )
 
 
-def _trained_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Return what training changes: parameters that take a gradient, and every buffer."""
-    trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-    return [*trained, *model.named_buffers()]
+def _kept_tensors(trainer: Any) -> list[tuple[str, torch.Tensor]]:
+    """Return what training changes or may change: what takes a gradient, what the optimizer holds, every buffer."""
+    held = _held_by_optimizer(trainer)
+    kept = [
+        (name, each)
+        for name, each in trainer.model.named_parameters()
+        if each.requires_grad or id(each) in held
+    ]
+    return [*kept, *trainer.model.named_buffers()]
+
+
+def _held_by_optimizer(trainer: Any) -> set[int]:
+    return {id(each) for group in trainer.optimizer.param_groups for each in group["params"]}
 
 
 def restore_snapshot(
@@ -108,10 +118,23 @@ def restore_snapshot(
         with_rng: Also put back the random number generators.
         rate_factor: By how much the learning rate has been lowered for good since then.
         weights_only: Put back the weights, and nothing else.
+
+    Raises:
+        CheckpointError: If the optimizer holds a parameter that the snapshot lacks: one that
+            was frozen, and in no optimizer, when it was taken. Nothing is changed then.
     """
+    held, parameters = _held_by_optimizer(trainer), dict(trainer.model.named_parameters())
+    lacking = [name for name, each in parameters.items() if id(each) in held and name not in snapshot.tensors]
+    if lacking:
+        named = ", ".join(f"`{name}`" for name in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise CheckpointError(
+            f"The snapshot of step {snapshot.step} lacks {named}, which the optimizer was given only after it was taken."
+        )
+    present = parameters | dict(trainer.model.named_buffers())
     with torch.no_grad():
-        for name, tensor in _trained_tensors(trainer.model):
-            tensor.copy_(snapshot.tensors[name])
+        for name, tensor in snapshot.tensors.items():
+            if name in present:
+                present[name].copy_(tensor)
     if weights_only:
         return
     # The optimizer takes over tensors it is given as they are; the snapshot must stay as it was.

@@ -271,6 +271,66 @@ def test_adapters_keep_their_precision_and_their_memory(make_trainer: MakeTraine
     assert [weight.data_ptr() for weight in model.parameters()] == addresses
 
 
+# ---- parameters that are unfrozen on the way
+
+
+class Unfreeze(TrainerCallback):
+    """Lets all parameters be trained from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Unfreeze them if this is the step."""
+        if state.global_step == self.step:
+            kwargs["model"].requires_grad_(True)
+
+
+@pytest.mark.parametrize("where", [{}, MEMORY], ids=["disk", "memory"])
+def test_what_was_unfrozen_after_the_target_goes_back_too(
+    make_trainer: MakeTrainer, where: dict[str, Any]
+) -> None:
+    """The optimizer has held it from the start, so it is in the snapshot."""
+    model = tiny_model()
+    model.transformer.wpe.requires_grad_(False)
+    trainer, seen = run(make_trainer, model, callbacks=[Unfreeze(9)], **where)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    goes_back(trainer, seen)
+    assert not torch.equal(seen.at[11]["transformer.wpe.weight"], seen.at[8]["transformer.wpe.weight"])
+
+
+def test_what_was_unfrozen_but_given_to_no_optimizer_is_no_obstacle(make_trainer: MakeTrainer) -> None:
+    """It takes a gradient, and nothing changes it."""
+    model = tiny_model()
+    model.transformer.wpe.requires_grad_(False)
+    goes_back(*run(make_trainer, model, callbacks=[Unfreeze(9)], **MEMORY))
+
+
+def test_what_an_optimizer_was_given_after_the_snapshot_is_named(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
+) -> None:
+    """A snapshot that lacks it is passed over."""
+
+    class Grow(Unfreeze):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_begin(args, state, control, **kwargs)
+            if state.global_step == self.step:
+                kwargs["optimizer"].add_param_group({"params": [kwargs["model"].transformer.wpe.weight]})
+
+    model = tiny_model()
+    model.transformer.wpe.requires_grad_(False)
+    trainer, seen = run(make_trainer, model, callbacks=[Grow(9)], lr_scheduler_type="constant", **MEMORY)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    with pytest.raises(TrainingDivergedError, match="The model holds the weights as they were"):
+        trainer.train()
+    assert "snapshot of step 8 lacks `transformer.wpe.weight`" in our_log.text
+    assert same_weights(everything(trainer.model), seen.at[11])
+
+
 # ---- optimizers
 
 
