@@ -77,7 +77,11 @@ class Rollback:
         self._finite_total = 0.0
         self._last_not_finite = -1
         self._rewarming = Rewarming(options.divguard_rewarm_steps)
-        self._snapshots = Snapshots(options.divguard_snapshot_steps)
+        self._snapshots = Snapshots(
+            options.divguard_snapshot_steps,
+            check_steps=options.divguard_check_steps,
+            margin_steps=options.divguard_rollback_margin_steps,
+        )
         self._origins: dict[int, int] = {}
         self.policy = RollbackPolicy(
             max_rollbacks=options.divguard_max_rollbacks,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 
+from hf_divguard.core.thinning import next_to_drop
 from hf_divguard.errors import CheckpointError
 from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
 
@@ -30,18 +30,26 @@ class Snapshot:
     callbacks: dict[str, Any]
 
 
+# From the onset of a fault to the look that shows it, beside the steps between two looks.
+_STEPS_UNTIL_FOUND = 30
+
+
 class Snapshots:
-    """The last few snapshots of a run, and the one of its start.
+    """A few snapshots of a run: of its start, the newest ones, and some that are older than detection takes.
 
     Args:
         every: Optimizer steps between two snapshots; 0 takes none.
-        keep: How many are kept beside the one of the start.
+        check_steps: Steps between two looks at the losses.
+        margin_steps: How much older than needed a state has to be.
     """
 
-    def __init__(self, every: int, keep: int = 3) -> None:
+    def __init__(self, every: int, *, check_steps: int, margin_steps: int) -> None:
         self._every = every
+        self._reach = check_steps + margin_steps + _STEPS_UNTIL_FOUND
+        # Three are enough to reach back where they are far apart.
+        self._keep = 3 if 2 * every >= self._reach else 4
         self._start: Snapshot | None = None
-        self._recent: deque[Snapshot] = deque(maxlen=keep)
+        self._recent: list[Snapshot] = []
 
     def is_due(self, step: int) -> bool:
         """Return whether ``step`` gets a snapshot."""
@@ -56,10 +64,13 @@ class Snapshots:
             self._start = snapshot
         else:
             self._recent.append(snapshot)
+        if len(self._recent) > self._keep:
+            dropped = next_to_drop([kept.step for kept in self._recent], self._reach)
+            self._recent = [kept for kept in self._recent if kept.step != dropped]
 
     def all(self) -> list[Snapshot]:
         """Return the snapshots, oldest first."""
-        return ([self._start] if self._start is not None else []) + list(self._recent)
+        return ([self._start] if self._start is not None else []) + self._recent
 
     def of(self, step: int) -> Snapshot:
         """Return the snapshot of ``step``, which is there."""
@@ -67,7 +78,7 @@ class Snapshots:
 
     def drop_after(self, step: int) -> None:
         """Forget the snapshots that are newer than ``step``."""
-        self._recent = deque((kept for kept in self._recent if kept.step <= step), maxlen=self._recent.maxlen)
+        self._recent = [kept for kept in self._recent if kept.step <= step]
         if self._start is not None and self._start.step > step:
             self._start = None
 

@@ -237,8 +237,9 @@ class DivGuardArgumentsMixin(_Host):
     divguard_snapshot_steps: int = field(
         default=0,
         metadata={
-            "help": "Keep trainable parameters and optimizer in CPU memory every so many steps (the last three, and "
-            "those of the start), so that a rollback needs no checkpoint. 0 keeps none."
+            "help": "Keep trainable parameters and optimizer in CPU memory every so many steps (the last three, or "
+            "four that are spread out if they are close together, and those of the start), so that a rollback needs "
+            "no checkpoint. 0 keeps none."
         },
     )
 

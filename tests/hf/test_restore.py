@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 from hf_divguard import CheckpointError, DivergenceDetector, NonFiniteDetector, TrainingDivergedError
 from hf_divguard.hf.restore import load_weights, weights_kept_on_error
 from tests.conftest import same_weights, tiny_model, weights
-from tests.hf.faults import NaNBatch, ScriptedRule
+from tests.hf.faults import HighRate, NaNBatch, ScriptedRule
 
 MakeTrainer = Callable[..., Any]
 
@@ -329,6 +329,47 @@ def test_what_an_optimizer_was_given_after_the_snapshot_is_named(
         trainer.train()
     assert "snapshot of step 8 lacks `transformer.wpe.weight`" in our_log.text
     assert same_weights(everything(trainer.model), seen.at[11])
+
+
+# ---- which snapshots are kept
+
+
+@pytest.mark.parametrize("every", [2, 5, 30])
+def test_snapshots_reach_back_to_before_a_fault_however_close_together_they_are(
+    make_trainer: MakeTrainer, every: int
+) -> None:
+    """A high rate in 202 to 206 is found after ten steps and more; those since then would have pushed the good out."""
+    trainer = make_trainer(
+        callbacks=[HighRate(range(202, 207))],
+        divguard_detector="adaptive",
+        divguard_action="rollback",
+        divguard_snapshot_steps=every,
+        save_strategy="no",
+        max_steps=240,
+        learning_rate=3e-3,
+    )
+    trainer.train()
+    first = trainer.divguard_events[0]
+    assert first["event"] == "rollback"
+    assert 202 - 2 * 40 - 2 * every <= first["target_step"] < 202
+
+
+@pytest.mark.parametrize(("every", "kept"), [(2, 5), (25, 4)])
+def test_only_a_few_snapshots_are_kept_and_the_first_and_the_newest_are_among_them(
+    make_trainer: MakeTrainer, every: int, kept: int
+) -> None:
+    """One more of those that are close together."""
+    trainer = make_trainer(
+        callbacks=[NonFiniteDetector(action="rollback")],
+        divguard_snapshot_steps=every,
+        save_strategy="no",
+        max_steps=150,
+    )
+    trainer.train()
+    steps = [snapshot.step for snapshot in trainer._guard.rollback._snapshots.all()]
+    assert len(steps) == kept
+    assert (steps[0], steps[-1]) == (0, 150)
+    assert any(40 <= 150 - step <= 80 for step in steps)
 
 
 # ---- optimizers
