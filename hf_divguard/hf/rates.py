@@ -17,9 +17,9 @@ __all__ = [
 
 # What schedules keep in the groups of the optimizer beside the rate itself (`OneCycleLR`, `CyclicLR`).
 _KEPT_IN_GROUPS = ("initial_lr", "max_lr", "min_lr")
-# What they keep themselves and compute the rate from. `min_lrs` are floors: left where they are, the next
-# step of a schedule could lift a lowered rate up to them.
-_KEPT_IN_SCHEDULES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "_init_lrs")
+# What they keep themselves and compute the rate from. `min_lrs` and `eta_min` are floors: left where they are,
+# the next step of a schedule could lift a lowered rate up to them.
+_KEPT_IN_SCHEDULES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "_init_lrs", "eta_min")
 
 
 def scheduled_rates(trainer: Any) -> list[float]:
@@ -87,6 +87,8 @@ def scale_rates(trainer: Any, factor: float) -> None:
             rates = getattr(schedule, name, None)
             if isinstance(rates, (list, tuple)):
                 setattr(schedule, name, [rate * factor for rate in rates])
+            elif rates is not None:
+                setattr(schedule, name, rates * factor)
     for group in trainer.optimizer.param_groups:
         for name in _KEPT_IN_GROUPS:
             if name in group:
