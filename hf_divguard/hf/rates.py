@@ -119,13 +119,20 @@ class Rewarming:
         self._steps = steps
         self._held: list[float] | None = None
         self.since: int | None = None
+        self.used: float | None = None
+        """Rate of the first group in the last update; ``None`` if that was the schedule's own."""
 
     def begin(self, step: int) -> None:
         """Start with the update after ``step``."""
         self.since = step if self._steps else None
 
+    def first_of(self, rate: float) -> float:
+        """Return what the first update will use of the schedule's ``rate``."""
+        return rate / self._steps if self._steps else rate
+
     def hold_back(self, trainer: Any, step: int) -> None:
         """Lower the rate for the update under way, after ``step`` updates."""
+        self.used = None
         if self.since is None:
             return
         done = step - self.since
@@ -134,7 +141,9 @@ class Rewarming:
             return
         groups = trainer.optimizer.param_groups
         self._held = [float(group["lr"]) for group in groups]
-        _set_rates(trainer.optimizer, [rate * (done + 1) / self._steps for rate in self._held])
+        lowered = [rate * (done + 1) / self._steps for rate in self._held]
+        self.used = lowered[0]
+        _set_rates(trainer.optimizer, lowered)
 
     def release(self, trainer: Any) -> None:
         """Give the schedule its rates back after the update."""

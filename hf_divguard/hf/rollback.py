@@ -274,7 +274,8 @@ class Rollback:
             }
         )
         self.story.tell_rollback(event, self.policy.max_rollbacks)
-        self._trainer.log(log_keys(event, pending_loss))
+        next_rate = self._rewarming.first_of(event["learning_rate_after"])
+        self._trainer.log({**log_keys(event, pending_loss), "divguard/learning_rate": next_rate})
 
     def _restore(self, target: Target) -> None:
         """Put back the state of ``target``; raise on every rank if one of them cannot."""
@@ -453,6 +454,11 @@ class Rollback:
         return "the weights as they were", None
 
     # ---- warming up again
+
+    @property
+    def rate_used(self) -> float | None:
+        """Learning rate of the last update, while it is below the schedule's; else ``None``."""
+        return self._rewarming.used
 
     def hold_back_rates(self, step: int) -> None:
         """For the update under way, ramp the learning rate up after a rollback."""

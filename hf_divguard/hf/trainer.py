@@ -171,6 +171,12 @@ class DivGuardMixin(_Host):
             self._guard.watch.add_micro_batch(loss)
         return loss
 
+    def _get_learning_rate(self) -> float:
+        # The host asks the schedule, which goes on unseen while the rate rises again after a rollback.
+        rollback = self._guard.rollback if self._guard is not None else None
+        used = rollback.rate_used if rollback is not None else None
+        return super()._get_learning_rate() if used is None else used
+
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any
     ) -> None:

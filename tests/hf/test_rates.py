@@ -1,4 +1,4 @@
-"""The learning rate after a rollback: what a cut lowers."""
+"""The learning rate after a rollback: what a cut lowers, and what the logs say of it."""
 
 from __future__ import annotations
 
@@ -68,3 +68,21 @@ def test_a_cut_lowers_the_whole_schedule_down_to_its_floor_and_over_a_resume(
     resumed, again = run(make_trainer, range(0), schedule, divguard_rollback_lr_factor=0.5)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-16"))
     assert again.rates == pytest.approx({step: expected[step] for step in range(17, 25)})
+
+
+def test_while_the_rate_rises_again_the_logs_say_what_was_used(make_trainer: MakeTrainer) -> None:
+    """The schedule goes on unseen; the event says where it is."""
+    trainer, used = run(
+        make_trainer, range(10, 11), lr_scheduler_type="constant", divguard_rewarm_steps=4, learning_rate=0.01
+    )
+    trainer.train()
+    logged = {
+        entry["step"]: entry["learning_rate"]
+        for entry in trainer.state.log_history
+        if "learning_rate" in entry
+    }
+    assert [logged[step] for step in range(11, 16)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
+    assert logged == pytest.approx({step: used.rates[step] for step in logged})
+    (told,) = [entry for entry in trainer.state.log_history if "divguard/learning_rate" in entry]
+    assert told["divguard/learning_rate"] == pytest.approx(0.0025)
+    assert trainer.divguard_events[0]["learning_rate_after"] == pytest.approx(0.01)
