@@ -114,25 +114,27 @@ def load_weights(trainer: Any, checkpoint: str) -> None:
     model = getattr(trainer.model, "_orig_mod", trainer.model)
     wanted = _saved_tensors(model)
     counts = {name: tensor._version for name, tensor in wanted.items()}
-    refusal: RuntimeError | None = None
+    cause: Exception | None = None
     with _parameters_kept_in_place(model):
         try:
             trainer._load_from_checkpoint(checkpoint)
         except RuntimeError as error:  # a shape that differs, as where weights are saved transposed
-            refusal = error
-    missing = [name for name, tensor in wanted.items() if tensor._version == counts[name]]
-    if refusal is None and not missing:
-        return
-    if not _is_adapted(model) and hasattr(model, "from_pretrained"):
-        missing = _load_as_from_pretrained(model, checkpoint, wanted)
-    elif refusal is not None and not missing:
-        raise refusal
+            cause = error
+    written = {tensor.data_ptr() for name, tensor in wanted.items() if tensor._version != counts[name]}
+    missing = [name for name, tensor in wanted.items() if tensor.data_ptr() not in written]
+    if (missing or cause is not None) and not _is_adapted(model) and hasattr(model, "from_pretrained"):
+        try:
+            missing, cause = _load_as_from_pretrained(model, checkpoint, wanted), None
+        except Exception as error:
+            cause = error
     if missing:
         named = ", ".join(f"`{name}`" for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
             f"{checkpoint} does not give back {len(missing)} of {len(wanted)} tensors that training changes: {named}. "
             "Keep states in memory with `divguard_snapshot_steps`, which hold all of them."
-        ) from refusal
+        ) from cause
+    if cause is not None:
+        raise cause
 
 
 def _is_adapted(model: Any) -> bool:
@@ -157,7 +159,7 @@ def _load_as_from_pretrained(model: Any, checkpoint: str, wanted: dict[str, torc
         widest = kinds[0]
         for kind in kinds:
             widest = torch.promote_types(widest, kind)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         read, report = type(model).from_pretrained(checkpoint, dtype=widest, output_loading_info=True)
     lacking = set(report["missing_keys"])
     names = [*read.named_parameters(remove_duplicate=False), *read.named_buffers(remove_duplicate=False)]

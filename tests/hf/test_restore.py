@@ -120,6 +120,72 @@ def test_generators_are_where_they_were_after_a_load_under_other_names(
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_a_run_that_is_given_up_holds_every_weight_of_the_checkpoint_it_names(
+    make_trainer: MakeTrainer,
+) -> None:
+    """Those too that are saved under other names."""
+    model = model_of("mixtral")
+    trainer, seen = run(
+        make_trainer,
+        model,
+        callbacks=[NaNBatch(model, range(10, 100)), NonFiniteDetector(action="rollback")],
+        divguard_max_rollbacks=1,
+        max_steps=24,
+    )
+    with pytest.raises(TrainingDivergedError, match=r"The model holds the weights of .*checkpoint-8"):
+        trainer.train()
+    assert same_weights(everything(model), seen.at[8])
+
+
+class Tacked(torch.nn.Module):
+    """Two parameters in one memory, of which a file holds one."""
+
+    _keys_to_ignore_on_save = None  # the host asks for it where a file lacks something
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(16, 16)
+        self.head = torch.nn.Linear(16, 16, bias=False)
+        self.head.weight.data = self.embed.weight.data
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **_: Any) -> Any:
+        """Return loss and logits."""
+        logits = self.head(self.embed(input_ids)).flatten(0, 1)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels.flatten()), "logits": logits}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what is saved: one of the two."""
+        state = super().state_dict(*args, **kwargs)
+        state.pop("head.weight")
+        return state
+
+
+def test_two_parameters_in_one_memory_come_back_by_one_of_them(make_trainer: MakeTrainer) -> None:
+    """As safetensors keep them."""
+    torch.manual_seed(0)
+    goes_back(*run(make_trainer, Tacked(), eval_dataset=None))
+
+
+def test_a_model_that_from_pretrained_cannot_build_is_refused_by_the_names_it_lacks(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """What went wrong there is the cause."""
+
+    class Demanding(GPT2LMHeadModel):
+        def __init__(self, config: Any, *, needed: bool) -> None:
+            super().__init__(config)
+
+    trainer, _ = run(make_trainer, Demanding(tiny_model().config, needed=True), max_steps=4)
+    trainer.train()
+    path = tmp_path / "out" / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["transformer.ln_f.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"`transformer\.ln_f\.weight`") as caught:
+        load_weights(trainer, str(path.parent))
+    assert "needed" in str(caught.value.__cause__)
+
+
 def test_weights_in_several_files_come_back(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     """As large models are saved."""
     model = tiny_model()
