@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -218,6 +219,12 @@ class Rollback:
         targets = [target for target in targets if target not in unusable]
         while True:
             decision = self.policy.decide(finding, step, targets)
+            if decision.target is None and unusable:
+                steps = ", ".join(
+                    str(target.step) for target in sorted(unusable, key=lambda target: target.step)
+                )
+                reason = f"{decision.reason}. What was kept of step {steps} could not be put back"
+                return replace(decision, reason=reason)
             if decision.target is None or decision.target.is_snapshot:
                 return decision
             path = self._ledger.path(decision.target.step)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_divguard import (
@@ -446,6 +446,21 @@ def test_a_target_that_cannot_be_read_is_passed_over(
     assert moves(trainer) == [(10, 4)]
     assert holds(at.weights[0], tmp_path / "out" / "checkpoint-4")
     assert "Rolling back to step 8 failed" in our_log.text
+
+
+def test_where_no_target_can_be_read_it_is_said_which_were_tried(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """They are there and old enough; that is not what is wrong with them."""
+
+    class Damage(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for path in (tmp_path / "out").glob("checkpoint-*/optimizer.pt"):
+                path.write_bytes(bytes(path.stat().st_size))
+
+    trainer = nan_run(make_trainer, range(10, 11), callbacks=[Damage()])
+    with pytest.raises(TrainingDivergedError, match="What was kept of step 4, 8 could not be put back"):
+        trainer.train()
 
 
 def test_while_a_fault_lasts_on_after_a_rollback_nothing_is_saved(
