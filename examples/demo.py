@@ -95,7 +95,7 @@ class Progress(TrainerCallback):
         if state.global_step % (5 if on_terminal else STEPS // 10) == 0:
             done = round(20 * state.global_step / STEPS)
             line = (
-                f"  {self.label:<24} [{'#' * done}{'.' * (20 - done)}] step {state.global_step:>3}/{STEPS}"
+                f"  {self.label:<27} [{'#' * done}{'.' * (20 - done)}] step {state.global_step:>3}/{STEPS}"
                 f"   loss {logs['loss']:6.3f}   {time.monotonic() - self.started:3.0f} s"
             )
             print(line, end="\r" if on_terminal else "\n", flush=True)
@@ -148,7 +148,7 @@ VARIANTS = [
     ),
     Variant(
         name="stop",
-        label="DivGuardTrainer, stop",
+        label="guarded: ema, stop",
         color="#1f6fb4",
         trainer_class=DivGuardTrainer,
         arguments_class=DivGuardTrainingArguments,
@@ -161,7 +161,7 @@ VARIANTS = [
     ),
     Variant(
         name="rollback",
-        label="DivGuardTrainer, rollback",
+        label="guarded: adaptive, rollback",
         color="#1e8449",
         trainer_class=DivGuardTrainer,
         arguments_class=DivGuardTrainingArguments,
@@ -182,7 +182,6 @@ class Outcome:
     rollbacks: list[dict[str, Any]]
     checkpoints: list[int]
     best: list[tuple[int, float]]
-    seconds: float
 
 
 def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
@@ -215,7 +214,6 @@ def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
         callbacks=[*([TooHighRate()] if variant.has_fault else []), progress, *variant.callbacks()],
     )
     trainer.remove_callback(PrinterCallback)
-    started = time.monotonic()
     trainer.train()
     return Outcome(
         variant=variant,
@@ -228,7 +226,6 @@ def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
         ],
         checkpoints=sorted(info.step for info in find_checkpoints(folder)),
         best=[(info.step, info.metric) for info in best_checkpoints(folder, metric="loss")],
-        seconds=time.monotonic() - started,
     )
 
 
@@ -277,7 +274,6 @@ def print_table(outcomes: list[Outcome], healthy: Outcome) -> None:
         ("", [outcome.variant.label for outcome in outcomes]),
         ("what it did", [what_it_did(outcome) for outcome in outcomes]),
         ("steps wasted", [steps_wasted(outcome) for outcome in outcomes]),
-        ("training time", [f"{outcome.seconds:.0f} s" for outcome in outcomes]),
         ("checkpoints left", [with_losses(outcome.checkpoints, outcome) for outcome in outcomes]),
         ("best of them", [against_healthy(outcome, healthy) for outcome in outcomes]),
     ]
@@ -438,6 +434,11 @@ def main() -> None:
     outcomes = [run(variant, train_data, eval_data) for variant in VARIANTS]
     print()
     print_table(outcomes, healthy)
+    for outcome in outcomes:
+        if outcome.rollbacks:
+            print(
+                "  What a rollback may still need stays on disk for some time: hence the older checkpoints on the right."
+            )
     draw(outcomes, healthy, OUTPUT / "demo.png")
     print(f"\n  Picture: {OUTPUT / 'demo.png'}   Checkpoints: {OUTPUT}/<variant>/checkpoint-<step>")
 

@@ -58,8 +58,10 @@ class AdaptiveRule:
         >>> found = [finding for finding in findings if finding and finding.severity == "error"]
         >>> [(finding.kind, finding.onset_step, finding.step) for finding in found]
         [('jump', 60, 68)]
-        >>> print(found[0])
-        `loss` = 4 at step 68 jumped at step 60 and stays: 2.017 before, 4 now (limit 2.6), 85% of the progress lost.
+        >>> for part in found[0].message.split(": "):
+        ...     print(part)
+        `loss` = 4 at step 68 has stayed up since it jumped at step 60
+        2.017 before, 4 now (limit 2.6), 85% of the progress lost.
     """
 
     def __init__(
@@ -147,7 +149,8 @@ class AdaptiveRule:
             return finding
         if metric not in self._evaluations:
             self._evaluations[metric] = EvalRise(metric=metric, severity=self.eval_severity)
-        training = self._watch.level.center if self._watch.level.count else None
+        is_known = self._watch.level.count > 0 and not self._watch.is_suspecting
+        training = self._watch.level.center if is_known else None
         return self._evaluations[metric].observe(step, float(value), training)
 
     # ---- memory

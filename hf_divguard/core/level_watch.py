@@ -88,6 +88,11 @@ class LevelWatch:
         self._open = ""
 
     @property
+    def is_suspecting(self) -> bool:
+        """Whether values are being kept out of the level, so that it is not where the loss is."""
+        return bool(self._open) or self._jump.score > 0.0
+
+    @property
     def suspected_since(self) -> int | None:
         """Step since which a rise is suspected; ``None`` while there is little to suspect."""
         return self._jump.onset_step if self._jump.score > 0.5 * JUMP_SCORE else None
@@ -241,7 +246,7 @@ class LevelWatch:
         if kind == "jump":
             before, now, limit = level.center, self._jump.late_level(), level.center + bounds.jump
             onset = step if self._jump.onset_step is None else min(step, self._jump.onset_step)
-            said = f"jumped at step {onset} and stays: {before:.4g} before, {now:.4g} now"
+            said = f"has stayed up since it jumped at step {onset}: {before:.4g} before, {now:.4g} now"
         elif kind == "climb":
             before, now, limit = best, median(self._climb.values[-PATIENCE:]), best + bounds.climb
             onset = _after(self._calm_step, step)
@@ -249,7 +254,7 @@ class LevelWatch:
         else:
             before, now, limit = level.lowest[0][0], level.center, level.lowest[1][0]
             onset = _after(self._lowest_step, step)
-            said = f"is stuck from step {onset} on: {before:.4g} at its best, {now:.4g} now"
+            said = f"has been stuck from step {onset} on: {before:.4g} at its best, {now:.4g} now"
         evidence: dict[str, float | int | str] = {
             "before": before,
             "now": now,

@@ -78,7 +78,8 @@ class SetbackCheck:
             limit=bar,
             message=(
                 f"`loss` has been above {bar:.4g} for {_VALUES} steps up to step {step} (median {level:.4g}, before "
-                f"{center:.4g}): {100 * (level - center) / progress:.0f}% of what was learnt is lost, even if it heals."
+                f"{center:.4g}). That is a rise by {(level - center) / progress:.0%} of the progress since the start, "
+                "even if it heals."
             ),
         )
 

@@ -196,7 +196,7 @@ class Rollback:
             if decision.target is None:
                 self._give_up(finding, decision, model, tr_loss)
                 return False
-            self._mark_diverged(self._last_good(finding), finding)
+            self._mark_diverged(self._last_good(finding), finding.onset_step, "and was rolled back", finding)
             try:
                 self._restore(decision.target)
             except CheckpointError as error:
@@ -268,6 +268,7 @@ class Rollback:
                 "step": step,
                 "onset_step": finding.onset_step,
                 "target_step": target.step,
+                "weights_of_step": target.origin,
                 "target": "memory"
                 if target.is_snapshot
                 else os.path.basename(self._ledger.path(target.step)),
@@ -339,7 +340,7 @@ class Rollback:
         trainer._total_loss_scalar += pending
         return pending / n_steps
 
-    def _mark_diverged(self, last_good: int, finding: Finding) -> None:
+    def _mark_diverged(self, last_good: int, onset_step: int, what_then: str, finding: Finding) -> None:
         """Quarantine what was saved after the step ``last_good``, so that no resume takes it."""
         for step in self._ledger.leave_behind(last_good):
             if not self._leads:
@@ -348,8 +349,8 @@ class Rollback:
             try:
                 quarantine(
                     path,
-                    reason=f"Training diverged from step {finding.onset_step} on and was rolled back: {finding.message}",
-                    onset_step=finding.onset_step,
+                    reason=f"Training diverged from step {onset_step} on {what_then}: {finding.message}",
+                    onset_step=onset_step,
                 )
             except OSError as error:
                 logger.warning("%s could not be marked as diverged (%s); do not resume from it.", path, error)
@@ -387,7 +388,7 @@ class Rollback:
         state, control = self._trainer.state, self._trainer.control
         last_good = decision.onset_step - 2 - self.policy.margin_steps
         candidates = self._ranks.on_main(lambda: self._best_up_to(last_good))
-        self._mark_diverged(last_good, finding)
+        self._mark_diverged(last_good, decision.onset_step, "and was given up", finding)
         holds, path = self._load_first_of(candidates)
         # It has been through the fault. A further `train()` of this trainer starts with a fresh one.
         self._trainer.optimizer.state.clear()
@@ -396,15 +397,17 @@ class Rollback:
             f"Training was given up at step {state.global_step}: {decision.reason}. {finding.message} The model holds "
             f"{holds}."
         )
+        if any(record.in_lineage for record in self._ledger.records):
+            message += " With the cause removed, resume_from_checkpoint='latest' goes on from before it."
         self.error = TrainingDivergedError(message, finding)
         self.story.add(
             {
                 "number": self.policy.rollbacks + 1,
                 "event": "gave_up",
                 "incident": decision.incident,
-                "attempt": decision.attempt,
+                "attempt": decision.attempt - 1,
                 "step": state.global_step,
-                "onset_step": finding.onset_step,
+                "onset_step": decision.onset_step,
                 "checkpoint": path,
                 "model_holds": holds,
                 "reason": decision.reason,

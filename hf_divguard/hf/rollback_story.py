@@ -91,8 +91,8 @@ class RollbackStory:
             return
         first, last = event["skipped_steps"]
         logger.warning(
-            "Rollback %d (incident %d, attempt %d of %d) at step %d: %s Went back to step %d (%s) in %.2g s; the batches "
-            "of steps %d to %d are left behind%s. Findings are ignored until step %d.",
+            "Rollback %d (incident %d, attempt %d of %d) at step %d: %s Went back to step %d (%s%s) in %.2g s; the "
+            "batches of steps %d to %d are left behind%s. Findings are ignored until step %d.",
             event["number"],
             event["incident"],
             event["attempt"],
@@ -101,6 +101,9 @@ class RollbackStory:
             event["finding"]["message"],
             event["target_step"],
             event["target"],
+            ""
+            if event["weights_of_step"] == event["target_step"]
+            else f" with the weights of step {event['weights_of_step']}",
             event["seconds"],
             first,
             last,
@@ -114,9 +117,9 @@ class RollbackStory:
             logger.warning("%s It is not rolled back: %s. Training goes on.", finding.message, reason)
 
     def tell_end(self, message: str) -> None:
-        """Say that and why the run was given up, at rank 0."""
+        """Note that and why the run was given up, at rank 0; the error that follows says it aloud."""
         if self._ranks.rank == 0:
-            logger.error("%s", message)
+            logger.info("%s", message)
 
 
 def log_keys(event: dict[str, Any], loss: float | None) -> dict[str, float]:

@@ -42,6 +42,9 @@ __all__ = ["RunGuard"]
 
 logger = logging.getLogger(__name__)
 
+STOPPED_BY = "divguard_stopped_by"
+"""Name under which the finding that stopped a run is kept among the states of callbacks."""
+
 ROLLBACK_MEMORY = "divguard_rollback"
 """Name under which the memory of rollbacks is kept among the states of callbacks."""
 
@@ -141,11 +144,20 @@ class RunGuard(TrainerCallback):
                 if states is not None:
                     restore_states(self._callbacks, states)
                     self.running_loss.restore(states.get(RUNNING_LOSS))
+                    self._warn_if_diverged(states.get(STOPPED_BY))
                     if self.rollback is not None and ROLLBACK_MEMORY in states:
                         restore_states({ROLLBACK_MEMORY: self.rollback}, states)
         self._point_to_best(state)
         if self.rollback is not None:
             self.rollback.begin(state)
+        acts = self._options.divguard_action != "stop"
+        watched = any(isinstance(callback, DivergenceDetector) for callback in self._callbacks.values())
+        if acts and not watched and self._ranks.rank == 0:
+            logger.warning(
+                "`divguard_action=%r` has no detector to act for, so nothing is guarded. Set `divguard_detector`, for "
+                "example to 'adaptive'.",
+                self._options.divguard_action,
+            )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the watch that an epoch begins."""
@@ -432,6 +444,9 @@ class RunGuard(TrainerCallback):
         states = collect_states({**self._callbacks, **memories})
         if running_loss is not None:
             states[RUNNING_LOSS] = running_loss
+        finding = getattr(self._trainer.state, "divguard_finding", None)
+        if finding is not None:
+            states[STOPPED_BY] = {"onset_step": finding.onset_step, "message": finding.message}
         return Sidecar(
             step=step,
             run_id=self.ledger.run_id,
@@ -492,8 +507,31 @@ class RunGuard(TrainerCallback):
 
     # ---- end of training
 
+    def _warn_if_diverged(self, stopped_by: dict[str, Any] | None) -> None:
+        """Say that what is resumed was saved after a divergence, and what is from before it."""
+        if stopped_by is None or self._ranks.rank != 0:
+            return
+        logger.warning(
+            "%s was saved after a divergence: %s %s",
+            self._resumed_from,
+            stopped_by["message"],
+            self._from_before(stopped_by["onset_step"]),
+        )
+
+    def _from_before(self, onset_step: int) -> str:
+        """Return a sentence on the newest checkpoint from before a divergence."""
+        steps = [record.step for record in self.ledger.records if record.in_lineage]
+        good = [step for step in steps if step <= onset_step - 2]
+        if not good:
+            return f"No checkpoint is from before it (step {onset_step})."
+        return f"The newest checkpoint from before it is {self.ledger.path(max(good))}: resume from that one."
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell which checkpoints are the best."""
+        """Tell which checkpoints are the best, and which one a stopped run should be resumed from."""
+        finding = getattr(state, "divguard_finding", None)
+        has_raised = self.rollback is not None and self.rollback.error is not None
+        if finding is not None and not has_raised and self.is_active and self._ranks.rank == 0:
+            logger.warning("Training has ended early. %s", self._from_before(finding.onset_step))
         if not self.preserves or self._ranks.rank != 0:
             return
         best = self.ledger.best(self.greater_is_better, self._options.preserve_n_best)

@@ -44,6 +44,15 @@ class DivGuardMixin(_Host):
         ...     pass
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(DivGuardMixin):
+            raise TypeError(
+                f"`DivGuardMixin` must stand left of the Trainer class it extends, but `{cls.__name__}` has it on the "
+                "right, where it guards nothing. Swap the two."
+            )
+
     _guard: RunGuard | None = None
     _initial_callback_states: dict[str, Any] | None = None
     _limit_to_record: int | None = None

@@ -311,7 +311,7 @@ def test_stop_lets_the_step_finish_and_saves_it_and_says_so_everywhere(
     assert trainer.state.divguard_stop_reason == f"stop: {detector.findings[0].message}"
     assert output.metrics["divguard/finished"] == 0
     assert output.metrics["divguard/stopped_at_step"] == 5
-    (line,) = warnings_of(our_log)
+    line = warnings_of(our_log)[0]
     assert "`eval_error` = 7.5 at step 5" in line
     assert "limit 1" in line
     assert "Training stops after this step's log, evaluation and save." in line

@@ -1,4 +1,4 @@
-"""What a rollback owes its run afterwards: saves, the end of training, patience, the best metric, another training."""
+"""What a finding leaves behind: saves, the end of training, patience, the best metric, what a later run is told."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, Trainer
 
 from hf_divguard import (
     AdaptiveDivergenceDetector,
     DivergenceDetector,
+    DivGuardMixin,
     DualTimeScaleDivergenceDetector,
     DualWindowDivergenceDetector,
     NonFiniteDetector,
@@ -337,3 +338,47 @@ def test_without_preserving_the_best_is_by_the_metric_that_the_host_tracks(
     with pytest.raises(TrainingDivergedError, match="checkpoint-8"):
         trainer.train()
     assert next(info.step for info in best_checkpoints(tmp_path / "out")) == 8
+
+
+# ---- what a stopped run is told
+
+
+def test_a_stopped_run_says_from_which_checkpoint_to_go_on_and_a_resume_from_a_later_one_warns(
+    make_trainer: MakeTrainer, tmp_path: Path, our_log: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint that ``stop`` saves last holds the diverged weights."""
+
+    def trainer() -> Any:
+        detector = DivergenceDetector(ScriptedRule({14: 11}), action="stop")
+        return make_trainer(callbacks=[detector], **QUICK)
+
+    trainer().train()
+    good, last = (str(tmp_path / "out" / f"checkpoint-{step}") for step in (8, 14))
+    assert f"The newest checkpoint from before it is {good}: resume from that one." in our_log.text
+    our_log.clear()
+    trainer().train(resume_from_checkpoint="latest")
+    assert f"{last} was saved after a divergence" in our_log.text
+    assert our_log.text.count(good) == 1
+    our_log.clear()
+    trainer().train(resume_from_checkpoint=good)
+    assert "was saved after a divergence" not in our_log.text
+
+
+def test_an_action_without_a_detector_is_told(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on unguarded, as it was asked to."""
+    make_trainer(divguard_action="rollback", max_steps=1).train()
+    assert "has no detector to act for, so nothing is guarded" in our_log.text
+
+
+def test_the_mixin_on_the_wrong_side_is_refused_where_the_class_is_made() -> None:
+    """There it would guard nothing."""
+    with pytest.raises(TypeError, match="must stand left of the Trainer class"):
+        type("Swapped", (Trainer, DivGuardMixin), {})
+
+
+def test_a_setting_that_is_a_text_is_refused_by_its_name(make_trainer: MakeTrainer) -> None:
+    """As from a command line with quotes too many."""
+    with pytest.raises(TypeError, match=r"`threshold` in `divguard_detector_params`.*got 'x'"):
+        make_trainer(divguard_detector="ema", divguard_detector_params='{"threshold": "x"}')
