@@ -71,7 +71,7 @@ def make_rule(name: str, *, metric: str = "loss", **params: Any) -> Rule:
 
     Raises:
         ValueError: If there is no such rule, or a parameter has a value the rule refuses.
-        TypeError: If the rule has no such parameter.
+        TypeError: If the rule has no such parameter, or it is a number there and a text here.
 
     Example:
         >>> make_rule("ema", threshold=1.0).metric
@@ -87,4 +87,7 @@ def make_rule(name: str, *, metric: str = "loss", **params: Any) -> Rule:
         raise TypeError(
             f"The detector {name!r} has no parameter {', '.join(map(repr, unknown))}. It has: {', '.join(known)}."
         )
+    for parameter, value in params.items():
+        if isinstance(known[parameter], (int, float)) and isinstance(value, str):
+            raise TypeError(f"`{parameter}` of the detector {name!r} must be a number, got {value!r}.")
     return RULES[rule_name(name)](metric=metric, **params)

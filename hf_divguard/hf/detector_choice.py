@@ -21,26 +21,14 @@ DETECTORS: dict[str, Any] = {
 }
 """Detector classes by the names that ``divguard_detector`` takes."""
 
-_TAKE_TEXT = ("eval_severity", "name")
-
 
 def make_detector(options: Any) -> DivergenceDetector | None:
-    """Return the detector that ``options.divguard_detector`` names, ``None`` for ``"none"``.
-
-    Raises:
-        ValueError: If it refuses its settings.
-        TypeError: If it has no such setting, or a setting is of the wrong type.
-    """
+    """Return the detector that ``options.divguard_detector`` names, ``None`` for ``"none"``."""
     if options.divguard_detector == "none":
         return None
-    params = options.divguard_detector_params or {}
-    words = {
-        name: value for name, value in params.items() if isinstance(value, str) and name not in _TAKE_TEXT
-    }
-    if words:
-        name, value = next(iter(words.items()))
-        raise TypeError(f"`{name}` in `divguard_detector_params` must not be a text, got {value!r}.")
     detector: DivergenceDetector = DETECTORS[options.divguard_detector](
-        action=options.divguard_action, metric_key=options.divguard_metric, **params
+        action=options.divguard_action,
+        metric_key=options.divguard_metric,
+        **options.divguard_detector_params or {},
     )
     return detector
