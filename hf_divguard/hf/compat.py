@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import Trainer
 
-__all__ = ["HAS_FINALIZE", "HAS_ROTATE_METHOD", "hidden_save_limit", "rewrite_best"]
+__all__ = ["HAS_FINALIZE", "HAS_ROTATE_METHOD", "hidden_save_limit", "load_without_warnings", "rewrite_best"]
 
 HAS_ROTATE_METHOD = hasattr(Trainer, "_rotate_checkpoints")
 """4.57 to 5.0 rotate through a method, later versions through a module function. Ends with 4.x support."""
@@ -35,6 +35,19 @@ def hidden_save_limit(args: Any) -> Iterator[int | None]:
         yield limit
     finally:
         args.save_total_limit = limit
+
+
+def load_without_warnings(trainer: Any, checkpoint: str) -> None:
+    """Have the host load the weights of ``checkpoint``, without its word on keys that are missing.
+
+    It warns of the second name of tied weights too, which no file holds. The caller checks
+    for itself what came.
+    """
+    trainer._issue_warnings_after_load = lambda *args, **kwargs: None  # shadows the method
+    try:
+        trainer._load_from_checkpoint(checkpoint)
+    finally:
+        del trainer._issue_warnings_after_load
 
 
 _BEST_FIELDS = ("best_global_step", "best_metric", "best_model_checkpoint")

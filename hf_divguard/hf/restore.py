@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.compat import load_without_warnings
 from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
 
 __all__ = ["load_weights", "refuse_unsupported", "restore_checkpoint", "weights_kept_on_error"]
@@ -117,7 +118,7 @@ def load_weights(trainer: Any, checkpoint: str) -> None:
     cause: Exception | None = None
     with _parameters_kept_in_place(model):
         try:
-            trainer._load_from_checkpoint(checkpoint)
+            load_without_warnings(trainer, checkpoint)
         except RuntimeError as error:  # a shape that differs, as where weights are saved transposed
             cause = error
     written = {tensor.data_ptr() for name, tensor in wanted.items() if tensor._version != counts[name]}
