@@ -267,14 +267,14 @@ disappear.
 Measured on {platform.machine()} with {os.cpu_count()} cores shared with other work, one thread: Python
 {platform.python_version()}, PyTorch {torch.__version__}, Transformers {transformers.__version__}.
 
-How often the host waits for the device needs no measurement: `tests/hf/test_loss_tap.py` counts it. It is as often as
-the stock Trainer does, and one transfer more for each look at the losses: every `divguard_check_steps` steps, and before
+How often the CPU waits for the device needs no measurement: `tests/hf/test_loss_tap.py` counts it. It is as often as
+the stock Trainer does, and one transfer more for each check of the losses: every `divguard_check_steps` steps, and before
 a log, an evaluation or a save.
 
 To repeat it:
 
 ```bash
-python benchmarks/step_overhead.py --repeats {repeats} --blocks {blocks} --output docs/overhead.md
+make bench-overhead BENCH="--repeats {repeats} --blocks {blocks} --output docs/overhead.md"
 ```
 """
 
