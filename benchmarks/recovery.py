@@ -52,7 +52,11 @@ SAVE_EVERY = 20
 FAULT_AT = 511
 VARIANTS = ("stock", "stop", "rollback")
 TRANSIENT_AIM = 1.05
-MEDIAN_AIM = 1.01
+INTRO = (
+    "# How runs end after a fault\n\n"
+    "Final evaluation loss over that of the same run without the fault. Written by `make bench-recovery`; "
+    "[rollback.md](../rollback.md) tells what it means.\n\n"
+)
 
 
 class Losses(TrainerCallback):
@@ -421,7 +425,7 @@ def main() -> int:
                         + f"; {sum(row[name]['seconds'] for name in VARIANTS):.0f} s",
                         flush=True,
                     )
-    text = table(rows, healthy) + "\n" + conditions(time.perf_counter() - began, seeds, STEPS)
+    text = INTRO + table(rows, healthy) + "\n" + conditions(time.perf_counter() - began, seeds, STEPS)
     print("\n" + text)
     output = options.output or (None if options.short else Path(__file__).parents[1] / "docs" / "recovery")
     if output is not None:

@@ -199,7 +199,7 @@ def main() -> int:
     seconds = measure(options.hidden, pairs)
     weights = sum(weight.numel() for weight in small_model(options.hidden).parameters())
     again = seconds["again"]
-    text = "\n".join(
+    text = "# Time from a bad step to the next one\n\n" + "\n".join(
         [
             "| from the end of the bad step to the end of the next | median | faster |",
             "|---|---|---|",
