@@ -322,6 +322,7 @@ class RunGuard(TrainerCallback):
                 self._save_after_rollback(save_was_due)
                 host_acts()
         finally:
+            self.owes_save = False
             # After the save: killed before it, the run resumes from before the rollback, and tells it anew.
             rollback.story.write()
         rollback.take_snapshot_if_due(trainer.state.global_step)
