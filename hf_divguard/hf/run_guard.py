@@ -313,7 +313,7 @@ class RunGuard(TrainerCallback):
             save_was_due, was_ending = control.should_save, control.should_training_stop
             host_acts()
             ends_here = control.should_training_stop and not was_ending
-            if ends_here and self.has_to_go_back:
+            if ends_here and any(self._ranks.gather(self.has_to_go_back)):
                 # What asked for the end has seen the state that is undone now.
                 ends_here = control.should_training_stop = False
             if ends_here:
