@@ -16,11 +16,13 @@ def gradient_norm(model: torch.nn.Module) -> torch.Tensor | None:
         >>> gradient_norm(layer)
         tensor(5.)
     """
-    norms = [
-        torch.linalg.vector_norm(weight.grad.detach(), dtype=torch.float32)
-        for weight in model.parameters()
-        if weight.grad is not None
-    ]
+    norms = [_norm(weight.grad.detach()) for weight in model.parameters() if weight.grad is not None]
     return (
         torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else None
     )
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    is_half = values.dtype in (torch.float16, torch.bfloat16)
+    return torch.linalg.vector_norm(values, dtype=torch.float32 if is_half else None).float()

@@ -140,7 +140,12 @@ def load_weights(trainer: Any, checkpoint: str) -> None:
 
 def _is_adapted(model: Any) -> bool:
     """Return whether checkpoints of ``model`` hold adapters (PEFT), not the model."""
-    return hasattr(model, "peft_config") and hasattr(model, "load_adapter")
+    # A model of Transformers has them too, but there `active_adapters` is a method.
+    return (
+        hasattr(model, "peft_config")
+        and hasattr(model, "load_adapter")
+        and not callable(getattr(model, "active_adapters", None))
+    )
 
 
 def _saved_tensors(model: Any) -> dict[str, torch.Tensor]:

@@ -196,7 +196,6 @@ class Rollback:
             if decision.target is None:
                 self._give_up(finding, decision, model, tr_loss)
                 return False
-            self._mark_diverged(self._last_good(finding), finding.onset_step, "and was rolled back", finding)
             try:
                 self._restore(decision.target)
             except CheckpointError as error:
@@ -205,6 +204,7 @@ class Rollback:
                     logger.warning("%s Trying an older state.", error)
                 unusable.add(decision.target)
                 continue
+            self._mark_diverged(self._last_good(finding), finding.onset_step, "and was rolled back", finding)
             self._go_on_from(decision, finding, model, tr_loss, began)
             return True
 
@@ -397,7 +397,9 @@ class Rollback:
             f"Training was given up at step {state.global_step}: {decision.reason}. {finding.message} The model holds "
             f"{holds}."
         )
-        if any(record.in_lineage for record in self._ledger.records):
+        if not self._trainer.args.save_only_model and any(
+            record.in_lineage for record in self._ledger.records
+        ):
             message += " With the cause removed, resume_from_checkpoint='latest' goes on from before it."
         self.error = TrainingDivergedError(message, finding)
         self.story.add(

@@ -185,7 +185,11 @@ class RunGuard(TrainerCallback):
                 callback.early_stopping_patience_counter = 0
         if self.preserves:
             self._point_to_best(state)
-        elif state.best_metric is not None and (state.best_global_step or math.inf) > target_step:
+        elif (
+            self._args.metric_for_best_model is not None
+            and state.best_metric is not None
+            and (state.best_global_step or math.inf) > target_step
+        ):
             self._recall_best(state, target_step)
 
     def _recall_best(self, state: Any, last_step: int) -> None:
@@ -199,7 +203,10 @@ class RunGuard(TrainerCallback):
         logged = [
             CheckpointRecord(entry["step"], entry["step"], float(entry[key]))
             for entry in state.log_history
-            if key in entry and entry["step"] <= last_step and (entry["step"] in standing or not names_step)
+            if key in entry
+            and math.isfinite(entry[key])
+            and entry["step"] <= last_step
+            and (entry["step"] in standing or not names_step)
         ]
         best = next(iter(rank(logged, greater_is_better=greater)), None)
         state.best_metric = best.metric if best else None
@@ -313,7 +320,9 @@ class RunGuard(TrainerCallback):
             save_was_due, was_ending = control.should_save, control.should_training_stop
             host_acts()
             ends_here = control.should_training_stop and not was_ending
-            if ends_here and any(self._ranks.gather(self.has_to_go_back)):
+            stopped_by = getattr(trainer.state, "divguard_finding", None)
+            told = self._ranks.gather((self.has_to_go_back, stopped_by is not None)) if ends_here else []
+            if any(back for back, _ in told) and not any(stopped for _, stopped in told):
                 # What asked for the end has seen the state that is undone now.
                 ends_here = control.should_training_stop = False
             if ends_here:
@@ -446,7 +455,7 @@ class RunGuard(TrainerCallback):
         if running_loss is not None:
             states[RUNNING_LOSS] = running_loss
         finding = getattr(self._trainer.state, "divguard_finding", None)
-        if finding is not None:
+        if finding is not None and finding.step > getattr(self._trainer.state, "divguard_went_back_at", -1):
             states[STOPPED_BY] = {"onset_step": finding.onset_step, "message": finding.message}
         return Sidecar(
             step=step,
@@ -524,15 +533,17 @@ class RunGuard(TrainerCallback):
         steps = [record.step for record in self.ledger.records if record.in_lineage]
         good = [step for step in steps if step <= onset_step - 2]
         if not good:
-            return f"No checkpoint is from before it (step {onset_step})."
+            return f"No checkpoint in {self.run_dir} is from before it (step {onset_step})."
         return f"The newest checkpoint from before it is {self.ledger.path(max(good))}: resume from that one."
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell which checkpoints are the best, and which one a stopped run should be resumed from."""
         finding = getattr(state, "divguard_finding", None)
         has_raised = self.rollback is not None and self.rollback.error is not None
-        if finding is not None and not has_raised and self.is_active and self._ranks.rank == 0:
-            logger.warning("Training has ended early. %s", self._from_before(finding.onset_step))
+        is_undone = finding is not None and finding.step <= getattr(state, "divguard_went_back_at", -1)
+        if finding is not None and not (has_raised or is_undone) and self.is_active and self._ranks.rank == 0:
+            early = "Training has ended early. " if state.global_step < state.max_steps else ""
+            logger.warning("%s%s", early, self._from_before(finding.onset_step))
         if not self.preserves or self._ranks.rank != 0:
             return
         best = self.ledger.best(self.greater_is_better, self._options.preserve_n_best)

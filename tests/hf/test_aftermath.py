@@ -382,3 +382,34 @@ def test_a_setting_that_is_a_text_is_refused_by_its_name(make_trainer: MakeTrain
     """As from a command line with quotes too many."""
     with pytest.raises(TypeError, match="`threshold` of the detector 'ema' must be a number, got 'x'"):
         make_trainer(divguard_detector="ema", divguard_detector_params='{"threshold": "x"}')
+
+
+@pytest.mark.parametrize("action", ["stop", "abort"])
+def test_an_end_that_another_detector_has_asked_for_stands(make_trainer: MakeTrainer, action: str) -> None:
+    """Both see the same evaluation: one rolls back, the other ends the run, and end it does."""
+    rolls_back, ends = (
+        DivergenceDetector(ScriptedRule({12: 10}), action=each, metric_key="eval_loss", name=each)
+        for each in ("rollback", action)
+    )
+    trainer = make_trainer(callbacks=[rolls_back, ends], **QUICK, eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 12
+
+
+def test_an_evaluation_that_was_nan_is_not_the_best_after_a_rollback(make_trainer: MakeTrainer) -> None:
+    """The host never takes NaN for the best; it is all that is left up to the target."""
+    metric = MetricByStep(lambda step: float("nan") if step == 4 else step / 100)
+    trainer = make_trainer(
+        callbacks=[DivergenceDetector(ScriptedRule({10: 7}), action="rollback"), metric],
+        **QUICK,
+        save_strategy="no",
+        divguard_snapshot_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        compute_metrics=metric,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert moves(trainer) == [(10, 4)]
+    assert trainer.state.best_metric == 0.24
