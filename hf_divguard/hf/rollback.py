@@ -19,12 +19,12 @@ from hf_divguard.errors import CheckpointError, TrainingDivergedError
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callback_state import collect_states, read_callback_states
 from hf_divguard.hf.detectors import DivergenceDetector
+from hf_divguard.hf.last_weights import best_before, load_first_of
 from hf_divguard.hf.ledger import CheckpointLedger
 from hf_divguard.hf.loss_tap import StepValues
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import Rewarming, scale_rates, scheduled_rates
 from hf_divguard.hf.restore import (
-    load_weights,
     refuse_unsupported,
     restore_checkpoint,
     weights_kept_on_error,
@@ -387,9 +387,12 @@ class Rollback:
         """End the run with the best weights from before the fault, and remember the error to raise."""
         state, control = self._trainer.state, self._trainer.control
         last_good = decision.onset_step - 2 - self.policy.margin_steps
-        candidates = self._ranks.on_main(lambda: self._best_up_to(last_good))
+        greater_is_better = bool(self._options.divguard_greater_is_better)
+        candidates = self._ranks.on_main(
+            lambda: best_before(self._ledger, self._snapshots, last_good, greater_is_better)
+        )
         self._mark_diverged(last_good, decision.onset_step, "and was given up", finding)
-        holds, path = self._load_first_of(candidates)
+        holds, path = load_first_of(candidates, self._trainer, self._ledger, self._snapshots, self._ranks)
         # It has been through the fault. A further `train()` of this trainer starts with a fresh one.
         self._trainer.optimizer.state.clear()
         self._clean_loop(model, tr_loss)
@@ -424,46 +427,6 @@ class Rollback:
         control.should_training_stop = True
         control.should_save = False
         control.should_evaluate = False
-
-    def _best_up_to(self, last_good: int) -> list[Target]:
-        """Return the states from before the fault: whole checkpoints, best first, then snapshots, newest first."""
-        old = [record for record in self._ledger.records if record.step <= last_good and record.in_lineage]
-        ranked = self._ledger.ranked(old, bool(self._options.divguard_greater_is_better))
-        on_disk = [
-            self._target(r.step) for r in ranked if verify_checkpoint(self._ledger.path(r.step)).loadable
-        ]
-        in_memory = [self._target(kept.step, is_snapshot=True) for kept in self._snapshots.all()[::-1]]
-        in_memory = [target for target in in_memory if target.step <= last_good]
-        if not any(record.metric is not None for record in ranked):
-            # Nothing was evaluated: the newest is taken, wherever it is.
-            return sorted([*in_memory, *on_disk], key=lambda target: -target.step)
-        return [*on_disk, *in_memory]
-
-    def _load_first_of(self, candidates: list[Target]) -> tuple[str, str | None]:
-        """Load the weights of the first candidate that can be read; say what the model holds, and its folder."""
-        for target in candidates:
-            path = self._ledger.path(target.step)
-            error: BaseException | None = None
-            try:
-                with weights_kept_on_error(self._trainer.model):
-                    try:
-                        if target.is_snapshot:
-                            snapshot = self._snapshots.of(target.step)
-                            restore_snapshot(
-                                self._trainer, snapshot, with_rng=False, rate_factor=1.0, weights_only=True
-                            )
-                        else:
-                            load_weights(self._trainer, path)
-                    except Exception as caught:
-                        error = caught
-                    self._ranks.agree(error, f"Loading the weights of step {target.step}")
-            except CheckpointError as told:
-                logger.warning("%s", told)
-                continue
-            if target.is_snapshot:
-                return f"the weights of step {target.step}, from memory", None
-            return f"the weights of {path}", path
-        return "the weights as they were", None
 
     # ---- warming up again
 

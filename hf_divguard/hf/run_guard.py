@@ -14,10 +14,11 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_divguard.core.metric_names import with_eval_prefix
-from hf_divguard.core.retention import CheckpointRecord, is_better, rank
+from hf_divguard.core.retention import CheckpointRecord, is_better
 from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
 from hf_divguard.hf.actions import spoilt_note
 from hf_divguard.hf.agreement import agree_on_what_follows
+from hf_divguard.hf.best_metric import recall_best
 from hf_divguard.hf.callback_state import (
     collect_states,
     named_callbacks,
@@ -33,6 +34,7 @@ from hf_divguard.hf.loss_watch import LossWatch
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.running_loss import RUNNING_LOSS, RunningLoss
+from hf_divguard.hf.stop_advice import STOPPED_BY, at_the_end, on_resume, what_stopped
 from hf_divguard.hf.training_args import options_of
 from hf_divguard.storage.deletion import delete_checkpoint
 from hf_divguard.storage.layout import checkpoint_step
@@ -41,9 +43,6 @@ from hf_divguard.storage.sidecar import Sidecar
 __all__ = ["RunGuard"]
 
 logger = logging.getLogger(__name__)
-
-STOPPED_BY = "divguard_stopped_by"
-"""Name under which the finding that stopped a run is kept among the states of callbacks."""
 
 ROLLBACK_MEMORY = "divguard_rollback"
 """Name under which the memory of rollbacks is kept among the states of callbacks."""
@@ -144,7 +143,8 @@ class RunGuard(TrainerCallback):
                 if states is not None:
                     restore_states(self._callbacks, states)
                     self.running_loss.restore(states.get(RUNNING_LOSS))
-                    self._warn_if_diverged(states.get(STOPPED_BY))
+                    if STOPPED_BY in states and self._ranks.rank == 0:
+                        logger.warning("%s", on_resume(self._resumed_from, states[STOPPED_BY], self.ledger))
                     if self.rollback is not None and ROLLBACK_MEMORY in states:
                         restore_states({ROLLBACK_MEMORY: self.rollback}, states)
         self._point_to_best(state)
@@ -190,29 +190,7 @@ class RunGuard(TrainerCallback):
             and state.best_metric is not None
             and (state.best_global_step or math.inf) > target_step
         ):
-            self._recall_best(state, target_step)
-
-    def _recall_best(self, state: Any, last_step: int) -> None:
-        """Take the host's best metric from the evaluations up to ``last_step`` whose checkpoints stand.
-
-        Where the host names no step for it, as without saves, all of them count.
-        """
-        names_step = state.best_global_step is not None
-        key, greater = with_eval_prefix(self._args.metric_for_best_model), bool(self._args.greater_is_better)
-        standing = {record.step for record in self.ledger.records if record.in_lineage}
-        logged = [
-            CheckpointRecord(entry["step"], entry["step"], float(entry[key]))
-            for entry in state.log_history
-            if key in entry
-            and math.isfinite(entry[key])
-            and entry["step"] <= last_step
-            and (entry["step"] in standing or not names_step)
-        ]
-        best = next(iter(rank(logged, greater_is_better=greater)), None)
-        state.best_metric = best.metric if best else None
-        if names_step:
-            state.best_global_step = best.step if best else None
-            state.best_model_checkpoint = self.ledger.path(best.step) if best else None
+            recall_best(state, self._args, self.ledger, target_step)
 
     def initial_states(self) -> dict[str, Any]:
         """Return the states of the stateful callbacks before their first training, those that train now included."""
@@ -454,9 +432,9 @@ class RunGuard(TrainerCallback):
         states = collect_states({**self._callbacks, **memories})
         if running_loss is not None:
             states[RUNNING_LOSS] = running_loss
-        finding = getattr(self._trainer.state, "divguard_finding", None)
-        if finding is not None and finding.step > getattr(self._trainer.state, "divguard_went_back_at", -1):
-            states[STOPPED_BY] = {"onset_step": finding.onset_step, "message": finding.message}
+        stopped_by = what_stopped(self._trainer.state)
+        if stopped_by is not None:
+            states[STOPPED_BY] = stopped_by
         return Sidecar(
             step=step,
             run_id=self.ledger.run_id,
@@ -517,33 +495,12 @@ class RunGuard(TrainerCallback):
 
     # ---- end of training
 
-    def _warn_if_diverged(self, stopped_by: dict[str, Any] | None) -> None:
-        """Say that what is resumed was saved after a divergence, and what is from before it."""
-        if stopped_by is None or self._ranks.rank != 0:
-            return
-        logger.warning(
-            "%s was saved after a divergence: %s %s",
-            self._resumed_from,
-            stopped_by["message"],
-            self._from_before(stopped_by["onset_step"]),
-        )
-
-    def _from_before(self, onset_step: int) -> str:
-        """Return a sentence on the newest checkpoint from before a divergence."""
-        steps = [record.step for record in self.ledger.records if record.in_lineage]
-        good = [step for step in steps if step <= onset_step - 2]
-        if not good:
-            return f"No checkpoint in {self.run_dir} is from before it (step {onset_step})."
-        return f"The newest checkpoint from before it is {self.ledger.path(max(good))}: resume from that one."
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell which checkpoints are the best, and which one a stopped run should be resumed from."""
-        finding = getattr(state, "divguard_finding", None)
+        stopped_by = what_stopped(state)
         has_raised = self.rollback is not None and self.rollback.error is not None
-        is_undone = finding is not None and finding.step <= getattr(state, "divguard_went_back_at", -1)
-        if finding is not None and not (has_raised or is_undone) and self.is_active and self._ranks.rank == 0:
-            early = "Training has ended early. " if state.global_step < state.max_steps else ""
-            logger.warning("%s%s", early, self._from_before(finding.onset_step))
+        if stopped_by is not None and not has_raised and self.is_active and self._ranks.rank == 0:
+            logger.warning("%s", at_the_end(state, stopped_by, self.ledger))
         if not self.preserves or self._ranks.rank != 0:
             return
         best = self.ledger.best(self.greater_is_better, self._options.preserve_n_best)

@@ -1,0 +1,71 @@
+"""The weights that a run ends with when it is given up."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from hf_divguard.core.rollback_policy import Target
+from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.ledger import CheckpointLedger
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.restore import load_weights, weights_kept_on_error
+from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
+from hf_divguard.storage.verdict import verify_checkpoint
+
+__all__ = ["best_before", "load_first_of"]
+
+logger = logging.getLogger(__name__)
+
+
+def best_before(
+    ledger: CheckpointLedger, snapshots: Snapshots, last_good: int, greater_is_better: bool
+) -> list[Target]:
+    """Return the states up to ``last_good``: whole checkpoints, best first, then snapshots, newest first.
+
+    Where nothing was evaluated, the newest comes first, wherever it is.
+    """
+    old = [record for record in ledger.records if record.step <= last_good and record.in_lineage]
+    ranked = ledger.ranked(old, greater_is_better)
+    on_disk = [Target(r.step, r.step) for r in ranked if verify_checkpoint(ledger.path(r.step)).loadable]
+    in_memory = [
+        Target(kept.step, kept.step, is_snapshot=True)
+        for kept in snapshots.all()[::-1]
+        if kept.step <= last_good
+    ]
+    if not any(record.metric is not None for record in ranked):
+        return sorted([*in_memory, *on_disk], key=lambda target: -target.step)
+    return [*on_disk, *in_memory]
+
+
+def load_first_of(
+    candidates: list[Target], trainer: Any, ledger: CheckpointLedger, snapshots: Snapshots, ranks: Ranks
+) -> tuple[str, str | None]:
+    """Load the weights of the first candidate that every rank can read.
+
+    Returns:
+        What the model holds now, in words, and the folder of the checkpoint, if it is one.
+    """
+    for target in candidates:
+        path = ledger.path(target.step)
+        error: BaseException | None = None
+        try:
+            with weights_kept_on_error(trainer.model):
+                try:
+                    if target.is_snapshot:
+                        snapshot = snapshots.of(target.step)
+                        restore_snapshot(
+                            trainer, snapshot, with_rng=False, rate_factor=1.0, weights_only=True
+                        )
+                    else:
+                        load_weights(trainer, path)
+                except Exception as caught:
+                    error = caught
+                ranks.agree(error, f"Loading the weights of step {target.step}")
+        except CheckpointError as told:
+            logger.warning("%s", told)
+            continue
+        if target.is_snapshot:
+            return f"the weights of step {target.step}, from memory", None
+        return f"the weights of {path}", path
+    return "the weights as they were", None
