@@ -17,6 +17,7 @@ __all__ = [
     "is_world_zero",
     "keep_aborted",
     "mark_run_output",
+    "saves_checkpoints",
     "spoilt_note",
 ]
 
@@ -37,6 +38,12 @@ def check_action(action: str) -> None:
     """Raise ``ValueError`` unless ``action`` is one of the known ones."""
     if action not in get_args(Action):
         raise ValueError(f"`action` must be one of {list(get_args(Action))}, got {action!r}.")
+
+
+def saves_checkpoints(args: Any) -> bool:
+    """Return whether the arguments ask for checkpoints at all."""
+    strategy = getattr(args, "save_strategy", None)
+    return bool(getattr(strategy, "value", strategy) != "no")
 
 
 def is_world_zero(state: Any) -> bool:
@@ -87,10 +94,7 @@ def act_on(finding: Finding, action: str, args: Any, state: Any, control: Any, *
         if state is not None:
             state.divguard_aborted = True
         return
-    save_strategy = getattr(
-        getattr(args, "save_strategy", None), "value", getattr(args, "save_strategy", None)
-    )
-    if save_strategy != "no":
+    if saves_checkpoints(args):
         control.should_save = True
     eval_strategy = getattr(
         getattr(args, "eval_strategy", None), "value", getattr(args, "eval_strategy", "no")

@@ -186,9 +186,6 @@ class CheckpointLedger:
     def _good(self) -> list[CheckpointRecord]:
         return [r for r in self.records if r.step not in self.incomplete and r.step not in self.quarantined]
 
-    def _that_count(self) -> list[CheckpointRecord]:
-        return [record for record in self.records if record.step not in self.incomplete | self.quarantined]
-
     def _outside(self, keep: set[int], limit: int, good: list[CheckpointRecord]) -> list[int]:
         doomed = []
         for record in self.records:

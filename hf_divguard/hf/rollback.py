@@ -16,6 +16,7 @@ from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback_policy import Decision, RollbackPolicy, Target
 from hf_divguard.core.rollback_watch import UNDONE_ONCE, RollbackWatch
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
+from hf_divguard.hf.actions import saves_checkpoints
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callback_state import collect_states, read_callback_states
 from hf_divguard.hf.detectors import DivergenceDetector
@@ -133,10 +134,8 @@ class Rollback:
     def begin(self, state: Any) -> None:
         """Start training: bring the story on disk up to date, mute what has to stay muted."""
         self.story.begin(state.global_step)
-        saves = (
-            str(getattr(self._trainer.args.save_strategy, "value", self._trainer.args.save_strategy)) != "no"
-        )
-        if not saves and self._options.divguard_snapshot_steps == 0 and self._ranks.rank == 0:
+        has_source = saves_checkpoints(self._trainer.args) or self._options.divguard_snapshot_steps > 0
+        if not has_source and self._ranks.rank == 0:
             logger.warning(
                 "Nothing is saved (`save_strategy='no'`), so there is nothing to roll back to. Set `save_strategy`, or "
                 "keep states in memory with `divguard_snapshot_steps`."
@@ -283,7 +282,7 @@ class Rollback:
         )
         self.story.tell_rollback(event, self.policy.max_rollbacks)
         next_rate = self._rewarming.first_of(event["learning_rate_after"])
-        self._trainer.log({**log_keys(event, pending_loss), "divguard/learning_rate": next_rate})
+        self._trainer.log(log_keys(event, pending_loss, next_rate))
 
     def _restore(self, target: Target) -> None:
         """Put back the state of ``target``; raise on every rank if one of them cannot."""

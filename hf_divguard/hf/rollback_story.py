@@ -122,18 +122,19 @@ class RollbackStory:
             logger.info("%s", message)
 
 
-def log_keys(event: dict[str, Any], loss: float | None) -> dict[str, float]:
+def log_keys(event: dict[str, Any], loss: float | None, next_rate: float) -> dict[str, float]:
     """Return what a rollback puts into the Trainer's logs.
 
     Args:
         event: The rollback.
         loss: Mean loss of the steps since the last log, which no later log will hold.
+        next_rate: Learning rate of the next update.
     """
     logs = {
         "divguard/rollbacks": event["number"],
         "divguard/target_step": event["target_step"],
         "divguard/steps_lost": event["steps_lost"],
-        "divguard/learning_rate": event["learning_rate_after"],
+        "divguard/learning_rate": next_rate,
     }
     return logs if loss is None else {"loss": loss, **logs}
 

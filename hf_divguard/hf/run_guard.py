@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from hf_divguard.core.metric_names import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, is_better
 from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
-from hf_divguard.hf.actions import spoilt_note
+from hf_divguard.hf.actions import saves_checkpoints, spoilt_note
 from hf_divguard.hf.agreement import agree_on_what_follows
 from hf_divguard.hf.best_metric import recall_best
 from hf_divguard.hf.callback_state import (
@@ -92,6 +92,7 @@ class RunGuard(TrainerCallback):
         self._ranks = Ranks(self._args.process_index, self._args.world_size)
         self.running_loss = RunningLoss(trainer, self._ranks)
         detectors = {name: cb for name, cb in self._callbacks.items() if isinstance(cb, DivergenceDetector)}
+        self._is_watched = bool(detectors)
         rolls_back = any(detector.action == "rollback" for detector in detectors.values())
         self.watch = LossWatch(trainer, self._options.divguard_check_steps, always=rolls_back)
         self.ledger = CheckpointLedger(run_dir=run_dir, run_id="", records=[])
@@ -151,8 +152,7 @@ class RunGuard(TrainerCallback):
         if self.rollback is not None:
             self.rollback.begin(state)
         acts = self._options.divguard_action != "stop"
-        watched = any(isinstance(callback, DivergenceDetector) for callback in self._callbacks.values())
-        if acts and not watched and self._ranks.rank == 0:
+        if acts and not self._is_watched and self._ranks.rank == 0:
             logger.warning(
                 "`divguard_action=%r` has no detector to act for, so nothing is guarded. Set `divguard_detector`, for "
                 "example to 'adaptive'.",
@@ -317,8 +317,7 @@ class RunGuard(TrainerCallback):
     def _save_after_rollback(self, was_due: bool) -> None:
         """Have the state that was gone back to saved under the present step, so that a kill does not undo it."""
         assert self.rollback is not None
-        saves = str(getattr(self._args.save_strategy, "value", self._args.save_strategy)) != "no"
-        self.owes_save = saves and not self.rollback.went_to_memory
+        self.owes_save = saves_checkpoints(self._args) and not self.rollback.went_to_memory
         self._trainer.control.should_save = was_due or self.owes_save
 
     @property

@@ -36,13 +36,13 @@ from tests.hf.faults import (
 
 MakeTrainer = Callable[..., Any]
 
-BY_BEST = {
-    "save_strategy": "best",
+SCORED = {
     "eval_strategy": "steps",
     "eval_steps": 4,
     "metric_for_best_model": "score",
     "greater_is_better": True,
 }
+BY_BEST = {**SCORED, "save_strategy": "best"}
 BY_LOGS = {"short_alpha": 0.5, "long_alpha": 0.05, "threshold": 0.5, "use_eval_loss": False}
 
 
@@ -230,11 +230,8 @@ def test_evaluations_of_the_undone_stretch_do_not_use_up_the_patience(make_train
             metric,
         ],
         **{**QUICK, "max_steps": 28},
-        eval_strategy="steps",
-        eval_steps=4,
+        **SCORED,
         compute_metrics=metric,
-        metric_for_best_model="score",
-        greater_is_better=True,
     )
     trainer.train()
     assert moves(trainer) == [(18, 4)]
@@ -251,11 +248,8 @@ def test_a_best_metric_of_the_undone_stretch_is_forgotten_without_saves_too(
         **{**QUICK, "max_steps": 20},
         save_strategy="no",
         divguard_snapshot_steps=4,
-        eval_strategy="steps",
-        eval_steps=4,
+        **SCORED,
         compute_metrics=metric,
-        metric_for_best_model="score",
-        greater_is_better=True,
     )
     trainer.train()
     assert trainer.state.best_metric == 0.4
@@ -404,11 +398,8 @@ def test_an_evaluation_that_was_nan_is_not_the_best_after_a_rollback(make_traine
         **QUICK,
         save_strategy="no",
         divguard_snapshot_steps=4,
-        eval_strategy="steps",
-        eval_steps=4,
+        **SCORED,
         compute_metrics=metric,
-        metric_for_best_model="score",
-        greater_is_better=True,
     )
     trainer.train()
     assert moves(trainer) == [(10, 4)]
