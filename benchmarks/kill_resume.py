@@ -217,7 +217,7 @@ def make_trainer(
     if not series.is_ours:
         args = TrainingArguments(**common, eval_strategy="steps", eval_steps=SAVE_STEPS)
         return type("StockTrainer", (Announcing, Trainer), {})(args=args, **parts)
-    options: dict[str, Any] = {"divguard_safe_save": "in_place"} if series.trainer == "in_place" else {}
+    options: dict[str, Any] = {"divguard_save_mode": "in_place"} if series.trainer == "in_place" else {}
     args = DivGuardTrainingArguments(
         **common,
         **options,

@@ -45,10 +45,10 @@ logging.getLogger("hf_divguard").setLevel(logging.ERROR)
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock against stock": None,
-    "staged (default)": {"divguard_safe_save": "staged"},
-    "in place": {"divguard_safe_save": "in_place"},
-    "staged, checksums": {"divguard_safe_save": "staged", "divguard_checksums": True},
-    "staged, flushed": {"divguard_safe_save": "staged", "divguard_flush": True},
+    "staged (default)": {"divguard_save_mode": "staged"},
+    "in place": {"divguard_save_mode": "in_place"},
+    "staged, checksums": {"divguard_save_mode": "staged", "divguard_checksums": True},
+    "staged, flushed": {"divguard_save_mode": "staged", "divguard_fsync": True},
 }
 SHAPES = {10: (128, 4), 50: (256, 5), 500: (640, 8)}
 """Width and layers of a GPT-2 whose checkpoint, optimizer included, has about so many megabytes."""

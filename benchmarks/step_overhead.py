@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
-from hf_divguard.core.adaptive import AdaptiveRule
+from hf_divguard.core.detection.adaptive import AdaptiveRule
 from hf_divguard.hf.loss_tap import LossTap
 
 BLOCK = 10

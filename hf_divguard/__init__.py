@@ -24,13 +24,13 @@ if TYPE_CHECKING:
         exit_on_divergence,
     )
     from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
+    from hf_divguard.hf.arguments import DivGuardArgumentsMixin, DivGuardTrainingArguments
     from hf_divguard.hf.detectors import (
         DivergenceDetector,
         DualTimeScaleDivergenceDetector,
         DualWindowDivergenceDetector,
     )
     from hf_divguard.hf.trainer import DivGuardMixin, DivGuardTrainer
-    from hf_divguard.hf.training_args import DivGuardArgumentsMixin, DivGuardTrainingArguments
     from hf_divguard.replays import replay
     from hf_divguard.storage.checkpoints import (
         best_checkpoints,
@@ -46,11 +46,11 @@ _HOME = {
     "AdaptiveDivergenceDetector": "hf.adaptive_detectors",
     "CheckpointError": "errors",
     "CheckpointSaveError": "errors",
-    "DivGuardArgumentsMixin": "hf.training_args",
+    "DivGuardArgumentsMixin": "hf.arguments",
     "DivGuardError": "errors",
     "DivGuardMixin": "hf.trainer",
     "DivGuardTrainer": "hf.trainer",
-    "DivGuardTrainingArguments": "hf.training_args",
+    "DivGuardTrainingArguments": "hf.arguments",
     "DivergenceDetector": "hf.detectors",
     "DualTimeScaleDivergenceDetector": "hf.detectors",
     "DualWindowDivergenceDetector": "hf.detectors",

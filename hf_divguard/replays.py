@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+from hf_divguard.core.detection.registry import make_rule
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.registry import make_rule
 from hf_divguard.errors import HistoryError
 from hf_divguard.history import Entry, History, HistorySource, read_history
 
@@ -80,7 +80,7 @@ def replay(
     for entry in read.entries:
         if steps and entry.step < steps[-1] and metric in entry.values:
             went_back = True
-            getattr(rule, "begin_grace", lambda n_values: None)(0)
+            getattr(rule, "start_grace", lambda n_values: None)(0)
         if metric in entry.values:
             steps.append(entry.step)
             value = entry.values[metric]

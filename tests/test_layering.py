@@ -62,12 +62,12 @@ def test_every_import_points_down() -> None:
     ("where", "line"),
     [
         ("core/rule.py", "import torch"),
-        ("core/rule.py", "from hf_divguard.storage.layout import MANIFEST_NAME"),
+        ("core/rule.py", "from hf_divguard.storage.names import MANIFEST_NAME"),
         ("core/rule.py", "from ..storage import layout"),
         ("core/deep/rule.py", "def late():\n    import numpy.linalg"),
         ("storage/files.py", "from hf_divguard.hf.trainer import DivGuardTrainer"),
         ("storage/files.py", "import safetensors"),
-        ("errors.py", "import hf_divguard.storage.layout"),
+        ("errors.py", "import hf_divguard.storage.names"),
         ("replay.py", "from transformers import Trainer"),
         ("__init__.py", "import torch.nn"),
     ],
@@ -85,8 +85,8 @@ def test_imports_that_point_down_are_not_noticed(tmp_path: Path) -> None:
     for where, line in {
         "core/rule.py": "import math\nfrom hf_divguard.core.findings import Finding",
         "storage/files.py": "import os.path\nfrom hf_divguard.core.retention import rank",
-        "hf/trainer.py": "import torch\nfrom hf_divguard.storage.layout import MANIFEST_NAME",
-        "replay.py": "import json\nfrom hf_divguard.storage.layout import MANIFEST_NAME",
+        "hf/trainer.py": "import torch\nfrom hf_divguard.storage.names import MANIFEST_NAME",
+        "replay.py": "import json\nfrom hf_divguard.storage.names import MANIFEST_NAME",
     }.items():
         (tmp_path / where).parent.mkdir(exist_ok=True)
         (tmp_path / where).write_text(line, encoding="utf-8")

@@ -88,7 +88,7 @@ def heavy_modules_after(code: str) -> list[str]:
         "import hf_divguard; hf_divguard.__version__, dir(hf_divguard)",
         "import hf_divguard; hf_divguard.find_checkpoints('.'), hf_divguard.verify_checkpoint('.')",
         "from hf_divguard import Finding, TrainingDivergedError, latest_complete_checkpoint, best_checkpoints",
-        "import hf_divguard.core.registry, hf_divguard.core.retention, hf_divguard.core.adaptive",
+        "import hf_divguard.core.detection.registry, hf_divguard.core.retention, hf_divguard.core.detection.adaptive",
         "import hf_divguard.storage.staging, hf_divguard.storage.deletion, hf_divguard.storage.quarantine",
     ],
 )

@@ -80,7 +80,7 @@ def test_any_detector_can_be_replayed_by_either_of_its_names(detector: str, para
 @pytest.mark.parametrize("detector", ["nonfinite", "NonFiniteDetector"])
 def test_the_mask_of_the_nan_filter_is_found_in_a_log(detector: str) -> None:
     log = log_of([2.0, 1.9, 1.8]) + [{"loss": 0.0, "grad_norm": math.nan, "step": step} for step in (4, 5, 6)]
-    assert told(replay(log, detector)) == [("masked", 4, 4)]
+    assert told(replay(log, detector)) == [("nan_filtered", 4, 4)]
 
 
 @pytest.mark.parametrize("token", ["NaN", '"nan"', "Infinity", '"inf"', '"-Infinity"'])

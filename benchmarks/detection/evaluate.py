@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.detection.peers import PEERS
 from benchmarks.detection.runs import CORPUS, Alarm, Run, Score, read_runs, score
-from hf_divguard.core.registry import make_rule
+from hf_divguard.core.detection.registry import make_rule
 
 OURS = {
     "adaptive": ("adaptive", {}),

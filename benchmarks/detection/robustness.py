@@ -18,9 +18,9 @@ from types import ModuleType
 
 from benchmarks.detection.evaluate import cell, errors_of
 from benchmarks.detection.runs import CORPUS, Run, read_runs, score
-from hf_divguard.core import excursion, level_watch, robust_level
+from hf_divguard.core.detection import baseline, cusum, level
 
-MODULES = (robust_level, excursion, level_watch)
+MODULES = (baseline, cusum, level)
 INTRO = (
     "# The adaptive rule with each constant moved by a quarter, and on changed runs\n\n"
     "Written by `python -m benchmarks.detection.robustness`; "

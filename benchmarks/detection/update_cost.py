@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_divguard.core.registry import make_rule
+from hf_divguard.core.detection.registry import make_rule
 
 CASES = {
     "ema": ("ema", {}),

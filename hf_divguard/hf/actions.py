@@ -6,8 +6,8 @@ import logging
 from typing import Any, Literal, get_args
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.storage.fields import Quarantine
 from hf_divguard.storage.quarantine import quarantine_note
+from hf_divguard.storage.record import Quarantine
 
 __all__ = [
     "Action",
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 Action = Literal["warn", "stop", "abort", "rollback"]
 
-_SPOILS_WEIGHTS = frozenset({"non_finite", "masked"})
+_SPOILS_WEIGHTS = frozenset({"non_finite", "nan_filtered"})
 
 _CONSEQUENCE = {
     "warn": "Training goes on.",

@@ -6,9 +6,9 @@ import inspect
 import logging
 from typing import Any
 
-from hf_divguard.core.adaptive import AdaptiveRule
+from hf_divguard.core.detection.adaptive import AdaptiveRule
+from hf_divguard.core.detection.nonfinite import NonFiniteRule
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.nonfinite import NonFiniteRule
 from hf_divguard.hf.actions import is_muted, is_world_zero
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.loss_tap import StepValues
@@ -82,9 +82,9 @@ class RawLossDetector(DivergenceDetector):
         before = state_dict.pop("conditions", None)
         super().load_state_dict(state_dict)
         changes = changed_conditions(before, self._conditions)
-        begin_grace = getattr(self.rule, "begin_grace", None)
-        if changes and begin_grace is not None:
-            begin_grace()
+        start_grace = getattr(self.rule, "start_grace", None)
+        if changes and start_grace is not None:
+            start_grace()
             logger.info(
                 "%s judges no rise of the loss for a while after this resume: %s.", self._label, changes
             )
@@ -249,7 +249,7 @@ class AdaptiveDivergenceDetector(RawLossDetector):
 
     It learns the noise of the run, tells a steep start from a divergence and a spike that
     heals from a jump that lasts, and names what it sees; see
-    :class:`~hf_divguard.core.adaptive.AdaptiveRule` for the kinds and the formulas.
+    :class:`~hf_divguard.core.detection.adaptive.AdaptiveRule` for the kinds and the formulas.
     Multiplying or shifting the loss changes nothing. Only findings of severity
     ``"error"`` are acted on; warnings are told, notes are kept in ``findings``.
 
@@ -288,14 +288,14 @@ class NonFiniteDetector(RawLossDetector):
             ``DivGuardTrainer``).
         metric_key: Log key of the training loss.
         name: Name of the memory in checkpoints.
-        **params: Settings of :class:`~hf_divguard.core.nonfinite.NonFiniteRule`.
+        **params: Settings of :class:`~hf_divguard.core.detection.nonfinite.NonFiniteRule`.
 
     Example:
         >>> from transformers import TrainerControl
         >>> detector, control = NonFiniteDetector(action="abort"), TrainerControl()
         >>> detector.on_log(None, None, control, logs={"loss": 0.0, "grad_norm": float("nan")})
         >>> control.should_training_stop, detector.findings[0].kind
-        (True, 'masked')
+        (True, 'nan_filtered')
     """
 
     def __init__(

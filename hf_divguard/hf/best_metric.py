@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hf_divguard.core.metric_names import with_eval_prefix
+from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, rank
-from hf_divguard.hf.ledger import CheckpointLedger
+from hf_divguard.storage.ledger import CheckpointLedger
 
 __all__ = ["recall_best"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_divguard.hf.actions import spoilt_note
-from hf_divguard.storage.layout import SIDECAR_NAME, checkpoint_name
+from hf_divguard.storage.jsonio import to_strict
+from hf_divguard.storage.names import SIDECAR_NAME, checkpoint_name
 from hf_divguard.storage.sidecar import Sidecar, SidecarError, read_sidecar, write_sidecar
-from hf_divguard.storage.strict_json import to_strict
 
 __all__ = [
     "StandaloneStateKeeper",

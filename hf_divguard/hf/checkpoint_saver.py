@@ -24,7 +24,7 @@ from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.deletion import remove_tree
 from hf_divguard.storage.free_space import require_free_space, tree_bytes
-from hf_divguard.storage.layout import INCOMPLETE_NAME, TEMPORARY_PREFIX, checkpoint_name, checkpoint_step
+from hf_divguard.storage.jsonio import write_bytes_atomic
 from hf_divguard.storage.manifest import (
     ManifestError,
     build_manifest,
@@ -32,6 +32,7 @@ from hf_divguard.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from hf_divguard.storage.names import INCOMPLETE_NAME, TEMPORARY_PREFIX, checkpoint_name, checkpoint_step
 from hf_divguard.storage.sidecar import Sidecar, write_sidecar
 from hf_divguard.storage.staging import (
     discard_staging,
@@ -40,7 +41,6 @@ from hf_divguard.storage.staging import (
     recover,
     staging_folder,
 )
-from hf_divguard.storage.strict_json import write_bytes_atomic
 
 __all__ = ["CheckpointSaver"]
 
@@ -55,7 +55,7 @@ class CheckpointSaver:
     Args:
         run_dir: Folder that gets the ``checkpoint-N`` folders.
         ranks: The processes of the run.
-        safe_save: ``"staged"``, ``"in_place"``, ``"off"``, or ``"auto"`` for the first of
+        save_mode: ``"staged"``, ``"in_place"``, ``"off"``, or ``"auto"`` for the first of
             the two that the file system can do.
         checksums: Whether the manifest holds a SHA-256 of every file.
         flush: Whether files are flushed to the disk before a checkpoint counts.
@@ -67,7 +67,7 @@ class CheckpointSaver:
         run_dir: str,
         ranks: Ranks,
         *,
-        safe_save: str,
+        save_mode: str,
         checksums: bool,
         flush: bool,
         resumed_from: str | None = None,
@@ -81,9 +81,9 @@ class CheckpointSaver:
         self._last_step = _step_in(self.run_dir, resumed_from)
         self._local_ranks = ranks.on_same_file_system(self.run_dir)
         self.leads = ranks.rank == self._local_ranks[0]
-        self.mode = "off" if safe_save == "off" else self._choose_mode(safe_save)
+        self.mode = "off" if save_mode == "off" else self._choose_mode(save_mode)
 
-    def _choose_mode(self, safe_save: str) -> str:
+    def _choose_mode(self, save_mode: str) -> str:
         error: OSError | None = None
         renames = True
         if self.leads:
@@ -92,13 +92,13 @@ class CheckpointSaver:
                 _try_to_write(self.run_dir)
                 for line in recover(self.run_dir):
                     logger.warning("%s", line)
-                if safe_save == "auto":
+                if save_mode == "auto":
                     renames = folders_can_be_renamed(self.run_dir)
             except OSError as caught:
                 error = caught
-        self._ranks.agree(error, f"Preparing {self.run_dir} for checkpoints")
-        if safe_save != "auto":
-            return safe_save
+        self._ranks.raise_if_any_failed(error, f"Preparing {self.run_dir} for checkpoints")
+        if save_mode != "auto":
+            return save_mode
         if all(self._ranks.gather(renames)):
             return "staged"
         if self._ranks.rank == 0:
@@ -166,7 +166,7 @@ class CheckpointSaver:
                 part()
             except Exception as caught:
                 error = caught
-        self._ranks.agree(error, what, self._room(error, folder))
+        self._ranks.raise_if_any_failed(error, what, self._room(error, folder))
 
     def _is_there(self, step: int, final: Path) -> bool:
         """Return whether this training has published ``step`` already; if so, no marker says otherwise.

@@ -28,7 +28,7 @@ def make_detector(options: Any) -> DivergenceDetector | None:
         return None
     detector: DivergenceDetector = DETECTORS[options.divguard_detector](
         action=options.divguard_action,
-        metric_key=options.divguard_metric,
-        **options.divguard_detector_params or {},
+        metric_key=options.divguard_metric_key,
+        **options.divguard_detector_kwargs or {},
     )
     return detector

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_divguard.core.ema import DualTimeScaleRule
+from hf_divguard.core.detection.detector import Rule
+from hf_divguard.core.detection.ema import DualTimeScaleRule
+from hf_divguard.core.detection.window import DualWindowRule
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.metric_names import greater_is_better as direction_of
-from hf_divguard.core.rules import Rule
-from hf_divguard.core.window import DualWindowRule
+from hf_divguard.core.metrics import greater_is_better as direction_of
 from hf_divguard.hf.actions import (
     act_on,
     check_action,
@@ -99,7 +99,7 @@ class DivergenceDetector(TrainerCallback):
         """
         self.rule.load_state_dict(state_dict)
 
-    def go_back(self, state_dict: dict[str, Any] | None) -> None:
+    def rewind(self, state_dict: dict[str, Any] | None) -> None:
         """After a rollback, take the memory of the step that was gone back to.
 
         Args:
@@ -107,13 +107,13 @@ class DivergenceDetector(TrainerCallback):
                 values out of its baseline then only drops what it suspects, any other starts
                 anew.
         """
-        begin_grace = getattr(self.rule, "begin_grace", None)
+        start_grace = getattr(self.rule, "start_grace", None)
         if state_dict is not None:
             self.load_state_dict(state_dict)
-        elif begin_grace is None:
+        elif start_grace is None:
             self.rule.reset()
-        if begin_grace is not None:
-            begin_grace(0)
+        if start_grace is not None:
+            start_grace(0)
         self._just_logged = self._last_evaluated = None
         self._was_firing = ""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hf_divguard.core.rollback_policy import Target
+from hf_divguard.core.rollback.policy import Target
 from hf_divguard.errors import CheckpointError
-from hf_divguard.hf.ledger import CheckpointLedger
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.restore import load_weights, weights_kept_on_error
 from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
-from hf_divguard.storage.verdict import verify_checkpoint
+from hf_divguard.storage.integrity import verify_checkpoint
+from hf_divguard.storage.ledger import CheckpointLedger
 
 __all__ = ["best_before", "load_first_of"]
 
@@ -61,7 +61,7 @@ def load_first_of(
                         load_weights(trainer, path)
                 except Exception as caught:
                     error = caught
-                ranks.agree(error, f"Loading the weights of step {target.step}")
+                ranks.raise_if_any_failed(error, f"Loading the weights of step {target.step}")
         except CheckpointError as told:
             logger.warning("%s", told)
             continue

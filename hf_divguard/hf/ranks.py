@@ -54,11 +54,11 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def from_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the value of rank 0 on every rank."""
         return self.gather(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def on_main(self, decide: Callable[[], T]) -> T:
+    def run_on_main(self, decide: Callable[[], T]) -> T:
         """Return what ``decide`` gives on rank 0, on every rank; an error of it is raised on every rank."""
         value: Any = None
         error: Exception | None = None
@@ -68,13 +68,13 @@ class Ranks:
             except Exception as caught:
                 error = caught
         if self.world_size > 1:
-            value, told = self.from_main((value, _that_travels(error)))
+            value, told = self.broadcast((value, _that_travels(error)))
             error = error or told
         if error is not None:
             raise error
         return value
 
-    def agree(self, error: BaseException | None, what: str, note: str = "") -> None:
+    def raise_if_any_failed(self, error: BaseException | None, what: str, note: str = "") -> None:
         """Raise on every rank if there is an error on any of them; else return.
 
         Args:
@@ -102,7 +102,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return [self.rank]
-        token = self.from_main(uuid.uuid4().hex)
+        token = self.broadcast(uuid.uuid4().hex)
         meeting = folder / _RANKS_FOLDER
         marks = [meeting / f"{token}-{rank}" for rank in range(self.world_size)]
         error = None
@@ -111,7 +111,7 @@ class Ranks:
             marks[self.rank].touch()
         except OSError as caught:
             error = caught
-        self.agree(error, f"Preparing {folder} for checkpoints")
+        self.raise_if_any_failed(error, f"Preparing {folder} for checkpoints")
         # Each mark is looked up by its name: network file systems may list a folder from memory, but ask the
         # server for a name they have not seen. One look is enough where all ranks see the mark of rank 0.
         if all(self.gather(marks[0].exists())):

@@ -11,13 +11,13 @@ from pathlib import Path
 from hf_divguard.errors import CheckpointError, NoCompleteCheckpointError
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.checkpoints import (
-    CheckpointInfo,
+    Checkpoint,
     best_checkpoints,
     find_checkpoints,
     verify_checkpoint,
 )
+from hf_divguard.storage.integrity import Verdict
 from hf_divguard.storage.staging import recover
-from hf_divguard.storage.verdict import Verdict
 
 __all__ = ["choose_checkpoint", "choose_for_all"]
 
@@ -61,7 +61,7 @@ def choose_for_all(
         return _given_to_all(os.fspath(asked), ranks, leads)  # type: ignore[arg-type]
     refused: dict[int, str] = {}
     while True:
-        info = ranks.on_main(
+        info = ranks.run_on_main(
             lambda: choose_checkpoint(
                 asked, output_dir, metric=metric, greater_is_better=greater_is_better, refused=refused
             )
@@ -114,7 +114,7 @@ def choose_checkpoint(
     metric: str | None = None,
     greater_is_better: bool | None = None,
     refused: Mapping[int, str] | None = None,
-) -> CheckpointInfo | None:
+) -> Checkpoint | None:
     """Return the checkpoint in ``output_dir`` to resume from.
 
     Args:
@@ -159,12 +159,10 @@ def _given(path: str) -> None:
         logger.warning("%s holds the model but not all of the training state: %s", path, verdict.reason)
 
 
-def _first_complete(
-    candidates: list[CheckpointInfo], output_dir: str, refused: Mapping[int, str]
-) -> CheckpointInfo:
+def _first_complete(candidates: list[Checkpoint], output_dir: str, refused: Mapping[int, str]) -> Checkpoint:
     """Return the first candidate that can be resumed; say in one line which were passed over, and why."""
-    passed: list[tuple[CheckpointInfo, str]] = []
-    fallbacks: list[CheckpointInfo] = []
+    passed: list[tuple[Checkpoint, str]] = []
+    fallbacks: list[Checkpoint] = []
     for candidate in candidates:
         if candidate.step in refused:
             passed.append((candidate, refused[candidate.step]))
@@ -194,12 +192,12 @@ def _first_complete(
     )
 
 
-def _tell(info: CheckpointInfo, passed: list[tuple[CheckpointInfo, str]]) -> None:
+def _tell(info: Checkpoint, passed: list[tuple[Checkpoint, str]]) -> None:
     if passed:
         logger.warning("Resuming from %s; passed over %s", info.path, _listed(passed))
     else:
         logger.info("Resuming from %s.", info.path)
 
 
-def _listed(passed: list[tuple[CheckpointInfo, str]]) -> str:
+def _listed(passed: list[tuple[Checkpoint, str]]) -> str:
     return "; ".join(f"{Path(info.path).name}: {reason.rstrip('.')}" for info, reason in passed)

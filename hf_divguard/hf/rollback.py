@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.rollback_policy import Decision, RollbackPolicy, Target
-from hf_divguard.core.rollback_watch import UNDONE_ONCE, RollbackWatch
+from hf_divguard.core.rollback.policy import Decision, RollbackPolicy, Target
+from hf_divguard.core.rollback.triggers import UNDONE_ONCE, RollbackTriggers
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
 from hf_divguard.hf.actions import saves_checkpoints
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callback_state import collect_states, read_callback_states
 from hf_divguard.hf.detectors import DivergenceDetector
+from hf_divguard.hf.journal import RollbackJournal, log_keys
 from hf_divguard.hf.last_weights import best_before, load_first_of
-from hf_divguard.hf.ledger import CheckpointLedger
 from hf_divguard.hf.loss_tap import StepValues
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import Rewarming, scale_rates, scheduled_rates
@@ -30,10 +30,10 @@ from hf_divguard.hf.restore import (
     restore_checkpoint,
     weights_kept_on_error,
 )
-from hf_divguard.hf.rollback_story import RollbackStory, log_keys
 from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
+from hf_divguard.storage.integrity import verify_checkpoint
+from hf_divguard.storage.ledger import CheckpointLedger
 from hf_divguard.storage.quarantine import quarantine
-from hf_divguard.storage.verdict import verify_checkpoint
 
 __all__ = ["Rollback"]
 
@@ -100,10 +100,10 @@ class Rollback:
         # What a loss scaler has enlarged cannot be compared from step to step.
         has_scaler = getattr(trainer.accelerator, "scaler", None) is not None
         self.minds_explosions = minds_setbacks and not trainer.args.max_grad_norm and not has_scaler
-        self._watch = RollbackWatch(
+        self._watch = RollbackTriggers(
             self.policy, minds_setbacks=minds_setbacks, minds_explosions=self.minds_explosions
         )
-        self.story = RollbackStory(ledger.run_dir, ledger.run_id, ranks)
+        self.story = RollbackJournal(ledger.run_dir, ledger.run_id, ranks)
         self.error: TrainingDivergedError | None = None
         self.went_to_memory = False
 
@@ -187,7 +187,7 @@ class Rollback:
         unusable: set[Target] = set()
         while True:
             began = time.perf_counter()
-            decision = self._ranks.on_main(lambda: self._decide(finding, unusable))
+            decision = self._ranks.run_on_main(lambda: self._decide(finding, unusable))
             if decision.target is None and finding.kind in UNDONE_ONCE:
                 self._watch.let_heal()
                 self.story.tell_left(finding, decision.reason)
@@ -250,7 +250,7 @@ class Rollback:
         scale_rates(self._trainer, decision.lr_factor)
         pending_loss = self._clean_loop(model, tr_loss)
         self._snapshots.drop_after(self._last_good(finding))
-        self._watch.go_back(target.step, step, finding)
+        self._watch.rewind(target.step, step, finding)
         self.policy.record(decision, step)
         self.went_to_memory = target.is_snapshot
         self._origins = {kept: origin for kept, origin in self._origins.items() if kept <= target.step}
@@ -302,10 +302,10 @@ class Rollback:
                     states = read_callback_states(path)
             except Exception as caught:
                 error = caught
-            self._ranks.agree(error, f"Rolling back to step {target.step}")
+            self._ranks.raise_if_any_failed(error, f"Rolling back to step {target.step}")
         for name, detector in self._detectors.items():
             try:
-                detector.go_back((states or {}).get(name))
+                detector.rewind((states or {}).get(name))
             except ValueError as misfit:
                 if self._ranks.rank == 0:
                     logger.warning(
@@ -314,7 +314,7 @@ class Rollback:
                         target.step,
                         misfit,
                     )
-                detector.go_back(None)
+                detector.rewind(None)
 
     def _clean_loop(self, model: Any, tr_loss: torch.Tensor) -> float | None:
         """Drop gradients in flight and the losses that wait for the next log.
@@ -387,7 +387,7 @@ class Rollback:
         state, control = self._trainer.state, self._trainer.control
         last_good = decision.onset_step - 2 - self.policy.margin_steps
         greater_is_better = bool(self._options.divguard_greater_is_better)
-        candidates = self._ranks.on_main(
+        candidates = self._ranks.run_on_main(
             lambda: best_before(self._ledger, self._snapshots, last_good, greater_is_better)
         )
         self._mark_diverged(last_good, decision.onset_step, "and was given up", finding)

@@ -13,11 +13,12 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from hf_divguard.core.metric_names import with_eval_prefix
+from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, is_better
 from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
 from hf_divguard.hf.actions import saves_checkpoints, spoilt_note
 from hf_divguard.hf.agreement import agree_on_what_follows
+from hf_divguard.hf.arguments import options_of
 from hf_divguard.hf.best_metric import recall_best
 from hf_divguard.hf.callback_state import (
     collect_states,
@@ -29,15 +30,14 @@ from hf_divguard.hf.checkpoint_saver import CheckpointSaver
 from hf_divguard.hf.compat import hidden_save_limit, rewrite_best
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.gradient_norm import gradient_norm
-from hf_divguard.hf.ledger import CheckpointLedger, describe
 from hf_divguard.hf.loss_watch import LossWatch
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.running_loss import RUNNING_LOSS, RunningLoss
 from hf_divguard.hf.stop_advice import STOPPED_BY, at_the_end, on_resume, what_stopped
-from hf_divguard.hf.training_args import options_of
 from hf_divguard.storage.deletion import delete_checkpoint
-from hf_divguard.storage.layout import checkpoint_step
+from hf_divguard.storage.ledger import CheckpointLedger, describe
+from hf_divguard.storage.names import checkpoint_step
 from hf_divguard.storage.sidecar import Sidecar
 
 __all__ = ["RunGuard"]
@@ -87,8 +87,8 @@ class RunGuard(TrainerCallback):
         self.points_to_saved = self.preserves or bool(self._options.eval_on_save and tracks_best)
         self.best_evaluated: float | None = None
         self.is_active = bool(self.preserves or self._options.eval_on_save or self._callbacks)
-        safe_save = self._options.divguard_safe_save
-        self.is_active |= safe_save not in ("auto", "off")
+        save_mode = self._options.divguard_save_mode
+        self.is_active |= save_mode not in ("auto", "off")
         self._ranks = Ranks(self._args.process_index, self._args.world_size)
         self.running_loss = RunningLoss(trainer, self._ranks)
         detectors = {name: cb for name, cb in self._callbacks.items() if isinstance(cb, DivergenceDetector)}
@@ -101,12 +101,14 @@ class RunGuard(TrainerCallback):
             self._saver = CheckpointSaver(
                 run_dir,
                 self._ranks,
-                safe_save=safe_save,
+                save_mode=save_mode,
                 checksums=self._options.divguard_checksums,
-                flush=self._options.divguard_flush,
+                flush=self._options.divguard_fsync,
                 resumed_from=resumed_from,
             )
-            read = self._ranks.on_main(lambda: CheckpointLedger.read(run_dir, resumed_from, self.ranking_key))
+            read = self._ranks.run_on_main(
+                lambda: CheckpointLedger.read(run_dir, resumed_from, self.ranking_key)
+            )
             # Each rank's own spelling of the folder, which is another one where ranks have disks of their own.
             self.ledger = replace(read, run_dir=run_dir)
         self.rollback: Rollback | None = None
@@ -138,7 +140,7 @@ class RunGuard(TrainerCallback):
             self._recall_evaluation(state)
             self._recall_best_evaluated(state, state.global_step)
             if self._callbacks:
-                states = self._ranks.from_main(
+                states = self._ranks.broadcast(
                     read_callback_states(self._resumed_from) if self._ranks.rank == 0 else None
                 )
                 if states is not None:
@@ -251,7 +253,7 @@ class RunGuard(TrainerCallback):
         Raises:
             MetricNotFoundError: If the evaluation did not produce the ranking metric.
         """
-        return self._ranks.on_main(lambda: self._beats_all(metrics))
+        return self._ranks.run_on_main(lambda: self._beats_all(metrics))
 
     def _beats_all(self, metrics: dict[str, float]) -> bool:
         if self.ranking_key not in metrics:
@@ -363,7 +365,7 @@ class RunGuard(TrainerCallback):
         state = self._trainer.state
         step = state.global_step
         self.owes_save = False
-        metric = self._ranks.from_main(self.metric_of_step(step))
+        metric = self._ranks.broadcast(self.metric_of_step(step))
         running_loss = self.running_loss.collect()
         before = replace(self.ledger)
         self.ledger.add(step, metric)
@@ -372,7 +374,7 @@ class RunGuard(TrainerCallback):
             self.ledger.leave_behind(step - 1)
         best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
         if self.points_to_saved and not self.preserves and self.has_evaluated(step):
-            note_best(self._ranks.from_main(self._metrics))
+            note_best(self._ranks.broadcast(self._metrics))
         best_global_step = state.best_global_step
 
         def write_without_pointer() -> None:
@@ -401,19 +403,19 @@ class RunGuard(TrainerCallback):
                 anew=step in before.quarantined,
             )
         except CheckpointSaveError as error:
-            self.ledger.go_back_to(before)
-            self._ranks.on_main(self.ledger.drop_missing)
-            self.ledger.records = self._ranks.from_main(self.ledger.records)
+            self.ledger.rewind_to(before)
+            self._ranks.run_on_main(self.ledger.drop_missing)
+            self.ledger.records = self._ranks.broadcast(self.ledger.records)
             state.best_metric, state.best_global_step, state.best_model_checkpoint = best_before
             self._point_to_best(state)
             self.pending_push = None
-            if self._options.divguard_save_error == "raise":
+            if self._options.divguard_on_save_error == "raise":
                 raise
             if self._ranks.rank == 0:
                 logger.warning("%s Training goes on without this checkpoint.", error)
             return
         if not written:
-            self.ledger.go_back_to(before)
+            self.ledger.rewind_to(before)
             return
         self._point_to_best(state)
         if self.pending_push is not None:
@@ -480,7 +482,7 @@ class RunGuard(TrainerCallback):
         # A quarantined checkpoint would go at once; the one that a stop has asked for stays to be looked into.
         doomed = [step for step in doomed if step != just_saved]
         uploading = {step for step, job in self._pushes.items() if job is not None and not job.is_done()}
-        for step in self._ranks.from_main([step for step in doomed if step not in uploading]):
+        for step in self._ranks.broadcast([step for step in doomed if step not in uploading]):
             self._pushes.pop(step, None)
             self.ledger.forget(step)
             if not self._saver.leads:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from hf_divguard.core.thinning import next_to_drop
+from hf_divguard.core.rollback.thinning import next_to_drop
 from hf_divguard.errors import CheckpointError
 from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
 

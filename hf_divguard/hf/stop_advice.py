@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_divguard.hf.ledger import CheckpointLedger
+from hf_divguard.storage.ledger import CheckpointLedger
 
 __all__ = ["STOPPED_BY", "at_the_end", "on_resume", "what_stopped"]
 

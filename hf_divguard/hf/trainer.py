@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
+from hf_divguard.hf.arguments import options_of
 from hf_divguard.hf.callback_state import StandaloneStateKeeper
 from hf_divguard.hf.compat import HAS_FINALIZE, HAS_ROTATE_METHOD, hidden_save_limit
 from hf_divguard.hf.detector_choice import make_detector
-from hf_divguard.hf.ledger import RankedCheckpoint
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.resume import choose_for_all
 from hf_divguard.hf.run_guard import RunGuard
-from hf_divguard.hf.training_args import options_of
+from hf_divguard.storage.ledger import RankedCheckpoint
 
 __all__ = ["DivGuardMixin", "DivGuardTrainer"]
 

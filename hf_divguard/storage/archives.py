@@ -8,8 +8,8 @@ import zipfile
 import zlib
 from typing import Any, BinaryIO
 
+from hf_divguard.storage.jsonio import parse_json, read_bytes
 from hf_divguard.storage.regular_files import open_regular_file
-from hf_divguard.storage.strict_json import parse_json, read_bytes
 
 __all__ = ["json_problem", "safetensors_problem", "zip_problem"]
 

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_divguard.core.metric_names import greater_is_better as known_direction
-from hf_divguard.core.metric_names import with_eval_prefix
+from hf_divguard.core.metrics import greater_is_better as known_direction
+from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, rank
-from hf_divguard.storage.layout import checkpoint_folders
+from hf_divguard.storage.integrity import Verdict, verify_checkpoint, verify_with_records
+from hf_divguard.storage.names import checkpoint_folders
 from hf_divguard.storage.sidecar import Sidecar
 from hf_divguard.storage.trainer_state import logged_metric
-from hf_divguard.storage.verdict import Verdict, verify_checkpoint, verify_with_records
 
 __all__ = [
-    "CheckpointInfo",
+    "Checkpoint",
     "Verdict",
     "best_checkpoints",
     "find_checkpoints",
@@ -27,7 +27,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointInfo:
+class Checkpoint:
     """One checkpoint of a run folder.
 
     Args:
@@ -51,7 +51,7 @@ class CheckpointInfo:
     greater_is_better: bool | None = None
 
 
-def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[CheckpointInfo]:
+def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Checkpoint]:
     """Return the checkpoints directly inside ``output_dir`` in the order of saving, oldest first.
 
     Folders ``checkpoint-<digits>`` alone count; symbolic links, files and other names are
@@ -73,18 +73,18 @@ def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[CheckpointInfo]
     return [info for info, _ in _survey(output_dir)]
 
 
-def _survey(output_dir: str | os.PathLike[str]) -> list[tuple[CheckpointInfo, Sidecar | None]]:
-    found: list[tuple[CheckpointInfo, Sidecar | None]] = []
+def _survey(output_dir: str | os.PathLike[str]) -> list[tuple[Checkpoint, Sidecar | None]]:
+    found: list[tuple[Checkpoint, Sidecar | None]] = []
     for step, path in checkpoint_folders(output_dir).items():
         verdict, manifest, sidecar = verify_with_records(path, checksums=False)
         if not os.path.lexists(path):
             continue
         record = next((each for each in (sidecar, manifest) if each is not None and each.step == step), None)
         if record is None:
-            found.append((CheckpointInfo(path, step, verdict), None))
+            found.append((Checkpoint(path, step, verdict), None))
             continue
         known = record.run_id != ""
-        info = CheckpointInfo(
+        info = Checkpoint(
             path,
             step,
             verdict,
@@ -99,8 +99,8 @@ def _survey(output_dir: str | os.PathLike[str]) -> list[tuple[CheckpointInfo, Si
 
 
 def _in_order_of_saving(
-    found: list[tuple[CheckpointInfo, Sidecar | None]],
-) -> list[tuple[CheckpointInfo, Sidecar | None]]:
+    found: list[tuple[Checkpoint, Sidecar | None]],
+) -> list[tuple[Checkpoint, Sidecar | None]]:
     """Sort by sequence; a folder without one goes before the next that the newest sidecar lists."""
     sequences = {info.step: info.sequence for info, _ in found if info.sequence is not None}
     newest = _newest_sidecar(found)
@@ -123,13 +123,13 @@ def _in_order_of_saving(
     )
 
 
-def _newest_sidecar(found: Iterable[tuple[CheckpointInfo, Sidecar | None]]) -> Sidecar | None:
+def _newest_sidecar(found: Iterable[tuple[Checkpoint, Sidecar | None]]) -> Sidecar | None:
     return max(
         (sidecar for _, sidecar in found if sidecar is not None), key=lambda each: each.sequence, default=None
     )
 
 
-def latest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> CheckpointInfo | None:
+def latest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Checkpoint | None:
     """Return the newest complete checkpoint in ``output_dir``, ``None`` if there is none.
 
     Newest is the one saved last, not the one of the highest number. Where its manifest has
@@ -153,7 +153,7 @@ def best_checkpoints(
     *,
     metric: str | None = None,
     greater_is_better: bool | None = None,
-) -> list[CheckpointInfo]:
+) -> list[Checkpoint]:
     """Return the complete checkpoints in ``output_dir`` by their metric, best first.
 
     Only checkpoints with a metric of their very step are ranked, and only those from which the
@@ -208,7 +208,7 @@ def _is(metric_name: str | None, name: str) -> bool:
 
 
 def _ranking(
-    metric: str | None, greater_is_better: bool | None, infos: Sequence[CheckpointInfo]
+    metric: str | None, greater_is_better: bool | None, infos: Sequence[Checkpoint]
 ) -> tuple[str, bool]:
     """Return the name of the ranking metric as evaluations report it, and its direction."""
     named = [info for info in infos if info.metric_name is not None]
@@ -230,12 +230,12 @@ def _ranking(
 class _Histories:
     """Metrics out of the log histories of checkpoints: of the checkpoint itself, else of the newest one."""
 
-    def __init__(self, infos: Sequence[CheckpointInfo], name: str) -> None:
+    def __init__(self, infos: Sequence[Checkpoint], name: str) -> None:
         self._newest = infos[-1:]
         self._name = name
         self._read: dict[int, dict[int, float]] = {}
 
-    def value(self, info: CheckpointInfo) -> float | None:
+    def value(self, info: Checkpoint) -> float | None:
         for source in (info, *self._newest):
             if source.step not in self._read:
                 self._read[source.step] = logged_metric(source.path, self._name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from hf_divguard.storage.archives import json_problem, safetensors_problem, zip_problem
-from hf_divguard.storage.layout import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
+from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.regular_files import list_files, named_file
 from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 

@@ -8,7 +8,7 @@ import stat
 import time
 from pathlib import Path
 
-from hf_divguard.storage.layout import (
+from hf_divguard.storage.names import (
     DELETING_PREFIX,
     MANIFEST_NAME,
     SIDECAR_NAME,

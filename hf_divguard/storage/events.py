@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_divguard.storage.strict_json import to_strict, write_bytes_atomic
+from hf_divguard.storage.jsonio import to_strict, write_bytes_atomic
 
 __all__ = ["EVENTS_FOLDER", "EVENTS_NAME", "events_path", "read_events", "write_events"]
 

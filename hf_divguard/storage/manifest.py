@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_divguard.errors import CheckpointSaveError
-from hf_divguard.storage.fields import FORMAT_VERSION, Fields, Quarantine, RecordError, sealed
-from hf_divguard.storage.layout import (
+from hf_divguard.storage.jsonio import encode_json, read_json, to_strict, write_bytes_atomic
+from hf_divguard.storage.names import (
     INCOMPLETE_NAME,
     MANIFEST_NAME,
     TEMPORARY_PREFIX,
     checkpoint_step,
 )
+from hf_divguard.storage.record import FORMAT_VERSION, Fields, Quarantine, RecordError, sealed
 from hf_divguard.storage.regular_files import file_sha256, flush_tree, kind_in_words, list_files, named_file
 from hf_divguard.storage.sidecar import WRITER
-from hf_divguard.storage.strict_json import encode_json, read_json, to_strict, write_bytes_atomic
 
 __all__ = [
     "FileEntry",

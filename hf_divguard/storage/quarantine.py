@@ -8,12 +8,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from hf_divguard.storage.fields import Quarantine
-from hf_divguard.storage.layout import MANIFEST_NAME, SIDECAR_NAME, checkpoint_step
+from hf_divguard.storage.jsonio import write_bytes_atomic
 from hf_divguard.storage.manifest import FileEntry, Manifest, ManifestError, encode_manifest, read_manifest
+from hf_divguard.storage.names import MANIFEST_NAME, SIDECAR_NAME, checkpoint_step
+from hf_divguard.storage.record import Quarantine
 from hf_divguard.storage.regular_files import flush_folder
 from hf_divguard.storage.sidecar import Sidecar, SidecarError, encode_sidecar, read_sidecar
-from hf_divguard.storage.strict_json import write_bytes_atomic
 
 __all__ = ["quarantine", "quarantine_note"]
 

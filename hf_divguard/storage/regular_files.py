@@ -10,7 +10,7 @@ import re
 import stat
 from pathlib import Path
 
-from hf_divguard.storage.layout import TEMPORARY_PREFIX
+from hf_divguard.storage.names import TEMPORARY_PREFIX
 
 __all__ = [
     "file_sha256",

@@ -9,9 +9,9 @@ from typing import Any
 
 from hf_divguard._version import __version__
 from hf_divguard.core.retention import CheckpointRecord
-from hf_divguard.storage.fields import FORMAT_VERSION, Fields, Quarantine, RecordError, sealed
-from hf_divguard.storage.layout import SIDECAR_NAME
-from hf_divguard.storage.strict_json import encode_json, from_strict, read_json, to_strict, write_bytes_atomic
+from hf_divguard.storage.jsonio import encode_json, from_strict, read_json, to_strict, write_bytes_atomic
+from hf_divguard.storage.names import SIDECAR_NAME
+from hf_divguard.storage.record import FORMAT_VERSION, Fields, Quarantine, RecordError, sealed
 
 __all__ = [
     "WRITER",

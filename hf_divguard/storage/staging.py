@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_divguard.storage.deletion import remove_tree
-from hf_divguard.storage.layout import (
+from hf_divguard.storage.integrity import verify_with_records
+from hf_divguard.storage.names import (
     DELETING_PREFIX,
     REPLACED_PREFIX,
     STAGING_NAME,
@@ -22,7 +23,6 @@ from hf_divguard.storage.layout import (
     checkpoint_step,
 )
 from hf_divguard.storage.regular_files import flush_folder, flush_tree
-from hf_divguard.storage.verdict import verify_with_records
 
 __all__ = ["discard_staging", "folders_can_be_renamed", "publish", "recover", "staging_folder"]
 

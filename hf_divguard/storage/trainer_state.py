@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hf_divguard.storage.strict_json import parse_json, read_bytes
+from hf_divguard.storage.jsonio import parse_json, read_bytes
 
 __all__ = ["TRAINER_STATE_NAME", "log_history", "logged_metric", "read_trainer_state"]
 

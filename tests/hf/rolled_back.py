@@ -19,8 +19,8 @@ import torch
 import transformers
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDetector
+from hf_divguard.hf import journal
 from hf_divguard.hf import rollback as rollback_module
-from hf_divguard.hf import rollback_story
 from hf_divguard.hf.checkpoint_saver import CheckpointSaver
 from tests.conftest import TokenRows, base_arguments, tiny_model
 from tests.hf.faults import HighRate, NaNBatch
@@ -95,19 +95,19 @@ STATE = {"rolled_back": False}
 
 def note_rollbacks() -> None:
     """Know from the line that is told whether a rollback is done."""
-    tell = rollback_story.RollbackStory.tell_rollback
+    tell = journal.RollbackJournal.tell_rollback
 
     def telling(*args: Any, **kwargs: Any) -> None:
         STATE["rolled_back"] = True
         tell(*args, **kwargs)
 
-    rollback_story.RollbackStory.tell_rollback = telling  # type: ignore[method-assign]
+    journal.RollbackJournal.tell_rollback = telling  # type: ignore[method-assign]
 
 
 def arm(moment: str) -> None:
     """Have the process killed at ``moment`` of its first rollback."""
     note_rollbacks()
-    story = rollback_story.RollbackStory
+    story = journal.RollbackJournal
     if moment == "before_quarantine":
         rollback_module.quarantine = dying(rollback_module.quarantine, before=True)
     elif moment == "after_quarantine":

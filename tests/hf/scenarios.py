@@ -144,7 +144,7 @@ def train_where_folders_cannot_be_flushed(rank: int, output_dir: str, **options:
         real(descriptor)
 
     os.fsync = refuse
-    result = train(rank, output_dir, divguard_flush=True, **options)
+    result = train(rank, output_dir, divguard_fsync=True, **options)
     return {**result, "files_flushed": len(files)}
 
 
@@ -282,9 +282,9 @@ def stop_by_sigterm(
     return {**report(trainer), "seen": seen[-1] if seen else None}
 
 
-def kill_during_a_second_save(rank: int, output_dir: str, safe_save: str, moment: str) -> None:
+def kill_during_a_second_save(rank: int, output_dir: str, save_mode: str, moment: str) -> None:
     """Save the same step twice and die by SIGKILL at a ``moment`` of the second save."""
-    trainer = trainer_of(output_dir, max_steps=2, save_total_limit=1, divguard_safe_save=safe_save)
+    trainer = trainer_of(output_dir, max_steps=2, save_total_limit=1, divguard_save_mode=save_mode)
     saves = []
     guarded = type(trainer)._save_checkpoint
 

@@ -107,7 +107,7 @@ class ScriptedRule:
         self.seen_evaluations.append((step, metric))
         return self.evaluations.get(metric)
 
-    def begin_grace(self, n_values: int | None = None) -> None:
+    def start_grace(self, n_values: int | None = None) -> None:
         self.graces += 1
 
     def reset(self) -> None: ...
@@ -208,7 +208,7 @@ def test_under_the_stock_trainer_a_masked_zero_is_seen_in_the_log(
     trainer.train()
     assert trainer.state.global_step == 13
     assert [(f.step, f.kind, f.value) for f in detector.findings if f.severity == "error"] == [
-        (13, "masked", 0.0)
+        (13, "nan_filtered", 0.0)
     ]
 
 

@@ -136,7 +136,7 @@ def test_a_checkpoint_that_was_just_saved_gets_the_state_that_was_gone_back_to(
     at = AtRollback()
     detector = DivergenceDetector(ScriptedRule({8: 6}), action="rollback", metric_key="eval_loss")
     trainer = make_trainer(
-        callbacks=[detector, at], **{**QUICK, "max_steps": 10}, eval_strategy="epoch", divguard_safe_save=mode
+        callbacks=[detector, at], **{**QUICK, "max_steps": 10}, eval_strategy="epoch", divguard_save_mode=mode
     )
     trainer.train()
     assert moves(trainer) == [(8, 4)]
@@ -375,7 +375,7 @@ def test_the_mixin_on_the_wrong_side_is_refused_where_the_class_is_made() -> Non
 def test_a_setting_that_is_a_text_is_refused_by_its_name(make_trainer: MakeTrainer) -> None:
     """As from a command line with quotes too many."""
     with pytest.raises(TypeError, match="`threshold` of the detector 'ema' must be a number, got 'x'"):
-        make_trainer(divguard_detector="ema", divguard_detector_params='{"threshold": "x"}')
+        make_trainer(divguard_detector="ema", divguard_detector_kwargs='{"threshold": "x"}')
 
 
 @pytest.mark.parametrize("action", ["stop", "abort"])

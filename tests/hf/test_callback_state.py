@@ -295,7 +295,7 @@ def test_a_detector_with_a_state_that_does_not_fit_starts_anew(
     train: Any, our_log: Any, tmp_path: Path
 ) -> None:
     train(
-        Keeps({"short_ema": NAN, "long_ema": 1.0, "initialized": True}), max_steps=2, divguard_safe_save="off"
+        Keeps({"short_ema": NAN, "long_ema": 1.0, "initialized": True}), max_steps=2, divguard_save_mode="off"
     )
     path = sidecar_path(tmp_path, 2)
     detector = DualTimeScaleDivergenceDetector(name="Keeps", use_eval_loss=False)

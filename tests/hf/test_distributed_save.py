@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from hf_divguard.storage.checkpoints import find_checkpoints, verify_checkpoint
-from hf_divguard.storage.layout import MANIFEST_NAME
 from hf_divguard.storage.manifest import read_manifest
+from hf_divguard.storage.names import MANIFEST_NAME
 from tests.conftest import checkpoint_steps
 
 
@@ -31,7 +31,7 @@ def leftovers(folder: Path) -> list[str]:
 def test_fifty_saves_with_random_delays_give_fifty_whole_checkpoints(
     ranks: int, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    options = {"max_steps": 50, "save_steps": 1, "eval_on_save": False, "divguard_safe_save": "staged"}
+    options = {"max_steps": 50, "save_steps": 1, "eval_on_save": False, "divguard_save_mode": "staged"}
     outcomes = run_ranks("train_with_delays", ranks, output_dir=tmp_path / "out", timeout=300, **options)
     for outcome in outcomes:
         assert outcome.check()["step"] == 50
@@ -50,7 +50,7 @@ def test_fifty_saves_with_random_delays_give_fifty_whole_checkpoints(
 def test_a_missing_file_of_any_rank_is_named(
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    for outcome in run_ranks("train", 2, output_dir=tmp_path / "out", max_steps=2, divguard_safe_save=mode):
+    for outcome in run_ranks("train", 2, output_dir=tmp_path / "out", max_steps=2, divguard_save_mode=mode):
         assert outcome.check()["mode"] == mode
     whole = tmp_path / "out" / "checkpoint-2"
     names = sorted(read_manifest(whole).files)
@@ -94,7 +94,7 @@ def test_after_an_error_all_ranks_go_on_if_asked_to(run_ranks: Callable[..., Any
         output_dir=tmp_path / "out",
         at_call=2,
         on_rank=1,
-        divguard_save_error="continue",
+        divguard_on_save_error="continue",
         preserve_best_model=True,
     )
     first, second = (outcome.check() for outcome in outcomes)
@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_flushed_does_not_stop_a_save(
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     outcome = run_ranks(
-        "train_where_folders_cannot_be_flushed", output_dir=tmp_path / "out", divguard_safe_save=mode
+        "train_where_folders_cannot_be_flushed", output_dir=tmp_path / "out", divguard_save_mode=mode
     )
     assert outcome[0].check()["files_flushed"] >= 4 * 9
     assert complete_steps(tmp_path / "out") == [2, 4, 6, 8]

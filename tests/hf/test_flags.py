@@ -24,8 +24,8 @@ from tests.conftest import TokenRows, base_arguments, same_weights, tiny_model, 
 FLAGS: dict[str, Any] = {
     "divguard_detector": "ema",
     "divguard_action": "abort",
-    "divguard_metric": "loss",
-    "divguard_detector_params": {"threshold": 0.75, "short_alpha": 0.5},
+    "divguard_metric_key": "loss",
+    "divguard_detector_kwargs": {"threshold": 0.75, "short_alpha": 0.5},
     "divguard_check_steps": 3,
 }
 
@@ -90,10 +90,10 @@ def test_each_name_makes_its_detector_with_the_metric_it_is_made_for(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"divguard_detector_params": {"treshold": 1.0}}, "no parameter 'treshold'.*It has: .*threshold"),
-        ({"divguard_detector_params": "{threshold: 1.0"}, "`divguard_detector_params` must be a JSON object"),
-        ({"divguard_detector_params": "[1, 2]"}, "`divguard_detector_params` must be a JSON object"),
-        ({"divguard_detector_params": {"short_alpha": 2.0}}, "`short_alpha` must be"),
+        ({"divguard_detector_kwargs": {"treshold": 1.0}}, "no parameter 'treshold'.*It has: .*threshold"),
+        ({"divguard_detector_kwargs": "{threshold: 1.0"}, "`divguard_detector_kwargs` must be a JSON object"),
+        ({"divguard_detector_kwargs": "[1, 2]"}, "`divguard_detector_kwargs` must be a JSON object"),
+        ({"divguard_detector_kwargs": {"short_alpha": 2.0}}, "`short_alpha` must be"),
         ({"divguard_action": "explode"}, "`divguard_action` must be one of .*'warn', 'stop', 'abort'"),
         ({"divguard_detector": "emma"}, "`divguard_detector` must be one of .*'adaptive'"),
         ({"divguard_check_steps": 0}, "`divguard_check_steps` must be a whole number .* at least 1"),
@@ -126,7 +126,7 @@ def test_the_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_empty_settings_are_none(tmp_path: Path) -> None:
-    args = parse("command line", {"divguard_detector": "adaptive", "divguard_detector_params": {}}, tmp_path)
+    args = parse("command line", {"divguard_detector": "adaptive", "divguard_detector_kwargs": {}}, tmp_path)
     assert isinstance(make_detector(args), AdaptiveDivergenceDetector)
 
 

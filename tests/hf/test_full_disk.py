@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_leaves_the_older_checkpoint
         # What a checkpoint takes is known to the check before a save from the one before. A run that has just been
         # resumed has none, so that this one runs into the full disk.
         filled(folder, round(share * kilobytes))
-        trainer = make_trainer(folder / "out", divguard_safe_save=mode, **GUARDED)
+        trainer = make_trainer(folder / "out", divguard_save_mode=mode, **GUARDED)
         with pytest.raises(CheckpointSaveError) as caught:
             trainer.train(resume_from_checkpoint=True)
         words = str(caught.value)
@@ -120,8 +120,8 @@ def test_training_goes_on_over_a_full_disk_if_asked_to_and_saves_again_when_ther
     with disk(tmp_path / "disk", 10 * kilobytes) as folder:
         trainer = make_trainer(
             folder / "out",
-            divguard_safe_save=mode,
-            divguard_save_error="continue",
+            divguard_save_mode=mode,
+            divguard_on_save_error="continue",
             preserve_best_model=True,
             **GUARDED,
         )
@@ -144,7 +144,7 @@ def test_a_failed_save_is_not_called_the_best(
     with disk(tmp_path / "disk", 10 * kilobytes) as folder:
         trainer = make_trainer(
             folder / "out",
-            divguard_save_error="continue",
+            divguard_on_save_error="continue",
             metric_for_best_model="loss",
             eval_on_save=True,
             max_steps=4,
@@ -163,7 +163,7 @@ def test_a_limit_on_the_size_of_files_leaves_the_older_checkpoints(
         output_dir=tmp_path / "out",
         from_step=4,
         largest=4096,
-        divguard_safe_save=mode,
+        divguard_save_mode=mode,
         logging_steps=100,
     )[0]
     assert outcome.error is not None
@@ -178,7 +178,7 @@ def test_a_disk_that_becomes_read_only_leaves_the_older_checkpoints(
     mode: str, kilobytes: int, make_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
     with disk(tmp_path / "disk", 10 * kilobytes) as folder:
-        trainer = make_trainer(folder / "out", divguard_safe_save=mode, **GUARDED)
+        trainer = make_trainer(folder / "out", divguard_save_mode=mode, **GUARDED)
         trainer.add_callback(AtStep(3, lambda: mount("-o", "remount,ro", str(folder))))
         with pytest.raises(CheckpointSaveError, match=r"checkpoint-4 failed.*Read-only file system"):
             trainer.train()

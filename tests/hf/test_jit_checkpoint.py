@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from hf_divguard.storage.checkpoints import find_checkpoints, verify_checkpoint
-from hf_divguard.storage.layout import INCOMPLETE_NAME, SIDECAR_NAME
 from hf_divguard.storage.manifest import read_manifest
+from hf_divguard.storage.names import INCOMPLETE_NAME, SIDECAR_NAME
 from hf_divguard.storage.sidecar import read_sidecar
 
 pytestmark = pytest.mark.skipif(
@@ -27,7 +27,7 @@ MODES = pytest.mark.parametrize("mode", ["staged", "in_place"])
 def test_sigterm_ends_in_a_published_checkpoint(
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    outcome = run_ranks("stop_by_sigterm", output_dir=tmp_path / "out", at_step=3, divguard_safe_save=mode)[0]
+    outcome = run_ranks("stop_by_sigterm", output_dir=tmp_path / "out", at_step=3, divguard_save_mode=mode)[0]
     assert outcome.check()["step"] == 3
     folder = tmp_path / "out" / "checkpoint-3"
     verdict = verify_checkpoint(folder)
@@ -45,7 +45,7 @@ def test_staged_the_folder_with_the_hosts_marker_alone_is_gone_while_the_checkpo
     run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     outcome = run_ranks(
-        "stop_by_sigterm", output_dir=tmp_path / "out", at_step=3, divguard_safe_save="staged"
+        "stop_by_sigterm", output_dir=tmp_path / "out", at_step=3, divguard_save_mode="staged"
     )[0]
     assert outcome.check()["seen"] == ["_divguard_staging", "checkpoint-2"]
 
@@ -60,7 +60,7 @@ def test_sigterm_right_after_a_save_leaves_that_step_complete(
         output_dir=tmp_path / "out",
         at_step=4,
         event="on_step_begin",
-        divguard_safe_save=mode,
+        divguard_save_mode=mode,
         save_total_limit=limit,
         preserve_best_model=True,
     )[0]
@@ -77,7 +77,7 @@ def test_sigterm_right_after_a_save_leaves_that_step_complete(
 def test_sigterm_right_after_a_resume_leaves_the_checkpoint_it_came_from_complete(
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    options = {"output_dir": tmp_path / "out", "divguard_safe_save": mode, "save_total_limit": 1}
+    options = {"output_dir": tmp_path / "out", "divguard_save_mode": mode, "save_total_limit": 1}
     run_ranks("train", max_steps=4, **options)[0].check()
     stopped = run_ranks(
         "stop_by_sigterm", at_step=4, event="on_step_begin", resume=True, max_steps=8, **options

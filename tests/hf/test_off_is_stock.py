@@ -52,7 +52,7 @@ OURS = {
 def without_clock(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key: "masked" if isinstance(key, str) and key.endswith(CLOCK) else without_clock(entry)
+            key: "nan_filtered" if isinstance(key, str) and key.endswith(CLOCK) else without_clock(entry)
             for key, entry in value.items()
         }
     return [without_clock(entry) for entry in value] if isinstance(value, list) else value
@@ -131,8 +131,8 @@ class Counts(TrainerCallback):
 GUARDED: dict[str, dict[str, Any]] = {
     "a detector": {"callbacks": [DualWindowDivergenceDetector(use_eval_loss=False)]},
     "a stateful callback": {"callbacks": [Counts()]},
-    "safe saves": {"divguard_safe_save": "staged"},
-    "safe saves in place": {"divguard_safe_save": "in_place"},
+    "safe saves": {"divguard_save_mode": "staged"},
+    "safe saves in place": {"divguard_save_mode": "in_place"},
     "the adaptive detector": {"divguard_detector": "adaptive", "divguard_action": "warn"},
     "best checkpoints": {"preserve_best_model": True},
     "evaluation on save, where saves were evaluated": {
@@ -178,7 +178,7 @@ def test_each_trainer_resumes_from_the_other_to_the_same_weights(
         DivGuardTrainer: {
             "preserve_best_model": True,
             "eval_on_save": True,
-            "divguard_safe_save": "staged",
+            "divguard_save_mode": "staged",
             "callbacks": [Counts()],
         },
     }

@@ -487,7 +487,7 @@ def test_a_state_trained_through_the_rest_of_a_fault_is_put_back_once_more(make_
     )
     trainer.train()
     first, second = trainer.divguard_events
-    assert second["finding"]["kind"] == "trained_through"
+    assert second["finding"]["kind"] == "rollback_repeated"
     assert (second["step"], second["target_step"]) == (131, first["target_step"])
     assert second["learning_rate_after"] == first["learning_rate_before"]
 
@@ -539,7 +539,7 @@ def test_gradients_that_explode_unclipped_are_undone_though_the_loss_does_not_sh
     first, second = trainer.divguard_events
     assert (first["finding"]["kind"], first["onset_step"]) == ("grad_explosion", 41)
     # It was found at its third step; its last two struck the restored state, which is put back once more.
-    assert (second["finding"]["kind"], second["onset_step"]) == ("trained_through", 44)
+    assert (second["finding"]["kind"], second["onset_step"]) == ("rollback_repeated", 44)
     assert [first["target_step"], second["target_step"]] == [35, 35]
     second_moment = max(
         float(memory["exp_avg_sq"].max()) for memory in trainer.optimizer.state_dict()["state"].values()

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_divguard import CheckpointError, NoCompleteCheckpointError
 from hf_divguard.storage.checkpoints import find_checkpoints, verify_checkpoint
-from hf_divguard.storage.layout import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.manifest import read_manifest
+from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.quarantine import quarantine
 from tests.conftest import same_weights, tiny_model, weights
 from tests.storage.conftest import damages, tree
@@ -67,7 +67,7 @@ def copy_of(saved: dict[str, Path], name: str, tmp_path: Path) -> Path:
 def test_every_file_of_a_checkpoint_stands_in_its_manifest(
     mode: str, make_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    make_trainer(tmp_path / "out", divguard_safe_save=mode, max_steps=4).train()
+    make_trainer(tmp_path / "out", divguard_save_mode=mode, max_steps=4).train()
     for step in (2, 4):
         folder = tmp_path / "out" / f"checkpoint-{step}"
         manifest = read_manifest(folder)
@@ -90,7 +90,7 @@ def test_no_reader_sees_a_part_of_a_checkpoint_while_it_is_written(
         def load_state_dict(self, state: dict[str, Any]) -> None:
             pass
 
-    make_trainer(tmp_path / "out", divguard_safe_save="staged", max_steps=4, callbacks=[Look()]).train()
+    make_trainer(tmp_path / "out", divguard_save_mode="staged", max_steps=4, callbacks=[Look()]).train()
     assert seen[-1] == ["checkpoint-2"]
 
 
@@ -98,7 +98,7 @@ def test_no_reader_sees_a_part_of_a_checkpoint_while_it_is_written(
 def test_a_run_that_was_cut_and_resumed_ends_with_the_weights_of_one_that_was_not(
     mode: str, make_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    options = {"divguard_safe_save": mode, "eval_on_save": True, "dropout": 0.1}
+    options = {"divguard_save_mode": mode, "eval_on_save": True, "dropout": 0.1}
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
@@ -309,7 +309,7 @@ def test_a_file_or_link_that_has_the_name_of_the_next_checkpoint_is_left_alone(
         name.write_text("precious")
     else:
         name.symlink_to(elsewhere, target_is_directory=True)
-    trainer = make_trainer(tmp_path / "out", divguard_safe_save=mode, eval_on_save=True)
+    trainer = make_trainer(tmp_path / "out", divguard_save_mode=mode, eval_on_save=True)
     with pytest.raises(CheckpointError, match=r"checkpoint-4 failed.*needs this name for its folder"):
         trainer.train()
     assert (elsewhere / MANIFEST_NAME).read_text() == "precious"
@@ -438,7 +438,7 @@ def test_saving_a_step_again_never_leaves_the_run_without_a_checkpoint(
     mode: str, moment: str, run_ranks: Callable[..., Any], make_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
     outcome = run_ranks(
-        "kill_during_a_second_save", output_dir=tmp_path / "out", safe_save=mode, moment=moment
+        "kill_during_a_second_save", output_dir=tmp_path / "out", save_mode=mode, moment=moment
     )
     expected = None if (moment, mode) == ("write", "in_place") else "it ended with -9"
     assert outcome[0].error == expected, outcome[0].log

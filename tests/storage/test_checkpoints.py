@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_divguard.storage.checkpoints import best_checkpoints, find_checkpoints, latest_complete_checkpoint
-from hf_divguard.storage.layout import MANIFEST_NAME, SIDECAR_NAME
+from hf_divguard.storage.names import MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.sidecar import CheckpointRecord, write_sidecar
 
 from .conftest import certify, records_of, sidecar_of, small_checkpoint

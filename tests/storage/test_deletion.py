@@ -14,7 +14,7 @@ import pytest
 
 from hf_divguard.storage.checkpoints import find_checkpoints, latest_complete_checkpoint, verify_checkpoint
 from hf_divguard.storage.deletion import delete_checkpoint, remove_tree
-from hf_divguard.storage.layout import DELETING_PREFIX
+from hf_divguard.storage.names import DELETING_PREFIX
 from hf_divguard.storage.staging import recover
 
 from .conftest import certify, small_checkpoint, tree

@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_divguard.storage.checkpoints import best_checkpoints, find_checkpoints, verify_checkpoint
-from hf_divguard.storage.fields import sealed
-from hf_divguard.storage.layout import MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.manifest import ManifestError, check_manifest, read_manifest
+from hf_divguard.storage.names import MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.quarantine import quarantine
+from hf_divguard.storage.record import sealed
 from hf_divguard.storage.sidecar import SidecarError, read_sidecar, write_sidecar
 
 from .conftest import certify, records_of, sidecar_of, small_checkpoint, tree

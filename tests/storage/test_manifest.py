@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from hf_divguard.errors import CheckpointSaveError
-from hf_divguard.storage.fields import sealed
-from hf_divguard.storage.layout import INCOMPLETE_NAME, MANIFEST_NAME
 from hf_divguard.storage.manifest import (
     FileEntry,
     Manifest,
@@ -20,6 +18,8 @@ from hf_divguard.storage.manifest import (
     remove_manifest,
     write_manifest,
 )
+from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME
+from hf_divguard.storage.record import sealed
 
 PLACE = {"step": 20, "run_id": "run", "sequence": 1, "world_size": 1}
 

@@ -11,7 +11,7 @@ from hf_divguard.storage.checkpoints import (
     latest_complete_checkpoint,
     verify_checkpoint,
 )
-from hf_divguard.storage.layout import MANIFEST_NAME, SIDECAR_NAME
+from hf_divguard.storage.names import MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.quarantine import quarantine
 from hf_divguard.storage.sidecar import read_sidecar
 

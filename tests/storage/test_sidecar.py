@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_divguard.storage.fields import sealed
-from hf_divguard.storage.layout import SIDECAR_NAME
+from hf_divguard.storage.names import SIDECAR_NAME
+from hf_divguard.storage.record import sealed
 from hf_divguard.storage.sidecar import CheckpointRecord, Sidecar, SidecarError, read_sidecar, write_sidecar
 
 FULL = Sidecar(

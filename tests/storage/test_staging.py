@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_divguard.storage.checkpoints import find_checkpoints, latest_complete_checkpoint, verify_checkpoint
-from hf_divguard.storage.layout import DELETING_PREFIX, INCOMPLETE_NAME, REPLACED_PREFIX, STAGING_NAME
+from hf_divguard.storage.names import DELETING_PREFIX, INCOMPLETE_NAME, REPLACED_PREFIX, STAGING_NAME
 from hf_divguard.storage.staging import (
     discard_staging,
     folders_can_be_renamed,

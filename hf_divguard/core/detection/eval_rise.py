@@ -1,0 +1,119 @@
+"""An evaluation loss that has turned and climbs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.findings import Finding, Severity
+
+__all__ = ["EvalRise"]
+
+# Where each number comes from is told in docs/detectors.md.
+KEPT = 24
+IN_A_ROW = 3
+SHARE = 0.1
+SPREADS = 3.0
+
+
+class EvalRise:
+    """Watch the loss of one evaluation set; report when its last 3 values all lie clearly above its best.
+
+    Clearly means: by a tenth of what had been gained since the first evaluation, and by 3
+    times the usual distance of an evaluation from the mean of its neighbours.
+
+    Args:
+        metric: Log key of the evaluation loss, for messages.
+        severity: Severity of the finding.
+
+    Example:
+        >>> rise = EvalRise()
+        >>> losses = [4.0, 3.3, 3.0, 2.9, 2.85, 2.9, 3.1, 3.3, 3.6]
+        >>> findings = [rise.observe(step, loss) for step, loss in enumerate(losses)]
+        >>> print(findings[-1])
+        `eval_loss` = 3.6 at step 8 has climbed for 3 evaluations since its best 2.85 at step 4 (limit 3).
+    """
+
+    def __init__(self, *, metric: str = "eval_loss", severity: Severity = "warning") -> None:
+        self.metric = metric
+        self.severity = severity
+        self._first: float | None = None
+        self._best: float | None = None
+        self._best_step = 0
+        self._values: list[float] = []
+        self._above = 0
+        self._is_open = False
+        self._training_at_best: float | None = None
+
+    def observe(self, step: int, value: float, training_level: float | None = None) -> Finding | None:
+        """Feed one finite evaluation loss, with the level of the training loss where it is known."""
+        value = max(-1e300, min(1e300, value))
+        if self._first is None:
+            self._first = value
+        self._values = [*self._values, value][-KEPT:]
+        if self._best is None or value <= self._best:
+            self._best, self._best_step, self._training_at_best = value, step, training_level
+            self._above, self._is_open = 0, False
+            return None
+        limit = self._best + max(SHARE * (self._first - self._best), SPREADS * self._noise())
+        self._above = self._above + 1 if value > limit else 0
+        if self._above == 0:
+            self._is_open = False
+        if self._above < IN_A_ROW or self._is_open:
+            return None
+        self._is_open = True
+        evidence: dict[str, float | int | str] = {"best": self._best, "best_step": self._best_step}
+        while_falling = ""
+        if training_level is not None and self._training_at_best is not None:
+            evidence |= {"training_then": self._training_at_best, "training_now": training_level}
+            if training_level < self._training_at_best:
+                while_falling = (
+                    f", while training fell from {self._training_at_best:.6g} to {training_level:.6g}"
+                )
+        return Finding(
+            step=step,
+            # The weights after the best step are good: so is the training loss of the step after it.
+            onset_step=min(step, self._best_step + 2),
+            kind="eval_climb",
+            severity=self.severity,
+            metric=self.metric,
+            value=value,
+            limit=limit,
+            message=(
+                f"`{self.metric}` = {value:.6g} at step {step} has climbed for {IN_A_ROW} evaluations since its "
+                f"best {self._best:.6g} at step {self._best_step}{while_falling} (limit {limit:.4g})."
+            ),
+            evidence=evidence,
+        )
+
+    def _noise(self) -> float:
+        values = self._values
+        if len(values) < 3:
+            return 0.0
+        bends = [
+            abs(values[i] - 0.5 * values[i - 1] - 0.5 * values[i + 1]) for i in range(1, len(values) - 1)
+        ]
+        return median(bends)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as JSON values."""
+        return {name: getattr(self, f"_{name}") for name in _STATE}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a memory.
+
+        Raises:
+            ValueError: If a part is missing or not a finite number.
+        """
+        values = {name: state_dict.get(name) for name in _STATE}
+        numbers = [v for v in values.values() if isinstance(v, (int, float))] + list(values["values"] or [])
+        if set(_STATE) - state_dict.keys() or not all(math.isfinite(number) for number in numbers):
+            raise ValueError(
+                f"The state of the evaluation loss `{self.metric}` cannot be read: {state_dict!r}."
+            )
+        for name, value in values.items():
+            setattr(self, f"_{name}", value)
+
+
+_STATE = ("first", "best", "best_step", "values", "above", "is_open", "training_at_best")

@@ -1,0 +1,332 @@
+"""The level of a loss: whether it jumped, climbs or is stuck, measured by what the run is like."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from hf_divguard.core.detection.baseline import RobustBaseline, median
+from hf_divguard.core.detection.cusum import PATIENCE, RiseCusum
+from hf_divguard.core.detection.gradients import Gradients
+from hf_divguard.core.findings import Finding
+
+__all__ = ["LossLevelMonitor"]
+
+# Where each number comes from is told in docs/detectors.md.
+FIRST_VALUES = 5
+LEAST_PATIENCE = 3
+HISTORY_PER_PATIENCE = 10
+JUMP_SCORE = 8.0
+CLIMB_SCORE = 30.0
+JUMP_SHARE = 0.25
+CLIMB_SHARE = 0.45
+FULL_SHARE = 0.4
+JUMP_SPREADS = 3.0
+CLIMB_SPREADS = 10.0
+LEAST_SPREADS = 0.3
+FEW_VALUES = 50
+JUMP_MOVEMENTS = 2.0
+CLIMB_MOVEMENTS = 5.0
+CLIMB_NOISES = 3.0
+HEALED_FACTOR = 1.5
+SLOW_RISE = 20
+RETURNED = 25
+SPIKE_SPREADS = 5.0
+PLATEAU_VALUES = 16
+PLATEAU_RATIO = 8
+PLATEAU_NOISES = 4.0
+RESOLUTION = 1e-3
+_HUGE = 1e300
+
+
+class _Bounds(NamedTuple):
+    """What a rise has to reach at this value to matter."""
+
+    progress: float
+    jump: float
+    climb: float
+    jump_scale: float
+    climb_scale: float
+    weight: float
+
+
+class LossLevelMonitor:
+    """Watch one series for rises that last, and tell them from noise, spikes and what heals.
+
+    Args:
+        gradients: Gradient norms of the same series; may stay empty.
+        sensitivity: How readily findings are made. 2.0 asks for half the height and half
+            the evidence of 1.0.
+        metric: Log key of the series, for messages.
+
+    Example:
+        >>> watch = LossLevelMonitor(Gradients())
+        >>> kinds = []
+        >>> for step in range(80):
+        ...     finding = watch.observe(step, 1.0 if step < 50 else 3.0, None)
+        ...     kinds += [(step, finding.kind)] if finding else []
+        >>> kinds
+        [(50, 'spike'), (58, 'jump')]
+    """
+
+    def __init__(self, gradients: Gradients, *, sensitivity: float = 1.0, metric: str = "loss") -> None:
+        self.gradients = gradients
+        self.sensitivity = sensitivity
+        self.metric = metric
+        self.level = RobustBaseline()
+        self._healed = 0.0
+        self._calm_step: int | None = None
+        self._lowest_step: int | None = None
+        self.start_grace(0)
+
+    def start_grace(self, n_values: int) -> None:
+        """Keep what is ordinary, drop what is suspected, and judge no rise for ``n_values`` values."""
+        self.grace = n_values
+        self._jump, self._climb = RiseCusum(), RiseCusum()
+        self._step: int | None = None
+        self._gap = 1
+        self._open = ""
+
+    @property
+    def is_suspecting(self) -> bool:
+        """Whether values are being kept out of the level, so that it is not where the loss is."""
+        return bool(self._open) or self._jump.score > 0.0
+
+    @property
+    def suspected_since(self) -> int | None:
+        """Step since which a rise is suspected; ``None`` while there is little to suspect."""
+        return self._jump.onset_step if self._jump.score > 0.5 * JUMP_SCORE else None
+
+    def observe(self, step: int, value: float, gradient: float | None) -> Finding | None:
+        """Feed one finite value with its finite gradient norm, if known; return a finding if there is one."""
+        if self._step is not None and step > self._step:
+            self._gap = step - self._step
+        self._step = step
+        level = self.level
+        level.see(value)
+        if level.count in (level.lowest[0][1], level.lowest[-1][1]):
+            self._lowest_step = step
+        if level.count <= FIRST_VALUES:
+            self._accept(step, value, gradient, math.inf)
+            return None
+        if self.grace > 0:
+            self.grace -= 1
+            if value <= level.upper:
+                self._accept(step, value, gradient, math.inf)
+            return None
+        bounds = self._bounds(value)
+        center, best = level.center, _or_center(level.best, level.center)
+        kind = self._judge_jump(step, value, bounds, center)
+        kind = kind or self._judge_climb(step, value, bounds, best)
+        kind = kind or self._judge_plateau()
+        note = self._spike(step, value, bounds) if len(self._jump.values) == 1 else None
+        finding = self._level_finding(kind, step, value, bounds) if kind and not self._open else note
+        self._open = self._open or kind
+        if self._jump.score == 0.0:
+            if self._climb.score == 0.0 and not kind:
+                self._open = ""
+            self._accept(step, value, gradient, best + 0.25 * bounds.climb)
+        return finding
+
+    def _bounds(self, value: float) -> _Bounds:
+        """Work out what matters now: shares of the progress, spreads of the noise, rises that healed."""
+        level, progress, spread = self.level, self.level.progress, self.level.spread
+        few = max(1.0, FEW_VALUES / level.count)
+        jump = max(JUMP_SHARE * progress, JUMP_MOVEMENTS * level.movement)
+        jump = max(jump, _spreads(JUMP_SPREADS * few, progress, spread))
+        climb = max(CLIMB_SHARE * progress, CLIMB_MOVEMENTS * level.movement_at_best)
+        climb = max(climb, _spreads(CLIMB_SPREADS * few, progress, level.spread_at_best))
+        # What came back once may come again; losing all that was learnt is never taken for that.
+        healed = min(HEALED_FACTOR * self._healed, progress)
+        jump, climb = max(jump, healed) / self.sensitivity, max(climb, healed) / self.sensitivity
+        scale = max(FULL_SHARE * progress, spread / 2.563)
+        if scale <= 0.0:
+            # A constant so far: all that is known of its scale is its size.
+            scale = max(RESOLUTION * abs(value), 1e-300)
+        jump, climb = jump or scale, climb or scale
+        patience = max(
+            LEAST_PATIENCE, -(-PATIENCE // self._gap), min(PATIENCE, level.count / HISTORY_PER_PATIENCE)
+        )
+        return _Bounds(
+            progress, jump, climb, scale, max(0.1 * progress, 2.0 * level.noise) or scale, PATIENCE / patience
+        )
+
+    def _judge_jump(self, step: int, value: float, bounds: _Bounds, center: float) -> str:
+        rise, weight = self._jump, bounds.weight
+        was_rising = rise.score > 0.0
+        rise.add(step, value, (value - self.level.upper) / bounds.jump_scale, weight)
+        if rise.score == 0.0:
+            if was_rising:
+                self._take_back()
+            return ""
+        height, count = rise.late_level() - center, len(rise.values) * weight
+        if count >= 6.0:
+            rise.peak = max(rise.peak, min(height, _HUGE))
+        if rise.score >= JUMP_SCORE / self.sensitivity:
+            if (
+                not self._open
+                and height >= bounds.jump
+                and not self._is_healing(rise, center, bounds.jump, bounds)
+            ):
+                return "jump"
+            rise.score = min(rise.score, 2.0 * JUMP_SCORE / self.sensitivity)
+        if count > SLOW_RISE and rise.peak < bounds.jump:
+            # Too slow or too small for a jump: it is ordinary now, and the climb is watched from the best level.
+            self._take_back()
+        return ""
+
+    def _judge_climb(self, step: int, value: float, bounds: _Bounds, best: float) -> str:
+        climb = self._climb
+        climb.add(step, value, (value - best - bounds.climb) / bounds.climb_scale, bounds.weight)
+        if climb.score < CLIMB_SCORE / self.sensitivity or self._open:
+            return ""
+        if median(climb.values[-PATIENCE:]) - best < max(bounds.climb, CLIMB_NOISES * self.level.noise):
+            return ""
+        return "" if self._is_healing(climb, best, bounds.climb, bounds) else "climb"
+
+    def _judge_plateau(self) -> str:
+        level = self.level
+        (lowest, first), (second, other) = level.lowest
+        if level.count < max(PLATEAU_VALUES, PLATEAU_RATIO * max(first, other)):
+            return ""
+        noise = PLATEAU_NOISES * max(level.noise, level.early_noise)
+        gained, lost, gap = level.initial - lowest, level.center - lowest, level.lower - second
+        far = (
+            gained > noise
+            and lost > PLATEAU_NOISES * level.early_noise
+            and gap > PLATEAU_NOISES * level.noise
+        )
+        return "plateau" if far and gap > 0.0 and lost >= JUMP_SHARE / self.sensitivity * gained else ""
+
+    def _is_healing(self, rise: RiseCusum, base: float, need: float, bounds: _Bounds) -> bool:
+        return rise.is_healing(
+            base, need, bounds.progress, self.gradients.pull(len(rise.values)), bounds.weight
+        )
+
+    def _take_back(self) -> None:
+        """Let the values of a rise that is over into what is ordinary, so that its like is known next time."""
+        rise = self._jump
+        if len(rise.values) >= PATIENCE or rise.highest_score >= 0.5 * JUMP_SCORE:
+            self._healed = max(self._healed, rise.peak)
+        for value in rise.values[-RETURNED:]:
+            self.level.accept(value)
+        rise.clear()
+
+    def _accept(self, step: int, value: float, gradient: float | None, calm: float) -> None:
+        self.level.accept(value)
+        if gradient is not None:
+            self.gradients.accept(gradient, self.level.size)
+        if self.level.level is not None and self.level.level <= calm:
+            self._calm_step = step
+
+    # ---- findings
+
+    def _spike(self, step: int, value: float, bounds: _Bounds) -> Finding | None:
+        limit = self.level.upper + max(bounds.jump, SPIKE_SPREADS * self.level.spread)
+        if value < limit or self._open:
+            return None
+        message = (
+            f"`{self.metric}` = {value:.4g} at step {step} is a spike: above {limit:.4g}, while the usual is "
+            f"{self.level.center:.4g}."
+        )
+        return Finding(
+            step=step,
+            onset_step=step,
+            kind="spike",
+            severity="note",
+            metric=self.metric,
+            value=value,
+            limit=limit,
+            message=message,
+            evidence={"usual": self.level.center, "spread": self.level.spread},
+        )
+
+    def _level_finding(self, kind: str, step: int, value: float, bounds: _Bounds) -> Finding:
+        level, best = self.level, _or_center(self.level.best, self.level.center)
+        if kind == "jump":
+            before, now, limit = level.center, self._jump.late_level(), level.center + bounds.jump
+            onset = step if self._jump.onset_step is None else min(step, self._jump.onset_step)
+            said = f"has stayed up since it jumped at step {onset}: {before:.4g} before, {now:.4g} now"
+        elif kind == "climb":
+            before, now, limit = best, median(self._climb.values[-PATIENCE:]), best + bounds.climb
+            onset = _after(self._calm_step, step)
+            said = f"has climbed from step {onset} on: {before:.4g} at its best, {now:.4g} now"
+        else:
+            before, now, limit = level.lowest[0][0], level.center, level.lowest[1][0]
+            onset = _after(self._lowest_step, step)
+            said = f"has been stuck from step {onset} on: {before:.4g} at its best, {now:.4g} now"
+        evidence: dict[str, float | int | str] = {
+            "before": before,
+            "now": now,
+            "best": best,
+            "progress": bounds.progress,
+            "noise": level.noise,
+        }
+        lost = ""
+        if bounds.progress > 0.0:
+            evidence["lost_share"] = (now - before) / bounds.progress
+            lost = f", {(now - before) / bounds.progress:.0%} of the progress lost"
+        pull = self.gradients.pull()
+        if pull is not None:
+            evidence["grad_norm_ratio"] = pull
+        return Finding(
+            step=step,
+            onset_step=onset,
+            kind=kind,
+            severity="error",
+            metric=self.metric,
+            value=value,
+            limit=limit,
+            message=f"`{self.metric}` = {value:.4g} at step {step} {said} (limit {limit:.4g}){lost}.",
+            evidence=evidence,
+        )
+
+    # ---- memory
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as JSON values."""
+        return {
+            **{name: getattr(self, f"_{name}") for name in _STATE},
+            "grace": self.grace,
+            "level": self.level.state_dict(),
+            "jump": self._jump.state_dict(),
+            "climb": self._climb.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a memory.
+
+        Raises:
+            KeyError: If a part is missing.
+            TypeError: If a part is not made of numbers.
+        """
+        level = RobustBaseline.from_state_dict(state_dict["level"])
+        jump, climb = (
+            RiseCusum.from_state_dict(state_dict["jump"]),
+            RiseCusum.from_state_dict(state_dict["climb"]),
+        )
+        values = {name: state_dict[name] for name in _STATE}
+        self.grace = int(state_dict["grace"])
+        self.level, self._jump, self._climb = level, jump, climb
+        for name, value in values.items():
+            setattr(self, f"_{name}", value)
+
+
+_STATE = ("healed", "calm_step", "lowest_step", "step", "gap", "open")
+
+
+def _or_center(best: float | None, center: float) -> float:
+    """Return ``best``, or ``center`` while there is none."""
+    return center if best is None else best
+
+
+def _after(last_good: int | None, step: int) -> int:
+    """Return the first step that may be bad, at most ``step``."""
+    return step if last_good is None else min(step, last_good + 1)
+
+
+def _spreads(factor: float, progress: float, spread: float) -> float:
+    """Return how much a rise must be in spreads: the more has been learnt, the less the noise is asked."""
+    if spread <= 0.0:
+        return 0.0
+    return max(LEAST_SPREADS, factor / (1.0 + min(1e6, progress / spread) ** 2)) * spread
