@@ -52,6 +52,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hf_divguard.hf.checkpoint_saver as checkpoint_saver
+import hf_divguard.hf.run_guard as run_guard
 import numpy
 import safetensors.torch
 import torch
@@ -59,8 +61,6 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import hf_divguard
-import hf_divguard.hf.checkpoint_saver as checkpoint_saver
-import hf_divguard.hf.run_guard as run_guard
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
 from hf_divguard.storage.checkpoints import find_checkpoints
 

@@ -30,12 +30,12 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import torch
 import transformers
+from hf_divguard.hf.loss_tap import LossTap
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
 from hf_divguard.core.detection.adaptive import AdaptiveRule
-from hf_divguard.hf.loss_tap import LossTap
 
 BLOCK = 10
 """Steps of a turn: one log and one look at the losses each."""
@@ -267,7 +267,7 @@ disappear.
 Measured on {platform.machine()} with {os.cpu_count()} cores shared with other work, one thread: Python
 {platform.python_version()}, PyTorch {torch.__version__}, Transformers {transformers.__version__}.
 
-How often the CPU waits for the device needs no measurement: `tests/hf/test_loss_tap.py` counts it. It is as often as
+How often the CPU waits for the device needs no measurement: `tests/hf/test_losses.py` counts it. It is as often as
 the stock Trainer does, and one transfer more for each check of the losses: every `divguard_check_steps` steps, and before
 a log, an evaluation or a save.
 

@@ -25,11 +25,8 @@ if TYPE_CHECKING:
     )
     from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
     from hf_divguard.hf.arguments import DivGuardArgumentsMixin, DivGuardTrainingArguments
-    from hf_divguard.hf.detectors import (
-        DivergenceDetector,
-        DualTimeScaleDivergenceDetector,
-        DualWindowDivergenceDetector,
-    )
+    from hf_divguard.hf.detectors import DivergenceDetector
+    from hf_divguard.hf.dual_detectors import DualTimeScaleDivergenceDetector, DualWindowDivergenceDetector
     from hf_divguard.hf.trainer import DivGuardMixin, DivGuardTrainer
     from hf_divguard.replays import replay
     from hf_divguard.storage.checkpoints import (
@@ -52,8 +49,8 @@ _HOME = {
     "DivGuardTrainer": "hf.trainer",
     "DivGuardTrainingArguments": "hf.arguments",
     "DivergenceDetector": "hf.detectors",
-    "DualTimeScaleDivergenceDetector": "hf.detectors",
-    "DualWindowDivergenceDetector": "hf.detectors",
+    "DualTimeScaleDivergenceDetector": "hf.dual_detectors",
+    "DualWindowDivergenceDetector": "hf.dual_detectors",
     "Finding": "core.findings",
     "HistoryError": "errors",
     "MetricNotFoundError": "errors",

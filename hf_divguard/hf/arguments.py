@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,9 +13,16 @@ from transformers import TrainingArguments
 
 from hf_divguard.core.detection.registry import make_rule
 from hf_divguard.core.metrics import greater_is_better, with_eval_prefix
-from hf_divguard.hf.actions import Action
+from hf_divguard.core.outcome import Action
 
-__all__ = ["DetectorName", "DivGuardArgumentsMixin", "DivGuardTrainingArguments", "SaveMode", "options_of"]
+__all__ = [
+    "DetectorName",
+    "DivGuardArgumentsMixin",
+    "DivGuardTrainingArguments",
+    "SaveMode",
+    "check_evaluation_data",
+    "options_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -79,23 +87,24 @@ else:
 class DivGuardArgumentsMixin(_Host):
     """Adds the options of hf_divguard to any ``TrainingArguments`` dataclass.
 
-    Put it left of the class it extends. Each field says what it does in its help text
-    (``--help`` on a command line). With every field at its default the training is the
-    stock one.
+        Put it left of the class it extends. Each field says what it does in its help text
+        (``--help`` on a command line). With every field at its default the training is the
+        stock one.
 
-    Raises:
-        ValueError: At construction, for values out of range and for options that
-            contradict each other; the sentence says what to change.
+        Raises:
+            ValueError: At construction, for values out of range and for options that
+                contradict each other; the sentence says what to change.
 
-    Example:
-        >>> from dataclasses import dataclass
-        >>> from transformers import Seq2SeqTrainingArguments
-        >>> @dataclass
-        ... class MyArguments(DivGuardArgumentsMixin, Seq2SeqTrainingArguments):
-        ...     pass
-        >>> args = MyArguments("out", save_steps=7, eval_on_save=True, load_best_model_at_end=True, use_cpu=True)
-        >>> args.save_steps, str(args.eval_strategy.value), args.load_best_model_at_end
-        (7, 'no', True)
+        Example:
+            >>> from collections.abc import Mapping
+    from dataclasses import dataclass
+            >>> from transformers import Seq2SeqTrainingArguments
+            >>> @dataclass
+            ... class MyArguments(DivGuardArgumentsMixin, Seq2SeqTrainingArguments):
+            ...     pass
+            >>> args = MyArguments("out", save_steps=7, eval_on_save=True, load_best_model_at_end=True, use_cpu=True)
+            >>> args.save_steps, str(args.eval_strategy.value), args.load_best_model_at_end
+            (7, 'no', True)
     """
 
     preserve_best_model: bool = field(
@@ -403,6 +412,24 @@ class DivGuardArgumentsMixin(_Host):
                 self.eval_steps,
                 save_strategy,
                 self.save_steps,
+            )
+
+
+def check_evaluation_data(options: Any, eval_dataset: Any) -> None:
+    """Raise ``ValueError`` if an option needs an evaluation data set, or a metric, that cannot come."""
+    if options.eval_on_save and eval_dataset is None:
+        raise ValueError(
+            "`eval_on_save=True` evaluates before every save, but there is no `eval_dataset`. Pass one to the "
+            "trainer, or set `eval_on_save=False`."
+        )
+    if options.preserve_best_model and isinstance(eval_dataset, Mapping):
+        metric = options.divguard_ranking_key.removeprefix("eval_")
+        if not any(metric.startswith(f"{name}_") for name in eval_dataset):
+            likely = [f"{name}_{metric}" for name in eval_dataset]
+            raise ValueError(
+                f"`best_model_metric={options.best_model_metric!r}` names no metric of the evaluation sets "
+                f"{list(eval_dataset)}: with several sets each metric carries the name of its set. Set it to one "
+                f"of {likely}."
             )
 
 

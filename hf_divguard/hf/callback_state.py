@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_divguard.hf.actions import spoilt_note
+from hf_divguard.core.outcome import RunOutcome
+from hf_divguard.hf.state import outcome_of
 from hf_divguard.storage.jsonio import to_strict
 from hf_divguard.storage.names import SIDECAR_NAME, checkpoint_name
+from hf_divguard.storage.quarantine import quarantine_note
+from hf_divguard.storage.record import Quarantine
 from hf_divguard.storage.sidecar import Sidecar, SidecarError, read_sidecar, write_sidecar
 
 __all__ = [
@@ -20,11 +24,18 @@ __all__ = [
     "collect_states",
     "is_stateful",
     "named_callbacks",
+    "quarantine_of",
     "read_callback_states",
     "restore_states",
 ]
 
 logger = logging.getLogger(__name__)
+
+
+def quarantine_of(outcome: RunOutcome) -> Quarantine | None:
+    """Return why what is saved now must never be resumed; ``None`` if nothing speaks against it."""
+    finding = outcome.damaged_by
+    return None if finding is None else quarantine_note(finding.message, finding.onset_step)
 
 
 def is_stateful(callback: Any) -> bool:
@@ -99,7 +110,7 @@ def restore_states(named: dict[str, Any], states: dict[str, Any]) -> list[str]:
     for name, callback in named.items():
         if name not in states:
             logger.warning(
-                "The checkpoint holds no state of callback %s (it holds %s); it starts anew.",
+                "The checkpoint holds no state of callback %s (it holds %s); it starts from scratch.",
                 name,
                 sorted(states),
             )
@@ -108,7 +119,7 @@ def restore_states(named: dict[str, Any], states: dict[str, Any]) -> list[str]:
             callback.load_state_dict(copy.deepcopy(states[name]))
         except Exception as error:
             logger.warning(
-                "The state of callback %s could not be restored (%s: %s); it starts anew.",
+                "The state of callback %s could not be restored (%s: %s); it starts from scratch.",
                 name,
                 type(error).__name__,
                 error,
@@ -126,22 +137,23 @@ def read_callback_states(checkpoint: str | os.PathLike[str]) -> dict[str, Any] |
         return None
     except (SidecarError, OSError) as error:
         logger.warning(
-            "The callback states in %s cannot be read (%s); callbacks start anew.",
+            "The callback states in %s cannot be read (%s); callbacks start from scratch.",
             os.path.join(checkpoint, SIDECAR_NAME),
             error,
         )
         return None
 
 
+_holders: weakref.WeakKeyDictionary[RunOutcome, dict[str, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+
+
 def _claim(state: Any, callback: Any) -> str:
     """Return the name that ``callback`` has in the run of ``state``, as ``named_callbacks`` would give it.
 
-    Where no trainer of ours keeps the list, the run's state does: the callbacks of one run
+    Where no trainer of ours keeps the list, the run's outcome does: the callbacks of one run
     share it, and come in their order.
     """
-    if not hasattr(state, "divguard_names"):
-        state.divguard_names = {}
-    holders: dict[str, weakref.ref[Any]] = state.divguard_names
+    holders = _holders.setdefault(outcome_of(state), {})
     base = name = _given_name(callback) or type(callback).__name__
     number = 1
     while name in holders and holders[name]() is not callback:
@@ -162,6 +174,15 @@ class StandaloneStateKeeper:
         self._callback = callback
         self.kept_by_trainer = False
 
+    @contextlib.contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """While a trainer of ours keeps the state itself."""
+        self.kept_by_trainer = True
+        try:
+            yield
+        finally:
+            self.kept_by_trainer = False
+
     def save(self, args: Any, state: Any) -> None:
         """Merge the state of the callback into the sidecar of the checkpoint that was just saved."""
         if self.kept_by_trainer or args is None or state is None or not getattr(args, "should_save", False):
@@ -178,7 +199,7 @@ class StandaloneStateKeeper:
                 run_id="",
                 sequence=state.global_step,
                 callbacks={**(read_callback_states(folder) or {}), **states},
-                quarantine=spoilt_note(state),
+                quarantine=quarantine_of(outcome_of(state)),
             )
             write_sidecar(folder, sidecar)
         except (OSError, ValueError, TypeError) as error:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_divguard.core.detection.detector import Rule
-from hf_divguard.core.detection.ema import DualTimeScaleRule
-from hf_divguard.core.detection.window import DualWindowRule
+from hf_divguard.core.detection.adaptive import AdaptiveRule
+from hf_divguard.core.detection.detector import Rule, StepValues
+from hf_divguard.core.detection.nonfinite import NonFiniteRule
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.metrics import greater_is_better as direction_of
-from hf_divguard.hf.actions import (
-    act_on,
-    check_action,
-    is_muted,
-    is_world_zero,
-    keep_aborted,
-    mark_run_output,
-)
+from hf_divguard.core.outcome import Action, RunOutcome, check_action
+from hf_divguard.hf import control as switches
 from hf_divguard.hf.callback_state import StandaloneStateKeeper
+from hf_divguard.hf.resume_conditions import changed_conditions, conditions_of
+from hf_divguard.hf.state import outcome_of
 
-__all__ = ["DivergenceDetector", "DualTimeScaleDivergenceDetector", "DualWindowDivergenceDetector"]
+__all__ = ["DivergenceDetector", "RawLossDetector"]
 
 logger = logging.getLogger(__name__)
+
+_CONSEQUENCE = {
+    "warn": "Training goes on.",
+    "stop": "Training stops after this step's log, evaluation and save.",
+    "abort": "Training ends now and nothing more is saved.",
+}
 
 # Rounds of logs (or evaluations) without the watched key after which the user is told. An evaluation with
 # several data sets is one round; the first train log may lack a key that later ones have.
@@ -66,11 +68,11 @@ class DivergenceDetector(TrainerCallback):
     ) -> None:
         check_action(action)
         self.rule = rule
-        self.action = action
+        self.action: Action = action  # type: ignore[assignment]
         self.metric_key = metric_key
         self.name = name
         self.findings: list[Finding] = []
-        self._keeper = StandaloneStateKeeper(self)
+        self.state_keeper = StandaloneStateKeeper(self)
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -121,7 +123,7 @@ class DivergenceDetector(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start clean; with a stock Trainer that resumes, take the memory from the checkpoint."""
-        if self.action == "rollback" and not self._keeper.kept_by_trainer:
+        if self.action == "rollback" and not self.state_keeper.kept_by_trainer:
             raise ValueError(
                 f"{self._label}: `action='rollback'` needs `DivGuardTrainer`, which can put weights and optimizer back "
                 "inside the running loop. With this trainer use 'stop', 'abort' or 'warn'."
@@ -129,12 +131,12 @@ class DivergenceDetector(TrainerCallback):
         self.rule.reset()
         self._forget_run()
         self._resumed_at = self._step(state) or None
-        self._keeper.restore(args, state)
+        self.state_keeper.restore(args, state)
         self._tell_if_nothing_evaluates(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """With a stock Trainer, put the memory beside the checkpoint that was just saved."""
-        self._keeper.save(args, state)
+        self.state_keeper.save(args, state)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -148,7 +150,7 @@ class DivergenceDetector(TrainerCallback):
         self._feed(logs or {}, value, args, state, control)
 
     def _after_log(self, state: Any, logs: dict[str, Any] | None) -> None:
-        mark_run_output(state, logs)
+        _mark_run_output(outcome_of(state), state, logs)
         if (
             logs
             and "loss" in logs
@@ -173,11 +175,11 @@ class DivergenceDetector(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep an aborted run from saving."""
-        keep_aborted(state, control)
+        switches.enforce_abort(outcome_of(state), control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep an aborted run from saving."""
-        keep_aborted(state, control)
+        switches.enforce_abort(outcome_of(state), control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell once if the watched key never came; what is evaluated from now on is not this run."""
@@ -191,7 +193,7 @@ class DivergenceDetector(TrainerCallback):
         self._seen = True
         self._count += 1
         step = self._step(state)
-        if self._has_ended or is_muted(state, step) or self._is_known(step, value):
+        if self._has_ended or outcome_of(state).is_muted(step) or self._is_known(step, value):
             return
         self._handle(
             self._observe(self._count if step is None else step, value, values), args, state, control
@@ -216,15 +218,22 @@ class DivergenceDetector(TrainerCallback):
         del self.findings[:-_MOST_FINDINGS]
         if finding.severity == "note":
             return
-        # While a condition lasts it is one incident: a warning is told once.
+        # While a condition lasts it is one incident: a warning is logged once.
         what = f"{finding.metric} {finding.kind}"
-        told_before, self._was_firing = self._was_firing == what, what
+        reported_before, self._was_firing = self._was_firing == what, what
         action = self.action if finding.severity == "error" else "warn"
-        has_ended_it = getattr(state, "divguard_finding", None) is not None
-        must_not_save = action == "abort" and not getattr(state, "divguard_aborted", False)
-        if (has_ended_it and not must_not_save) or (action == "warn" and told_before):
+        outcome = outcome_of(state)
+        must_not_save = action == "abort" and not outcome.is_aborted
+        if (outcome.finding is not None and not must_not_save) or (action == "warn" and reported_before):
             return
-        act_on(finding, action, args, state, control, source=self._label)
+        if action == "rollback" and state is None:
+            raise ValueError(
+                "`action='rollback'` needs `DivGuardTrainer`; without a trainer use 'stop' or 'abort'."
+            )
+        if _is_world_zero(state) and action != "rollback":  # a rollback reports itself when it is done
+            logger.warning("%s: %s %s", self._label, finding.message, _CONSEQUENCE[action])
+        outcome.report(finding, action)
+        switches.apply(outcome, finding, action, args, control)
 
     @property
     def _label(self) -> str:
@@ -250,7 +259,7 @@ class DivergenceDetector(TrainerCallback):
             args is not None
             and self.metric_key.startswith("eval_")
             and not evaluates
-            and is_world_zero(state)
+            and _is_world_zero(state)
         ):
             logger.warning(
                 "%s watches `%s`, but `eval_strategy` is 'no': unless something else evaluates, nothing is guarded. "
@@ -269,7 +278,7 @@ class DivergenceDetector(TrainerCallback):
 
     def _warn_missing(self, state: Any, values: dict[str, Any]) -> None:
         self._told_missing = True
-        if is_world_zero(state):
+        if _is_world_zero(state):
             there = f" Keys that are there: {sorted(values)}." if values else ""
             logger.warning(
                 "%s watches `%s`, but that key has not come in %d rounds of logs: nothing is being guarded.%s "
@@ -285,132 +294,177 @@ def _same(first: float, second: float) -> bool:
     return first == second or (math.isnan(first) and math.isnan(second))
 
 
-def _metric_key(metric_key: str | None, use_eval_loss: bool) -> str:
-    return metric_key or ("eval_loss" if use_eval_loss else "loss")
+def _is_world_zero(state: Any) -> bool:
+    """Return whether this process logs for the run; without a state it does."""
+    return bool(getattr(state, "is_world_process_zero", True))
 
 
-def _direction(metric_key: str, greater_is_better: bool | None) -> bool:
-    if greater_is_better is not None:
-        return greater_is_better
-    known = direction_of(metric_key)
-    if known is None:
-        logger.warning(
-            "The direction of `%s` is not known; a rise is taken for the trouble. Set `greater_is_better` to say it.",
-            metric_key,
-        )
-    return bool(known)
+def _mark_run_output(outcome: RunOutcome, state: Any, logs: dict[str, Any] | None) -> None:
+    """Write into the final log, which is also the run's output, that it did not finish normally."""
+    if outcome.finding is not None and logs and "train_runtime" in logs:
+        logs["divguard/finished"] = 0
+        logs["divguard/stopped_at_step"] = state.global_step
 
 
-class DualTimeScaleDivergenceDetector(DivergenceDetector):
-    """Acts when a fast moving average runs away from a slow one.
+class RawLossDetector(DivergenceDetector):
+    """A detector whose rule takes the training loss with the gradient norm, and evaluation losses.
 
-    Both averages start at the first value and follow ``e = a * x + (1 - a) * e``; it
-    fires when ``short_ema - long_ema >= threshold``. A NaN or infinite value never
-    enters an average and is itself a finding. The threshold is in the units of the
-    metric: at the defaults a lasting jump below 2.83 never fires. Its memory is
-    ``short_ema``, ``long_ema`` and ``initialized``.
+    Under ``DivGuardTrainer`` it is fed the unfiltered loss of every optimizer step; under
+    the stock Trainer what is logged, and it says at the start what it cannot see there.
 
     Args:
-        short_alpha: Weight of a new value in the fast average, in (0, 1]; larger reacts
-            faster. Default as in forgather's detector of the same name.
-        long_alpha: Weight of a new value in the slow average, in (0, 1].
-        threshold: Smallest gap that fires, in the units of the metric; larger is quieter.
-        action: ``"stop"``: the step's log, evaluation and a save take place, then
-            training ends. ``"abort"``: training ends and nothing more is saved, not even
-            a save that is due at that step. ``"warn"``: only tell.
-        use_eval_loss: Watch ``eval_loss``; else ``loss``.
-        metric_key: Log key to watch instead, as the Trainer logs it.
-        greater_is_better: Whether a drop is the trouble (accuracy). ``None`` takes it
-            from the name of the metric.
-        name: Name of the memory in checkpoints; needed to tell two detectors apart.
-
-    Raises:
-        ValueError: If an alpha is outside (0, 1], ``threshold`` is not finite, or
-            ``action`` is unknown.
-
-    Example:
-        >>> from transformers import TrainerControl
-        >>> detector, control = DualTimeScaleDivergenceDetector(threshold=1.0, use_eval_loss=False), TrainerControl()
-        >>> for loss in [2.0] * 20 + [6.0] * 5:
-        ...     detector.on_log(None, None, control, logs={"loss": loss})
-        >>> control.should_training_stop, detector.findings[0].step
-        (True, 24)
+        rule: An ``AdaptiveRule`` or ``NonFiniteRule``.
+        action: ``"warn"``, ``"stop"``, ``"abort"`` or ``"rollback"``.
+        metric_key: Key of the training loss in logs.
+        name: Name of the memory in checkpoints.
     """
+
+    rule: AdaptiveRule | NonFiniteRule
 
     def __init__(
         self,
-        short_alpha: float = 0.1,
-        long_alpha: float = 0.01,
-        threshold: float = 2.0,
+        rule: AdaptiveRule | NonFiniteRule,
+        *,
         action: str = "stop",
-        use_eval_loss: bool = True,
-        metric_key: str | None = None,
-        greater_is_better: bool | None = None,
+        metric_key: str = "loss",
         name: str | None = None,
     ) -> None:
-        key = _metric_key(metric_key, use_eval_loss)
-        rule = DualTimeScaleRule(
-            short_alpha,
-            long_alpha,
-            threshold,
-            metric=key,
-            greater_is_better=_direction(key, greater_is_better),
+        self.takes_raw_losses = False
+        self._scaler_patience = rule.scaler_patience
+        self._tells_sets_apart = "metric" in inspect.signature(rule.observe_eval).parameters
+        self._conditions: dict[str, Any] | None = None
+        super().__init__(rule, action=action, metric_key=metric_key, name=name)
+
+    def use_raw_losses(self, *, has_loss_scaler: bool) -> None:
+        """Take losses from the trainer instead of from logs.
+
+        Args:
+            has_loss_scaler: Whether a scaler searches its scale by overflowing. Without one
+                a single non-finite gradient has gone into the weights.
+        """
+        self.takes_raw_losses = self.metric_key == "loss"
+        self.rule.scaler_patience = self._scaler_patience if has_loss_scaler else 1
+
+    def use_logs(self) -> None:
+        """Take losses from logs again."""
+        self.takes_raw_losses = False
+        self.rule.scaler_patience = self._scaler_patience
+
+    # ---- memory
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory of the rule, and under which conditions the run trains."""
+        return {**super().state_dict(), "conditions": self._conditions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a memory; judge no rise for a while if the run goes on under other conditions.
+
+        A run that resumes as it was gives the same losses as if it had never been cut, and is
+        judged the same. After a change of the learning rate, the batch size or the number of
+        ranks, or without the optimizer's state, a loss is often higher for a while.
+
+        Raises:
+            ValueError: If the memory does not fit the rule.
+        """
+        state_dict = dict(state_dict)
+        before = state_dict.pop("conditions", None)
+        super().load_state_dict(state_dict)
+        changes = changed_conditions(before, self._conditions)
+        start_grace = getattr(self.rule, "start_grace", None)
+        if changes and start_grace is not None:
+            start_grace()
+            logger.info(
+                "%s judges no rise of the loss for a while after this resume: %s.", self._label, changes
+            )
+
+    # ---- the host's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start clean, and say what cannot be seen from logs alone."""
+        self._conditions = (
+            conditions_of(args, on_logs=not self.takes_raw_losses) if args is not None else None
         )
-        super().__init__(rule, action=action, metric_key=key, name=name)
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.metric_key != "loss" or self.takes_raw_losses or args is None or not _is_world_zero(state):
+            return
+        unseen = []
+        steps: Any = getattr(state, "logging_steps", None) or getattr(args, "logging_steps", 1)
+        strategy = getattr(args.logging_strategy, "value", args.logging_strategy)
+        if strategy == "no":
+            unseen.append("any training loss (`logging_strategy` is 'no')")
+        elif strategy != "steps" or steps > 1:
+            span = "an epoch" if strategy == "epoch" else f"{steps:g} steps"
+            unseen.append(f"single steps (a log is the mean of {span})")
+        if strategy != "no" and getattr(args, "logging_nan_inf_filter", False):
+            unseen.append("NaN losses that `logging_nan_inf_filter` hides, except by their gradient norm")
+        if unseen:
+            logger.warning(
+                "%s works on logs here and cannot see: %s. `DivGuardTrainer` shows it every step.",
+                self._label,
+                "; ".join(unseen),
+            )
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Feed a log, unless the raw losses come from the trainer."""
+        if self.takes_raw_losses:
+            self._after_log(state, logs)
+            return
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_raw_losses(self, values: list[StepValues], args: Any, state: Any, control: Any) -> None:
+        """Feed the raw losses of the last few steps."""
+        self._seen = True
+        observe, outcome = self.rule.observe, outcome_of(state)
+        for entry in values:
+            if outcome.is_muted(entry.step):
+                continue
+            finding = observe(entry.step, entry.loss, entry.grad_norm)
+            if finding is None:
+                self._was_firing = ""
+                continue
+            self._handle(finding, args, state, control)
+            if control.should_training_stop and not outcome.is_aborted:
+                switches.request_log(control)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Feed the evaluation loss, that of each evaluation set by itself."""
+        if self.metric_key.startswith("eval_"):
+            super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+            return
+        key = _evaluation_loss_key(metrics or {})
+        value = (metrics or {}).get(key)
+        step = self._step(state)
+        if self._has_ended or not isinstance(value, (int, float)) or outcome_of(state).is_muted(step):
+            return
+        at = self._count if step is None else step
+        if self._tells_sets_apart:
+            finding = self.rule.observe_eval(at, float(value), metric=key)
+        elif key == "eval_loss":
+            finding = self.rule.observe_eval(at, float(value))
+        else:
+            return
+        if finding is not None:
+            self._handle(finding, args, state, control)
+
+    def _observe(self, step: int, value: float, logs: dict[str, Any]) -> Finding | None:
+        norm = logs.get("grad_norm") if self.metric_key == "loss" else None
+        return self.rule.observe(step, value, float(norm) if isinstance(norm, (int, float)) else None)
 
 
-class DualWindowDivergenceDetector(DivergenceDetector):
-    """Acts when the mean of the last few values runs away from the mean of the last many.
+def _evaluation_loss_key(metrics: dict[str, Any]) -> str:
+    """Return the key of the loss in what one evaluation gave: ``eval_loss``, or ``eval_<set>_loss`` of its set.
 
-    Silent until the long window is full; fires when
-    ``mean(short) - mean(long) >= threshold``. A NaN or infinite value never enters a
-    window and is itself a finding. Its memory is ``short_buffer`` and ``long_buffer``.
-
-    Args:
-        short_window: Values in the short window, at least 1. Counted in log events (or
-            evaluations), not in optimizer steps. Default as in forgather's detector.
-        long_window: Values in the long window, at least 1.
-        threshold: Smallest gap that fires, in the units of the metric; larger is quieter.
-        action: ``"stop"``, ``"abort"`` or ``"warn"``, as for
-            :class:`DualTimeScaleDivergenceDetector`.
-        use_eval_loss: Watch ``eval_loss``; else ``loss``.
-        metric_key: Log key to watch instead, as the Trainer logs it.
-        greater_is_better: Whether a drop is the trouble (accuracy). ``None`` takes it
-            from the name of the metric.
-        name: Name of the memory in checkpoints; needed to tell two detectors apart.
-
-    Raises:
-        ValueError: If a window is shorter than 1, ``threshold`` is not finite, or
-            ``action`` is unknown.
-        TypeError: If a window is not a whole number.
+    The prefix is known by the running time that every evaluation reports.
 
     Example:
-        >>> from transformers import TrainerControl
-        >>> control = TrainerControl()
-        >>> detector = DualWindowDivergenceDetector(2, 4, threshold=0.1, metric_key="eval_accuracy", action="abort")
-        >>> for accuracy in [0.9, 0.9, 0.9, 0.9, 0.5]:
-        ...     detector.on_evaluate(None, None, control, metrics={"eval_accuracy": accuracy})
-        >>> control.should_training_stop, control.should_save
-        (True, False)
+        >>> _evaluation_loss_key({"eval_web_loss": 2.0, "eval_web_mlm_loss": 9.0, "eval_web_runtime": 0.5})
+        'eval_web_loss'
     """
-
-    def __init__(
-        self,
-        short_window: int = 10,
-        long_window: int = 100,
-        threshold: float = 2.0,
-        action: str = "stop",
-        use_eval_loss: bool = True,
-        metric_key: str | None = None,
-        greater_is_better: bool | None = None,
-        name: str | None = None,
-    ) -> None:
-        key = _metric_key(metric_key, use_eval_loss)
-        rule = DualWindowRule(
-            short_window,
-            long_window,
-            threshold,
-            metric=key,
-            greater_is_better=_direction(key, greater_is_better),
-        )
-        super().__init__(rule, action=action, metric_key=key, name=name)
+    for key in metrics:
+        if key.startswith("eval_") and key.endswith("_runtime"):
+            return key.removesuffix("_runtime") + "_loss"
+    return "eval_loss"

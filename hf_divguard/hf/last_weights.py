@@ -1,4 +1,4 @@
-"""The weights that a run ends with when it is given up."""
+"""The weights that a run ends with when rollbacks did not help."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_divguard.core.rollback.policy import Target
 from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.restore import load_weights, weights_kept_on_error
 from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 def best_before(
     ledger: CheckpointLedger, snapshots: Snapshots, last_good: int, greater_is_better: bool
 ) -> list[Target]:
-    """Return the states up to ``last_good``: whole checkpoints, best first, then snapshots, newest first.
+    """Return the states up to ``last_good``: complete checkpoints, best first, then snapshots, newest first.
 
     Where nothing was evaluated, the newest comes first, wherever it is.
     """
@@ -39,7 +40,7 @@ def best_before(
 
 
 def load_first_of(
-    candidates: list[Target], trainer: Any, ledger: CheckpointLedger, snapshots: Snapshots, ranks: Ranks
+    candidates: list[Target], host: Host, ledger: CheckpointLedger, snapshots: Snapshots, ranks: Ranks
 ) -> tuple[str, str | None]:
     """Load the weights of the first candidate that every rank can read.
 
@@ -48,24 +49,26 @@ def load_first_of(
     """
     for target in candidates:
         path = ledger.path(target.step)
-        error: BaseException | None = None
         try:
-            with weights_kept_on_error(trainer.model):
-                try:
-                    if target.is_snapshot:
-                        snapshot = snapshots.of(target.step)
-                        restore_snapshot(
-                            trainer, snapshot, with_rng=False, rate_factor=1.0, weights_only=True
-                        )
-                    else:
-                        load_weights(trainer, path)
-                except Exception as caught:
-                    error = caught
-                ranks.raise_if_any_failed(error, f"Loading the weights of step {target.step}")
-        except CheckpointError as told:
-            logger.warning("%s", told)
+            _load(target, path, host, snapshots, ranks)
+        except CheckpointError as error:
+            logger.warning("%s", error)
             continue
         if target.is_snapshot:
             return f"the weights of step {target.step}, from memory", None
         return f"the weights of {path}", path
     return "the weights as they were", None
+
+
+def _load(target: Target, path: str, host: Host, snapshots: Snapshots, ranks: Ranks) -> None:
+    error: BaseException | None = None
+    with weights_kept_on_error(host.model):
+        try:
+            if target.is_snapshot:
+                snapshot: Any = snapshots.of(target.step)
+                restore_snapshot(host, snapshot, with_rng=False, rate_factor=1.0, weights_only=True)
+            else:
+                load_weights(host, path)
+        except Exception as caught:
+            error = caught
+        ranks.raise_if_any_failed(error, f"Loading the weights of step {target.step}")

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from hf_divguard.hf.host import Host
+
 __all__ = [
     "Rewarming",
     "follows_metrics",
@@ -22,43 +24,43 @@ _KEPT_IN_GROUPS = ("initial_lr", "max_lr", "min_lr")
 _KEPT_IN_SCHEDULES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "_init_lrs", "eta_min")
 
 
-def scheduled_rates(trainer: Any) -> list[float]:
+def scheduled_rates(host: Host) -> list[float]:
     """Return the learning rate that the schedule has for each parameter group now."""
-    last = getattr(_inner(trainer.lr_scheduler), "_last_lr", None)
-    groups = trainer.optimizer.param_groups
+    last = getattr(_inner(host.scheduler), "_last_lr", None)
+    groups = host.optimizer.param_groups
     rates = last if last is not None and len(last) == len(groups) else [group["lr"] for group in groups]
     return [float(rate) for rate in rates]
 
 
-def follows_metrics(trainer: Any) -> bool:
+def follows_metrics(host: Host) -> bool:
     """Return whether the schedule goes by evaluations (``ReduceLROnPlateau``, ``GreedyLR``), not by steps.
 
     What such a one concluded from the diverged stretch has to be taken back; any other
     keeps its place.
     """
-    return hasattr(_inner(trainer.lr_scheduler), "num_bad_epochs")
+    return hasattr(_inner(host.scheduler), "num_bad_epochs")
 
 
-def load_schedule(trainer: Any, state: dict[str, Any], factor: float) -> None:
+def load_schedule(host: Host, state: dict[str, Any], factor: float) -> None:
     """Put back a schedule that goes by evaluations.
 
     Args:
-        trainer: The trainer; its optimizer already holds the state of the same step.
+        host: The host; its optimizer already holds the state of the same step.
         state: State of the schedule.
         factor: By how much the rate has been lowered since ``state`` was kept.
     """
-    _inner(trainer.lr_scheduler).load_state_dict(state)
-    scale_rates(trainer, factor)
+    _inner(host.scheduler).load_state_dict(state)
+    scale_rates(host, factor)
 
 
-def replace_optimizer_state(trainer: Any, state: dict[str, Any]) -> None:
+def replace_optimizer_state(host: Host, state: dict[str, Any]) -> None:
     """Load ``state`` into the optimizer; with a schedule that goes by steps the rates stay those of now."""
-    optimizer, now = trainer.optimizer, scheduled_rates(trainer)
+    optimizer, now = host.optimizer, scheduled_rates(host)
     kept = [
         {name: group[name] for name in _KEPT_IN_GROUPS if name in group} for group in optimizer.param_groups
     ]
     optimizer.load_state_dict(state)
-    if follows_metrics(trainer):
+    if follows_metrics(host):
         return
     for group, schedule_owned in zip(optimizer.param_groups, kept, strict=True):
         group.update(schedule_owned)
@@ -73,7 +75,7 @@ def _set_rates(optimizer: Any, rates: list[float]) -> None:
             group["lr"] = rate
 
 
-def scale_rates(trainer: Any, factor: float) -> None:
+def scale_rates(host: Host, factor: float) -> None:
     """Multiply the learning rate with ``factor`` for good, whatever the schedule does next.
 
     Schedules that compute the rate from a base get that base scaled; it is part of their
@@ -82,18 +84,18 @@ def scale_rates(trainer: Any, factor: float) -> None:
     """
     if factor == 1.0:
         return
-    for schedule in _walk(_inner(trainer.lr_scheduler)):
+    for schedule in _walk(_inner(host.scheduler)):
         for name in _KEPT_IN_SCHEDULES:
             rates = getattr(schedule, name, None)
             if isinstance(rates, (list, tuple)):
                 setattr(schedule, name, [rate * factor for rate in rates])
             elif rates is not None:
                 setattr(schedule, name, rates * factor)
-    for group in trainer.optimizer.param_groups:
+    for group in host.optimizer.param_groups:
         for name in _KEPT_IN_GROUPS:
             if name in group:
                 group[name] = group[name] * factor
-    _set_rates(trainer.optimizer, [float(group["lr"]) * factor for group in trainer.optimizer.param_groups])
+    _set_rates(host.optimizer, [float(group["lr"]) * factor for group in host.optimizer.param_groups])
 
 
 def _inner(schedule: Any) -> Any:
@@ -130,7 +132,7 @@ class Rewarming:
         """Return what the first update will use of the schedule's ``rate``."""
         return rate / self._steps if self._steps else rate
 
-    def hold_back(self, trainer: Any, step: int) -> None:
+    def hold_back(self, host: Host, step: int) -> None:
         """Lower the rate for the update under way, after ``step`` updates."""
         self.used = None
         if self.since is None:
@@ -139,14 +141,14 @@ class Rewarming:
         if done >= self._steps:
             self.since = None
             return
-        groups = trainer.optimizer.param_groups
+        groups = host.optimizer.param_groups
         self._held = [float(group["lr"]) for group in groups]
         lowered = [rate * (done + 1) / self._steps for rate in self._held]
         self.used = lowered[0]
-        _set_rates(trainer.optimizer, lowered)
+        _set_rates(host.optimizer, lowered)
 
-    def release(self, trainer: Any) -> None:
+    def release(self, host: Host) -> None:
         """Give the schedule its rates back after the update."""
         if self._held is not None:
-            _set_rates(trainer.optimizer, self._held)
+            _set_rates(host.optimizer, self._held)
             self._held = None

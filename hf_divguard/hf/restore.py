@@ -1,4 +1,4 @@
-"""Puts weights, optimizer and scaler of a checkpoint into a running loop; the schedule stays where it is."""
+"""Restores weights, optimizer and scaler of a checkpoint inside the running loop; the schedule keeps its place."""
 
 from __future__ import annotations
 
@@ -10,51 +10,35 @@ from typing import Any
 import torch
 
 from hf_divguard.errors import CheckpointError
-from hf_divguard.hf.compat import load_without_warnings
+from hf_divguard.hf.host import Host
 from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
 
 __all__ = ["load_weights", "refuse_unsupported", "restore_checkpoint", "weights_kept_on_error"]
 
 
-def refuse_unsupported(trainer: Any) -> None:
-    """Raise where weights and optimizer cannot be put back inside the running loop.
+def refuse_unsupported(host: Host, options: Any) -> None:
+    """Raise where weights and optimizer cannot be restored inside the running loop.
 
     Raises:
         ValueError: For engines that own or shard the optimizer, for sharded parameters and
-            for optimizers that live in the backward pass; the sentence says what works.
+            for optimizers that run in the backward pass; the sentence says what works.
     """
-    engine = _engine_in_the_way(trainer)
+    engine = host.engine_without_rollback
     if engine is not None:
         raise ValueError(
-            f"`rollback` does not work with {engine}: weights and optimizer cannot be put back there inside the running "
-            "loop. Use the action 'stop' and restart with resume_from_checkpoint=True. Supported are one process and "
-            "DistributedDataParallel."
+            f"`rollback` does not work with {engine}: weights and optimizer cannot be restored there inside the running "
+            "loop. Set the action to 'stop', and resume from the checkpoint that the last line of the stopped run names. "
+            "Supported are one process and DistributedDataParallel."
         )
-    if trainer.args.save_only_model and trainer._options.divguard_snapshot_steps == 0:
+    if host.args.save_only_model and options.divguard_snapshot_steps == 0:
         raise ValueError(
             "`rollback` needs the optimizer of a checkpoint, but `save_only_model=True` saves none. Set it to false, "
             "or keep states in memory with `divguard_snapshot_steps`."
         )
 
 
-def _engine_in_the_way(trainer: Any) -> str | None:
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        return "DeepSpeed, whose engine owns the optimizer"
-    if getattr(trainer, "is_fsdp_enabled", False):
-        return "FSDP, which shards weights and optimizer over the ranks"
-    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        return f"the distributed type {kind}"
-    if any(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()):
-        return "tensor parallelism, which shards the weights over the ranks"
-    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    if "layerwise" in optimizer or optimizer in ("lomo", "adalomo"):
-        return f"the optimizer {optimizer}, which updates the weights during the backward pass"
-    return None
-
-
-def restore_checkpoint(trainer: Any, checkpoint: str, *, with_rng: bool, rate_factor: float) -> None:
-    """Load weights, optimizer and gradient scaler of ``checkpoint`` into the running ``trainer``.
+def restore_checkpoint(host: Host, checkpoint: str, *, with_rng: bool, rate_factor: float) -> None:
+    """Load weights, optimizer and gradient scaler of ``checkpoint`` into the running trainer.
 
     The parameter objects stay the same. The place of the learning-rate schedule, the data
     iterator and (unless asked for) the random number generators are left alone. A schedule
@@ -62,7 +46,7 @@ def restore_checkpoint(trainer: Any, checkpoint: str, *, with_rng: bool, rate_fa
     diverged stretch.
 
     Args:
-        trainer: The trainer.
+        host: The host.
         checkpoint: Folder of the checkpoint.
         with_rng: Also put back the random number generators.
         rate_factor: By how much the learning rate has been lowered for good since then.
@@ -80,23 +64,23 @@ def restore_checkpoint(trainer: Any, checkpoint: str, *, with_rng: bool, rate_fa
     # device of its parameter.
     state = torch.load(optimizer_file, map_location="cpu", weights_only=True)
     schedule = None
-    if follows_metrics(trainer):
+    if follows_metrics(host):
         schedule_file = os.path.join(checkpoint, "scheduler.pt")
         schedule = torch.load(schedule_file, map_location="cpu", weights_only=True)
-    load_weights(trainer, checkpoint)
-    replace_optimizer_state(trainer, state)
+    load_weights(host, checkpoint)
+    replace_optimizer_state(host, state)
     if schedule is not None:
-        load_schedule(trainer, schedule, rate_factor)
-    if getattr(trainer.accelerator, "scaler", None) is not None:
-        trainer._load_scaler(checkpoint)
+        load_schedule(host, schedule, rate_factor)
+    if host.scaler is not None:
+        host.load_scaler(checkpoint)
     if with_rng:
-        trainer._load_rng_state(checkpoint)
+        host.load_random_states(checkpoint)
 
 
 # ---- weights
 
 
-def load_weights(trainer: Any, checkpoint: str) -> None:
+def load_weights(host: Host, checkpoint: str) -> None:
     """Load the weights of ``checkpoint`` into the running model, and make sure that all of them came.
 
     The host loads what it finds under the names of the model and leaves the rest as it is,
@@ -112,13 +96,13 @@ def load_weights(trainer: Any, checkpoint: str) -> None:
             saved, did not come back. Some of the others may have: see
             :func:`weights_kept_on_error`.
     """
-    model = getattr(trainer.model, "_orig_mod", trainer.model)
+    model = getattr(host.model, "_orig_mod", host.model)
     wanted = _saved_tensors(model)
     counts = {name: tensor._version for name, tensor in wanted.items()}
     cause: Exception | None = None
     with _parameters_kept_in_place(model):
         try:
-            load_without_warnings(trainer, checkpoint)
+            host.load_weights(checkpoint)
         except RuntimeError as error:  # a shape that differs, as where weights are saved transposed
             cause = error
     written = {tensor.data_ptr() for name, tensor in wanted.items() if tensor._version != counts[name]}

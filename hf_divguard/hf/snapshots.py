@@ -12,6 +12,7 @@ import torch
 
 from hf_divguard.core.rollback.thinning import next_to_drop
 from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.host import Host
 from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
 
 __all__ = ["Snapshot", "Snapshots", "restore_snapshot"]
@@ -55,11 +56,11 @@ class Snapshots:
         """Return whether ``step`` gets a snapshot."""
         return self._every > 0 and step % self._every == 0
 
-    def take(self, trainer: Any, step: int, callbacks: dict[str, Any]) -> None:
+    def take(self, host: Host, step: int, callbacks: dict[str, Any]) -> None:
         """Copy the present state into CPU memory."""
         if self._every <= 0 or any(kept.step == step for kept in self.all()):
             return
-        snapshot = _copy_of_now(trainer, step, callbacks)
+        snapshot = _copy_of_now(host, step, callbacks)
         if self._start is None:
             self._start = snapshot
         else:
@@ -83,8 +84,8 @@ class Snapshots:
             self._start = None
 
 
-def _copy_of_now(trainer: Any, step: int, callbacks: dict[str, Any]) -> Snapshot:
-    scaler = getattr(trainer.accelerator, "scaler", None)
+def _copy_of_now(host: Host, step: int, callbacks: dict[str, Any]) -> Snapshot:
+    scaler = host.scaler
     rng: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
@@ -94,37 +95,35 @@ def _copy_of_now(trainer: Any, step: int, callbacks: dict[str, Any]) -> Snapshot
         rng["cuda"] = torch.cuda.get_rng_state_all()
     return Snapshot(
         step,
-        {name: tensor.detach().to("cpu", copy=True) for name, tensor in _kept_tensors(trainer)},
-        _to_cpu(trainer.optimizer.state_dict()),
-        copy.deepcopy(trainer.lr_scheduler.state_dict()),
+        {name: tensor.detach().to("cpu", copy=True) for name, tensor in _kept_tensors(host)},
+        _to_cpu(host.optimizer.state_dict()),
+        copy.deepcopy(host.scheduler.state_dict()),
         copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
         rng,
         copy.deepcopy(callbacks),
     )
 
 
-def _kept_tensors(trainer: Any) -> list[tuple[str, torch.Tensor]]:
+def _kept_tensors(host: Host) -> list[tuple[str, torch.Tensor]]:
     """Return what training changes or may change: what takes a gradient, what the optimizer holds, every buffer."""
-    held = _held_by_optimizer(trainer)
+    held = _held_by_optimizer(host)
     kept = [
-        (name, each)
-        for name, each in trainer.model.named_parameters()
-        if each.requires_grad or id(each) in held
+        (name, each) for name, each in host.model.named_parameters() if each.requires_grad or id(each) in held
     ]
-    return [*kept, *trainer.model.named_buffers()]
+    return [*kept, *host.model.named_buffers()]
 
 
-def _held_by_optimizer(trainer: Any) -> set[int]:
-    return {id(each) for group in trainer.optimizer.param_groups for each in group["params"]}
+def _held_by_optimizer(host: Host) -> set[int]:
+    return {id(each) for group in host.optimizer.param_groups for each in group["params"]}
 
 
 def restore_snapshot(
-    trainer: Any, snapshot: Snapshot, *, with_rng: bool, rate_factor: float, weights_only: bool = False
+    host: Host, snapshot: Snapshot, *, with_rng: bool, rate_factor: float, weights_only: bool = False
 ) -> None:
-    """Put a snapshot into the running ``trainer``, as ``restore_checkpoint`` does with a checkpoint.
+    """Put a snapshot into the running trainer, as ``restore_checkpoint`` does with a checkpoint.
 
     Args:
-        trainer: The trainer.
+        host: The host.
         snapshot: The snapshot; it stays as it is.
         with_rng: Also put back the random number generators.
         rate_factor: By how much the learning rate has been lowered for good since then.
@@ -134,14 +133,14 @@ def restore_snapshot(
         CheckpointError: If the optimizer holds a parameter that the snapshot lacks: one that
             was frozen, and in no optimizer, when it was taken. Nothing is changed then.
     """
-    held, parameters = _held_by_optimizer(trainer), dict(trainer.model.named_parameters())
+    held, parameters = _held_by_optimizer(host), dict(host.model.named_parameters())
     lacking = [name for name, each in parameters.items() if id(each) in held and name not in snapshot.tensors]
     if lacking:
         named = ", ".join(f"`{name}`" for name in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         raise CheckpointError(
             f"The snapshot of step {snapshot.step} lacks {named}, which the optimizer was given only after it was taken."
         )
-    present = parameters | dict(trainer.model.named_buffers())
+    present = parameters | dict(host.model.named_buffers())
     with torch.no_grad():
         for name, tensor in snapshot.tensors.items():
             if name in present:
@@ -149,10 +148,10 @@ def restore_snapshot(
     if weights_only:
         return
     # The optimizer takes over tensors it is given as they are; the snapshot must stay as it was.
-    replace_optimizer_state(trainer, _to_cpu(snapshot.optimizer))
-    if follows_metrics(trainer):
-        load_schedule(trainer, copy.deepcopy(snapshot.schedule), rate_factor)
-    scaler = getattr(trainer.accelerator, "scaler", None)
+    replace_optimizer_state(host, _to_cpu(snapshot.optimizer))
+    if follows_metrics(host):
+        load_schedule(host, copy.deepcopy(snapshot.schedule), rate_factor)
+    scaler = host.scaler
     if scaler is not None and snapshot.scaler is not None:
         scaler.load_state_dict(snapshot.scaler)
     if with_rng:

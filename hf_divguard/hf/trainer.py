@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
-from hf_divguard.hf.arguments import options_of
-from hf_divguard.hf.callback_state import StandaloneStateKeeper
-from hf_divguard.hf.compat import HAS_FINALIZE, HAS_ROTATE_METHOD, hidden_save_limit
-from hf_divguard.hf.detector_choice import make_detector
+from hf_divguard.hf import control as switches
+from hf_divguard.hf.arguments import check_evaluation_data, options_of
+from hf_divguard.hf.detectors_by_name import make_detector
+from hf_divguard.hf.host import (
+    HAS_FINALIZE,
+    HAS_ROTATE_METHOD,
+    SaveInProgress,
+    TransformersHost,
+    rotate_as_host,
+    save_limit,
+)
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.resume import choose_for_all
-from hf_divguard.hf.run_guard import RunGuard
-from hf_divguard.storage.ledger import RankedCheckpoint
+from hf_divguard.hf.run import GuardedRun
+from hf_divguard.hf.state import outcome_of
+from hf_divguard.storage.checkpoints import Checkpoint
 
 __all__ = ["DivGuardMixin", "DivGuardTrainer"]
 
@@ -53,76 +60,50 @@ class DivGuardMixin(_Host):
                 "right, where it guards nothing. Swap the two."
             )
 
-    _guard: RunGuard | None = None
+    _run: GuardedRun | None = None
     _initial_callback_states: dict[str, Any] | None = None
-    _limit_to_record: int | None = None
-    _is_in_guarded_loop = False
-    _is_evaluating = False
-    _options_made: Any = None
-    _options_made_for: Any = None
+    _save_in_progress: SaveInProgress | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._check_guard_options()
+        outcome_of(self.state)
+        self._options = options_of(self.args)
+        check_evaluation_data(self._options, getattr(self, "eval_dataset", None))
         detector = make_detector(self._options)
         if detector is not None:
             self.add_callback(detector)
 
-    @property
-    def _options(self) -> Any:
-        # Asked for at every step; for a stock `TrainingArguments` the defaults are made once.
-        if self._options_made_for is not self.args:
-            self._options_made, self._options_made_for = options_of(self.args), self.args
-        return self._options_made
-
-    def _check_guard_options(self) -> None:
-        args = self._options
-        eval_dataset = getattr(self, "eval_dataset", None)
-        if args.eval_on_save and eval_dataset is None:
-            raise ValueError(
-                "`eval_on_save=True` evaluates before every save, but there is no `eval_dataset`. Pass one to the "
-                "trainer, or set `eval_on_save=False`."
-            )
-        if args.preserve_best_model and isinstance(eval_dataset, Mapping):
-            metric = args.divguard_ranking_key.removeprefix("eval_")
-            if not any(metric.startswith(f"{name}_") for name in eval_dataset):
-                likely = [f"{name}_{metric}" for name in eval_dataset]
-                raise ValueError(
-                    f"`best_model_metric={args.best_model_metric!r}` names no metric of the evaluation sets "
-                    f"{list(eval_dataset)}: with several sets each metric carries the name of its set. Set it to one "
-                    f"of {likely}."
-                )
-
     # ---- public
 
-    def best_checkpoints(self, n: int | None = None) -> list[RankedCheckpoint]:
+    def best_checkpoints(self, n: int | None = None) -> list[Checkpoint]:
         """Return the best checkpoints of this run, best first.
 
         Args:
             n: How many at most; ``None`` for ``args.preserve_n_best``.
 
         Returns:
-            Path, step and metric of each. Checkpoints that were not evaluated at their
-            own step are left out; non-finite metrics come last. Empty before training.
+            The checkpoints, with path, step and metric. Those that were not evaluated at
+            their own step are left out; non-finite metrics come last. Empty before training.
         """
-        if self._guard is None:
+        if self._run is None:
             return []
-        return self._guard.ledger.best(
-            self._guard.greater_is_better, self._options.preserve_n_best if n is None else n
+        checkpoints = self._run.checkpoints
+        return checkpoints.ledger.best(
+            checkpoints.greater_is_better, self._options.preserve_n_best if n is None else n
         )
 
     @property
     def divguard_events(self) -> list[dict[str, Any]]:
         """The rollbacks of this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
-        rollback = self._guard.rollback if self._guard is not None else None
-        return list(rollback.story.events) if rollback is not None else []
+        rollback = self._run.rollback if self._run is not None else None
+        return list(rollback.journal.events) if rollback is not None else []
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the stock Trainer does, resuming only from complete checkpoints.
 
         Args:
             resume_from_checkpoint: ``True`` or ``"latest"``: the newest complete checkpoint
-                in ``output_dir``, saying which were passed over and why. ``"best"``: the best
+                in ``output_dir``; the log says which were skipped and why. ``"best"``: the best
                 complete one. A path: that one.
             *args: As for the stock Trainer.
             **kwargs: As for the stock Trainer.
@@ -132,170 +113,154 @@ class DivGuardMixin(_Host):
             TrainingDivergedError: If rollbacks did not help; the model then holds the best
                 weights from before the fault.
         """
+        self._options = options_of(self.args)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _choose_checkpoint(self, asked: str | bool) -> str | None:
-        training_args: Any = self.args
+        args: Any = self.args
         return choose_for_all(
             asked,
-            training_args.output_dir,
-            Ranks(training_args.process_index, training_args.world_size),
+            args.output_dir,
+            Ranks(args.process_index, args.world_size),
             metric=self._options.divguard_ranking_key,
             greater_is_better=self._options.divguard_greater_is_better,
         )
 
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, as the stock Trainer does; during training the guards stay the last ones."""
+        super().add_callback(callback)
+        callbacks, run = self.callback_handler.callbacks, self._run
+        if run is not None and run.is_training and callbacks[-1] is not run.events:
+            callbacks.remove(run.events)
+            callbacks.append(run.events)
+
     # ---- the host's seams
 
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # Entered anew when `auto_find_batch_size` tries a smaller batch: everything starts over.
-        handler = self.callback_handler
-        trial = kwargs.get("trial")
-        resumed_from = kwargs.get("resume_from_checkpoint")
-        held = [getattr(callback, "_keeper", None) for callback in handler.callbacks]
-        keepers = [keeper for keeper in held if isinstance(keeper, StandaloneStateKeeper)]
-        for keeper in keepers:
-            keeper.kept_by_trainer = True
-        guard = RunGuard(self, self._get_output_dir(trial), resumed_from, self._initial_callback_states or {})
-        self._initial_callback_states = guard.initial_states()
-        self._guard = guard
-        handler.callbacks.append(guard)
-        self._is_in_guarded_loop = True
-        try:
+        # Entered again when `auto_find_batch_size` tries a smaller batch: everything starts from scratch.
+        run = GuardedRun(
+            TransformersHost(self),
+            self._options,
+            run_dir=self._get_output_dir(kwargs.get("trial")),
+            resumed_from=kwargs.get("resume_from_checkpoint"),
+            initial_states=self._initial_callback_states or {},
+        )
+        with run:
+            self._run, self._initial_callback_states = run, run.callbacks.initial_states
             output = super()._inner_training_loop(batch_size, *args, **kwargs)
-            guard.raise_if_given_up()
-            return output
-        finally:
-            self._is_in_guarded_loop = False
-            guard.watch.release()
-            handler.callbacks.remove(guard)
-            for keeper in keepers:
-                keeper.kept_by_trainer = False
+        if run.rollback is not None and run.rollback.error is not None:
+            raise run.rollback.error
+        return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Train on one micro-batch, as the stock Trainer does, and show its loss to the detectors."""
+        """Train on one micro-batch, as the stock Trainer does, and take its loss for the detectors."""
+        run = self._run
+        if run is not None and run.is_training and self.callback_handler.callbacks[-1] is not run.events:
+            run.callbacks.put_last(run.events)
         loss = super().training_step(*args, **kwargs)
-        if self._guard is not None:
-            self._guard.watch.add_micro_batch(loss)
+        if run is not None:
+            run.losses.micro_batch(loss)
         return loss
 
     def _get_learning_rate(self) -> float:
         # The host asks the schedule, which goes on unseen while the rate rises again after a rollback.
-        rollback = self._guard.rollback if self._guard is not None else None
-        used = rollback.rate_used if rollback is not None else None
+        rollback = self._run.rollback if self._run is not None else None
+        used = rollback.rewarming.used if rollback is not None else None
         return super()._get_learning_rate() if used is None else used
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, *args: Any, **kwargs: Any
     ) -> None:
-        def host_acts() -> None:
-            if self._options.eval_on_save:
-                self._evaluate_once_for_save()
-            host(tr_loss, grad_norm, model, *args, **kwargs)
+        host_acts = super()._maybe_log_save_evaluate
 
-        host = super()._maybe_log_save_evaluate
-        if self._guard is None:
-            host_acts()
+        def act() -> None:
+            self._evaluate_before_save()
+            host_acts(tr_loss, grad_norm, model, *args, **kwargs)
+
+        if self._run is None:
+            act()
         else:
-            self._guard.end_step(host_acts, tr_loss, grad_norm, model)
+            self._run.end_step(act, tr_loss, grad_norm, model)
 
-    def _evaluate_once_for_save(self) -> None:
-        control = self.control
-        evaluated = self._guard is not None and self._guard.has_evaluated(self.state.global_step)
-        if evaluated:
-            control.should_evaluate = False
-        elif control.should_save:
-            control.should_evaluate = True
+    def _evaluate_before_save(self) -> None:
+        if self._options.eval_on_save:
+            run, step = self._run, self.state.global_step
+            is_evaluated = run is not None and run.evaluations.has_evaluated(step)
+            switches.request_evaluation_before_save(self.control, is_evaluated=is_evaluated)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log, as the stock Trainer does; a callback that asks for a save here gets its evaluation too."""
         super().log(*args, **kwargs)
-        if self._options.eval_on_save and self.is_in_train and not self._is_evaluating:
-            self._evaluate_once_for_save()
+        if self.is_in_train and not (self._run is not None and self._run.evaluations.is_running):
+            self._evaluate_before_save()
 
     def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        step = self.state.global_step
-        guard = self._guard
-        if self._options.eval_on_save and guard is not None and guard.has_evaluated(step):
+        run, step = self._run, self.state.global_step
+        if run is None:
+            return super()._evaluate(trial, *args, **kwargs)
+        if self._options.eval_on_save and run.evaluations.has_evaluated(step):
             # Only `eval_on_start` after a resume comes here, and it does not look at the result.
             return {}
-        if guard is not None and guard.has_to_go_back:
-            # The log of this step has shown a divergence: what is evaluated is the state that is gone back to.
+        if outcome_of(self.state).rollback_request is not None:
+            # The log of this step has shown a divergence: what is evaluated is the state that is restored.
             return {}
-        self._is_evaluating = True
-        best_saved = self.state.best_metric
-        if guard is not None and guard.points_to_saved:
-            self.state.best_metric = guard.best_evaluated  # what `EarlyStoppingCallback` compares with
-        try:
+        with run.evaluations.running():
             metrics = super()._evaluate(trial, *args, **kwargs)
-        finally:
-            self._is_evaluating = False
-            self.state.best_metric = best_saved
-        if guard is not None:
-            guard.note_evaluation(step, metrics)
-            guard.agree_on_what_follows()
+        run.evaluated(step, metrics)
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # The host records a best metric although no checkpoint may hold it. Here it is recorded when a checkpoint
         # of this step is saved, together with its step and folder.
-        guard = self._guard
-        if guard is not None and (guard.has_to_go_back or guard.holds_back_saves):
-            return False
-        if guard is not None and guard.points_to_saved:
-            guard.note_for_best(metrics)
-        if guard is not None and guard.preserves:
-            is_best = guard.is_new_best(metrics)
-        elif guard is not None and guard.points_to_saved and self.args.save_strategy != "best":
-            is_best = False
-        else:
-            is_best = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
-        # With `save_strategy="best"` the answer decides on the save, which a detector that stops has promised and a
-        # rollback needs.
-        stops = getattr(self.state, "divguard_finding", None) is not None and self.control.should_save
-        return is_best or stops or (guard is not None and guard.owes_save)
+        host_determines = super()._determine_best_metric
+        if self._run is None:
+            return bool(host_determines(metrics=metrics, trial=trial))
+        return self._run.is_new_best(metrics, lambda: bool(host_determines(metrics=metrics, trial=trial)))
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        state, guard = self.state, self._guard
-        if guard is not None:
-            # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
-            guard.watch.look()
-        if getattr(state, "divguard_aborted", False) or getattr(state, "divguard_rollback_request", None):
-            return
-        if guard is not None and guard.holds_back_saves:
-            return
-        host_save = super()._save_checkpoint
-        if guard is None or not guard.is_active:
+        host_save, host_determines = super()._save_checkpoint, super()._determine_best_metric
+        if self._run is None:
             host_save(model, trial, *args, **kwargs)
             return
-        self._limit_to_record = self.args.save_total_limit
-        host_determine = super()._determine_best_metric
-        guard.save(
+        self._run.save(
             write=lambda: host_save(model, trial, *args, **kwargs),
-            push=super()._push_from_checkpoint,
-            note_best=lambda metrics: host_determine(metrics=metrics, trial=trial),
+            note_best=lambda metrics: host_determines(metrics=metrics, trial=trial),
         )
+
+    def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
+        """Delete the checkpoints that need not stay; extend it to keep or delete more.
+
+        With ``preserve_best_model`` the last ``save_total_limit`` and the best
+        ``preserve_n_best`` stay. It is called on all ranks after each save, when the new
+        checkpoint is complete under its final name.
+        """
+        run = self._run
+        if self._save_in_progress is not None:
+            return  # the host of 4.57 asks before the new checkpoint has its name
+        if run is not None and run.checkpoints.is_active:
+            run.checkpoints.rotate()
+        elif HAS_ROTATE_METHOD:
+            super()._rotate_checkpoints(use_mtime, output_dir)  # type: ignore[misc, unused-ignore]
+        else:
+            rotate_as_host(self, use_mtime, output_dir)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # `training_args.bin` is written in here and must hold the user's own limit.
-        training_args: Any = self.args
-        hidden = training_args.save_total_limit
-        if self._guard is not None and self._guard.is_saving:
-            training_args.save_total_limit = self._limit_to_record
-        try:
+        saving = self._save_in_progress
+        with contextlib.nullcontext() if saving is None else saving.limit_shown(self.args):
             super()._save(*args, **kwargs)
-        finally:
-            training_args.save_total_limit = hidden
 
     def _get_output_dir(self, trial: Any) -> str:
-        if self._guard is not None and self._guard.redirect is not None:
-            return self._guard.redirect
+        saving = self._save_in_progress
+        if saving is not None and saving.folder is not None:
+            return saving.folder
         return str(super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._guard is not None and self._guard.is_saving:
-            self._guard.pending_push = checkpoint_folder
+        if self._save_in_progress is not None:
+            self._save_in_progress.pushes.append(checkpoint_folder)
             return
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -303,15 +268,17 @@ class DivGuardMixin(_Host):
 
         def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
             # With a limit of 1 the host deletes everything but the best checkpoint here.
-            preserves = self._guard is not None and self._guard.preserves
-            with hidden_save_limit(self.args) if preserves else contextlib.nullcontext():
+            run = self._run
+            preserves = run is not None and run.checkpoints.preserves_best
+            with save_limit(self.args, None) if preserves else contextlib.nullcontext():
                 return super()._finalize_training(*args, **kwargs)
 
     if HAS_ROTATE_METHOD:
 
         def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:
             # The host asks once for the end of training, to delete everything but the best with a limit of 1.
-            if self._is_in_guarded_loop and self._guard is not None and self._guard.preserves:
+            run = self._run
+            if run is not None and run.is_training and run.checkpoints.preserves_best:
                 return []
             return list(super()._sorted_checkpoints(*args, **kwargs))  # type: ignore[misc, unused-ignore]
 

@@ -19,9 +19,9 @@ import torch
 import transformers
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDetector
-from hf_divguard.hf import journal
+from hf_divguard.hf import reports
 from hf_divguard.hf import rollback as rollback_module
-from hf_divguard.hf.checkpoint_saver import CheckpointSaver
+from hf_divguard.hf.checkpoint_writer import CheckpointWriter
 from tests.conftest import TokenRows, base_arguments, tiny_model
 from tests.hf.faults import HighRate, NaNBatch
 
@@ -95,19 +95,19 @@ STATE = {"rolled_back": False}
 
 def note_rollbacks() -> None:
     """Know from the line that is told whether a rollback is done."""
-    tell = journal.RollbackJournal.tell_rollback
+    tell = reports.RollbackJournal.report_rollback
 
     def telling(*args: Any, **kwargs: Any) -> None:
         STATE["rolled_back"] = True
         tell(*args, **kwargs)
 
-    journal.RollbackJournal.tell_rollback = telling  # type: ignore[method-assign]
+    reports.RollbackJournal.report_rollback = telling  # type: ignore[method-assign]
 
 
 def arm(moment: str) -> None:
     """Have the process killed at ``moment`` of its first rollback."""
     note_rollbacks()
-    story = journal.RollbackJournal
+    story = reports.RollbackJournal
     if moment == "before_quarantine":
         rollback_module.quarantine = dying(rollback_module.quarantine, before=True)
     elif moment == "after_quarantine":
@@ -115,14 +115,14 @@ def arm(moment: str) -> None:
     elif moment == "after_restore":
         rollback_module.restore_checkpoint = dying(rollback_module.restore_checkpoint)
     elif moment == "before_save":
-        save = CheckpointSaver.save
-        CheckpointSaver.save = after_rollback(save, lambda *a, **k: die())  # type: ignore[method-assign]
+        save = CheckpointWriter.save
+        CheckpointWriter.save = after_rollback(save, lambda *a, **k: die())  # type: ignore[method-assign]
     elif moment == "in_save":
-        seal = CheckpointSaver._seal
-        CheckpointSaver._seal = after_rollback(seal, lambda *a, **k: die())  # type: ignore[method-assign]
+        seal = CheckpointWriter._seal
+        CheckpointWriter._seal = after_rollback(seal, lambda *a, **k: die())  # type: ignore[method-assign]
     elif moment == "after_save":
-        save = CheckpointSaver.save
-        CheckpointSaver.save = after_rollback(save, dying(save))  # type: ignore[method-assign]
+        save = CheckpointWriter.save
+        CheckpointWriter.save = after_rollback(save, dying(save))  # type: ignore[method-assign]
     elif moment == "after_story":
         story.write = after_rollback(story.write, dying(story.write))  # type: ignore[method-assign]
     else:

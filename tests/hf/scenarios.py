@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-import hf_divguard.hf.checkpoint_saver as checkpoint_saver
+import hf_divguard.hf.checkpoint_writer as checkpoint_writer
 from hf_divguard import CheckpointSaveError, DivGuardTrainer, DivGuardTrainingArguments
 from tests.conftest import TokenRows, base_arguments, tiny_model
 
@@ -68,8 +68,8 @@ def report(trainer: Any) -> dict[str, Any]:
         "step": trainer.state.global_step,
         "weights": total,
         "best": [entry.step for entry in trainer.best_checkpoints()],
-        "mode": trainer._guard._saver.mode,
-        "ledger": sorted(record.step for record in trainer._guard.ledger.records),
+        "mode": trainer._run.checkpoints.save_mode,
+        "ledger": sorted(record.step for record in trainer._run.checkpoints.ledger.records),
     }
 
 
@@ -152,14 +152,14 @@ def train_where_folders_cannot_be_flushed(rank: int, output_dir: str, **options:
 
 
 def fail_to_publish(rank: int, output_dir: str, at_step: int, on_rank: int, **options: Any) -> dict[str, Any]:
-    real = checkpoint_saver.publish
+    real = checkpoint_writer.publish
 
     def publish(run_dir: Any, step: int, **kwargs: Any) -> Any:
         if rank == on_rank and step == at_step:
             raise OSError(errno.EIO, "an injected error")
         return real(run_dir, step, **kwargs)
 
-    checkpoint_saver.publish = publish
+    checkpoint_writer.publish = publish
     return train(rank, output_dir, **options)
 
 
@@ -271,13 +271,13 @@ def stop_by_sigterm(
     trainer = trainer_of(output_dir, enable_jit_checkpoint=True, **options)
     trainer.callback_handler.callbacks.insert(0, Terminate())
     seen: list[list[str]] = []
-    real = checkpoint_saver.build_manifest
+    real = checkpoint_writer.build_manifest
 
     def look(*args: Any, **kwargs: Any) -> Any:
         seen.append(sorted(os.listdir(output_dir)))
         return real(*args, **kwargs)
 
-    checkpoint_saver.build_manifest = look
+    checkpoint_writer.build_manifest = look
     trainer.train(resume_from_checkpoint=resume)
     return {**report(trainer), "seen": seen[-1] if seen else None}
 

@@ -19,7 +19,7 @@ from hf_divguard import (
     verify_checkpoint,
 )
 from hf_divguard.core.findings import Finding
-from hf_divguard.hf.adaptive_detectors import changed_conditions
+from hf_divguard.hf.resume_conditions import changed_conditions
 from hf_divguard.storage.sidecar import read_sidecar
 from tests.conftest import TokenRows, base_arguments, checkpoint_steps, tiny_model
 
@@ -620,7 +620,7 @@ def test_the_first_infinite_gradients_of_a_loss_scaler_are_no_trouble(
 def test_one_infinite_gradient_is_an_error_only_where_no_scaler_searches_its_scale(
     has_scaler: bool, stops: bool
 ) -> None:
-    from hf_divguard.hf.loss_tap import StepValues
+    from hf_divguard.core.detection.detector import StepValues
 
     detector, control, state = AdaptiveDivergenceDetector(), TrainerControl(), TrainerState()
     detector.use_raw_losses(has_loss_scaler=has_scaler)

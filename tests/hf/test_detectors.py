@@ -324,7 +324,7 @@ def test_a_run_that_finishes_normally_says_nothing(
     metric = in_the_order_of_values([2.0] * 6, "error")
     trainer, _, output = train(trainer_class, arguments_class, metric, ema(metric_key="eval_error"))
     assert not any(key.startswith("divguard") for key in output.metrics)
-    assert not hasattr(trainer.state, "divguard_stop_reason")
+    assert trainer.state.divguard_stop_reason is None
     assert warnings_of(our_log) == []
 
 

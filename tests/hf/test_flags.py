@@ -18,7 +18,7 @@ from hf_divguard import (
     DualWindowDivergenceDetector,
     NonFiniteDetector,
 )
-from hf_divguard.hf.detector_choice import make_detector
+from hf_divguard.hf.detectors_by_name import make_detector
 from tests.conftest import TokenRows, base_arguments, same_weights, tiny_model, weights
 
 FLAGS: dict[str, Any] = {

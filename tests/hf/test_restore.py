@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from hf_divguard import CheckpointError, DivergenceDetector, NonFiniteDetector, TrainingDivergedError
+from hf_divguard.hf.host import TransformersHost
 from hf_divguard.hf.restore import load_weights, weights_kept_on_error
 from tests.conftest import same_weights, tiny_model, weights
 from tests.hf.faults import NaNBatch, ScriptedRule
@@ -116,7 +117,7 @@ def test_generators_are_where_they_were_after_a_load_under_other_names(
     trainer.train()
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    load_weights(trainer, str(tmp_path / "out" / "checkpoint-4"))
+    load_weights(TransformersHost(trainer), str(tmp_path / "out" / "checkpoint-4"))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -182,7 +183,7 @@ def test_a_model_that_from_pretrained_cannot_build_is_refused_by_the_names_it_la
     del tensors["transformer.ln_f.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"`transformer\.ln_f\.weight`") as caught:
-        load_weights(trainer, str(path.parent))
+        load_weights(TransformersHost(trainer), str(path.parent))
     assert "needed" in str(caught.value.__cause__)
 
 
@@ -238,7 +239,7 @@ def test_a_file_that_lacks_a_trained_weight_is_refused_and_nothing_is_changed(
         pytest.raises(CheckpointError, match=r"checkpoint-4 .*`transformer\.ln_f\.weight`"),
         weights_kept_on_error(trainer.model),
     ):
-        load_weights(trainer, str(path.parent))
+        load_weights(TransformersHost(trainer), str(path.parent))
     assert same_weights(everything(trainer.model), before)
 
 
@@ -429,7 +430,7 @@ def test_only_a_few_snapshots_are_kept_and_the_first_and_the_newest_are_among_th
         max_steps=150,
     )
     trainer.train()
-    steps = [snapshot.step for snapshot in trainer._guard.rollback._snapshots.all()]
+    steps = [snapshot.step for snapshot in trainer._run.rollback.snapshots.all()]
     assert len(steps) == kept
     assert (steps[0], steps[-1]) == (0, 150)
     assert any(40 <= 150 - step <= 80 for step in steps)

@@ -453,7 +453,7 @@ def test_the_saved_state_of_the_host_is_what_it_would_write_itself(
 ) -> None:
     from transformers import TrainerState
 
-    from hf_divguard.hf.compat import rewrite_best
+    from hf_divguard.hf.host import rewrite_best
 
     state = TrainerState(global_step=4, log_history=[{"step": 4, "note": 'a "best_metric": 1,\n'}])
     state.save_to_json(str(tmp_path / "written"))

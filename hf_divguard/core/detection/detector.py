@@ -7,11 +7,12 @@ after a finding. Its whole memory is in its ``state_dict``.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from hf_divguard.core.findings import Finding
 
-__all__ = ["Rule", "non_finite_finding"]
+__all__ = ["Rule", "StepValues", "non_finite_finding"]
 
 
 @runtime_checkable
@@ -68,3 +69,20 @@ def non_finite_finding(metric: str, step: int, value: float) -> Finding:
         limit=None,
         message=f"`{metric}` = {value} at step {step} is not a finite number.",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StepValues:
+    """What one optimizer step showed.
+
+    Args:
+        step: The step, counted as ``TrainerState.global_step`` after it.
+        loss: Its training loss: the micro-batches of the step together, the mean over all
+            ranks. Not filtered; NaN on any rank makes it NaN.
+        grad_norm: Norm of the gradient before clipping, the mean over all ranks; ``None``
+            where the host has none.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float | None

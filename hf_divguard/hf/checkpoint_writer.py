@@ -1,11 +1,11 @@
-"""Saving a checkpoint so that it is complete or does not count, on one rank or many.
+"""Writing a checkpoint so that it is complete or does not count, on one rank or many.
 
 The steps of a save, each agreed on by all ranks before the next one begins:
 
 1. prepare: room on the disk, an empty place to write to;
-2. write: the host's own save, every rank its part;
+2. write: the host's own save, each rank its part;
 3. seal: on each file system one rank adds the sidecar and, last, the manifest;
-4. give the name: the same rank moves the sealed folder to where it is looked for.
+4. publish: the same rank moves the sealed folder to its final name.
 
 An error on one rank becomes the same error on all; then nothing is published.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.deletion import remove_tree
+from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.free_space import require_free_space, tree_bytes
 from hf_divguard.storage.jsonio import write_bytes_atomic
 from hf_divguard.storage.manifest import (
@@ -42,14 +43,14 @@ from hf_divguard.storage.staging import (
     staging_folder,
 )
 
-__all__ = ["CheckpointSaver"]
+__all__ = ["CheckpointWriter"]
 
 logger = logging.getLogger(__name__)
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
-class CheckpointSaver:
+class CheckpointWriter:
     """Writes the checkpoints of one run folder.
 
     Args:
@@ -73,7 +74,6 @@ class CheckpointSaver:
         resumed_from: str | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
-        self.redirect: str | None = None
         self._ranks = ranks
         self._checksums = checksums
         self._flush = flush
@@ -113,23 +113,24 @@ class CheckpointSaver:
         self,
         step: int,
         *,
-        write: Callable[[], None],
+        write: Callable[[str | None], None],
         finish: Callable[[Path], None],
         sidecar: Callable[[], Sidecar],
-        anew: bool = False,
+        replace: bool = False,
     ) -> bool:
         """Write the checkpoint of ``step`` and publish it.
 
         Args:
             step: Optimizer step.
-            write: The host's own save; it asks for its folder through ``redirect``.
+            write: The host's own save; gets the folder that stands in for the run folder, ``None``
+                for the run folder itself.
             finish: Corrects the files in the folder it is given, on the rank that leads.
             sidecar: Makes the sidecar, on the rank that leads.
-            anew: Whether what is there of this step must not stay.
+            replace: Whether a checkpoint of this step that exists must be replaced.
 
         Returns:
             Whether it was written. Written in place, a checkpoint that this very training has
-            published at this very step already is left as it is: to write it anew would leave
+            published at this very step already is left as it is: to write it again would leave
             a moment without it.
 
         Raises:
@@ -139,21 +140,21 @@ class CheckpointSaver:
         final = self.run_dir / checkpoint_name(step)
         what = f"Saving {final}"
         folder = staging_folder(self.run_dir) / checkpoint_name(step) if self.mode == "staged" else final
-        if self._is_there(step, final) and self.mode == "in_place" and not anew:
+        if self._is_there(step, final) and self.mode == "in_place" and not replace:
             return False
         try:
             self._do(what, lambda: self._prepare(folder, final, sidecar), folder)
-            self.redirect = str(folder.parent) if self.mode == "staged" else None
-            try:
-                self._do(what, write, folder, every_rank=True)
-            finally:
-                self.redirect = None
+            failpoint("save begun")
+            stand_in = str(folder.parent) if self.mode == "staged" else None
+            self._do(what, lambda: write(stand_in), folder, every_rank=True)
+            failpoint("host wrote")
             self._do(what, lambda: self._seal(step, folder, finish, sidecar), folder)
-            self._do(what, lambda: self._give_name(step), folder)
+            failpoint("sealed")
+            self._do(what, lambda: self._publish(step), folder)
         except CheckpointSaveError as error:
             self._clean_up(folder)
             raise CheckpointSaveError(
-                f"{error} Complete checkpoints from before are untouched."
+                f"{error} Complete checkpoints from before were not changed."
             ) from error.__cause__
         self._last_step = step
         return True
@@ -228,7 +229,7 @@ class CheckpointSaver:
         write_manifest(folder, manifest, flush=self._flush)
         self._last_bytes = sum(entry.size for entry in manifest.files.values())
 
-    def _give_name(self, step: int) -> None:
+    def _publish(self, step: int) -> None:
         if self.mode == "staged":
             publish(self.run_dir, step, flush=self._flush)
 

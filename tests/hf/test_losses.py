@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_divguard import DivGuardTrainer, NonFiniteDetector
-from hf_divguard.hf.loss_tap import LossTap, StepValues
+from hf_divguard.core.detection.detector import StepValues
+from hf_divguard.hf.losses import StepLosses
 from tests.conftest import TokenRows, base_arguments, tiny_model
 
 
@@ -337,17 +338,19 @@ def test_the_tap_holds_no_more_than_the_steps_since_the_last_look(make_trainer: 
 
 
 def test_half_precision_losses_are_not_summed_in_half_precision() -> None:
-    tap = LossTap(check_steps=1, world_size=1)
+    losses = StepLosses(check_steps=1, world_size=1)
+    losses.is_collecting = True
     for _ in range(3):
-        tap.add_micro_batch(torch.tensor(60000.0, dtype=torch.float16))
-    tap.end_step(1, grad_norm=None)
-    assert tap.drain(1) == [StepValues(step=1, loss=180000.0, grad_norm=None)]
+        losses.micro_batch(torch.tensor(60000.0, dtype=torch.float16))
+    losses.close_step(1, grad_norm=None)
+    assert losses.drain(1) == [StepValues(step=1, loss=180000.0, grad_norm=None)]
 
 
 def test_a_loss_that_the_model_overwrites_later_is_kept_as_it_was() -> None:
-    tap = LossTap(check_steps=2, world_size=1)
+    losses = StepLosses(check_steps=2, world_size=1)
+    losses.is_collecting = True
     output = torch.tensor(2.0)
-    tap.add_micro_batch(output)
-    tap.end_step(1, grad_norm=0.5)
+    losses.micro_batch(output)
+    losses.close_step(1, grad_norm=0.5)
     output.fill_(9.0)
-    assert tap.drain(1) == [StepValues(step=1, loss=2.0, grad_norm=0.5)]
+    assert losses.drain(1) == [StepValues(step=1, loss=2.0, grad_norm=0.5)]

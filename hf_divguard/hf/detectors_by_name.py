@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
-from hf_divguard.hf.detectors import (
-    DivergenceDetector,
-    DualTimeScaleDivergenceDetector,
-    DualWindowDivergenceDetector,
-)
+from hf_divguard.hf.detectors import DivergenceDetector
+from hf_divguard.hf.dual_detectors import DualTimeScaleDivergenceDetector, DualWindowDivergenceDetector
 
 __all__ = ["DETECTORS", "make_detector"]
 

@@ -1,0 +1,111 @@
+"""What was decided in one run: the one value that detectors and rollbacks report to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from hf_divguard.core.findings import Finding
+
+__all__ = ["Action", "RunOutcome", "check_action"]
+
+Action = Literal["warn", "stop", "abort", "rollback"]
+
+_DAMAGES_WEIGHTS = frozenset({"non_finite", "nan_filtered"})
+
+
+def check_action(action: str) -> None:
+    """Raise ``ValueError`` unless ``action`` is one of the known ones."""
+    if action not in get_args(Action):
+        raise ValueError(f"`action` must be one of {list(get_args(Action))}, got {action!r}.")
+
+
+@dataclass(eq=False)
+class RunOutcome:
+    """What was found and decided in one run, the same on all ranks after :meth:`merge`.
+
+    Args:
+        finding: The finding that ends the run; ``None`` for a healthy run.
+        stop_reason: The action and the sentence of that finding.
+        is_aborted: Whether nothing more is saved or evaluated.
+        rollback_request: The finding that asks for a rollback which is still to be done.
+        muted_until: Last step in which findings are ignored, after a rollback.
+        rolled_back_at: Step of the last rollback; -1 if there was none.
+
+    Example:
+        >>> finding = Finding(step=9, onset_step=8, kind="jump", severity="error", metric="loss",
+        ...                   value=9.0, limit=2.0, message="`loss` = 9 at step 9.")
+        >>> outcome = RunOutcome()
+        >>> outcome.report(finding, "stop")
+        >>> outcome.stop_reason, outcome.is_aborted
+        ('stop: `loss` = 9 at step 9.', False)
+    """
+
+    finding: Finding | None = None
+    stop_reason: str | None = None
+    is_aborted: bool = False
+    rollback_request: Finding | None = None
+    muted_until: int = -1
+    rolled_back_at: int = -1
+
+    def report(self, finding: Finding, action: Action) -> None:
+        """Take an error finding and the action that it calls for.
+
+        The first finding that stops the run is kept; an abort takes the place of a stop.
+        """
+        if action == "rollback":
+            self.request_rollback(finding)
+        elif action != "warn" and (action == "abort" or self.finding is None):
+            self.finding = finding
+            self.stop_reason = f"{action}: {finding.message}"
+            self.is_aborted |= action == "abort"
+
+    def request_rollback(self, finding: Finding) -> None:
+        """Ask for a rollback at the end of the step; the first request of a step is kept."""
+        self.rollback_request = self.rollback_request or finding
+
+    def report_failed_recovery(self, finding: Finding, message: str) -> None:
+        """End the run because rollbacks did not help; nothing more is saved."""
+        self.finding, self.stop_reason, self.is_aborted = finding, f"rollback: {message}", True
+
+    def has_rolled_back(self, step: int, muted_until: int) -> None:
+        """Note a rollback at ``step`` and until when findings are ignored."""
+        self.rolled_back_at, self.muted_until = step, muted_until
+
+    def is_muted(self, step: int | None) -> bool:
+        """Return whether findings at ``step`` are ignored, shortly after a rollback."""
+        return step is not None and step <= self.muted_until
+
+    @property
+    def stopped_by(self) -> Finding | None:
+        """The finding that ended the run, unless a rollback has undone what it found."""
+        if self.finding is None or self.finding.step <= self.rolled_back_at:
+            return None
+        return self.finding
+
+    @property
+    def damaged_by(self) -> Finding | None:
+        """The finding after which the weights themselves are not finite, if there is one.
+
+        After a training loss or a gradient that was not finite the weights are not either.
+        """
+        finding = self.stopped_by
+        if finding is None or finding.kind not in _DAMAGES_WEIGHTS or finding.metric.startswith("eval_"):
+            return None
+        return finding
+
+    @property
+    def may_save(self) -> bool:
+        """Whether a checkpoint may be saved: not after an abort, nor while a rollback is still to be done."""
+        return not self.is_aborted and self.rollback_request is None
+
+    def merge(self, outcomes: Sequence[RunOutcome]) -> None:
+        """Take over what any of ``outcomes``, one of each rank, says. The reason of an abort goes first."""
+        ordered = sorted(outcomes, key=lambda outcome: not outcome.is_aborted)
+        self.finding = next((each.finding for each in ordered if each.finding is not None), None)
+        self.stop_reason = next((each.stop_reason for each in ordered if each.stop_reason is not None), None)
+        self.rollback_request = next(
+            (each.rollback_request for each in ordered if each.rollback_request is not None), None
+        )
+        self.is_aborted = any(each.is_aborted for each in ordered)

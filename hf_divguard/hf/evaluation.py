@@ -1,0 +1,173 @@
+"""What evaluations gave: the metric of a step, and the best of them as the host and the ranking see it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+
+from hf_divguard.core.metrics import with_eval_prefix
+from hf_divguard.core.retention import CheckpointRecord, is_better, rank
+from hf_divguard.errors import MetricNotFoundError
+from hf_divguard.hf.host import Host
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.storage.ledger import CheckpointLedger
+
+__all__ = ["Evaluations"]
+
+
+class Evaluations:
+    """The evaluations of one ``train()`` call.
+
+    Args:
+        host: The host.
+        options: The options.
+        ranks: The processes of the run.
+        ledger: The checkpoints of the run.
+    """
+
+    def __init__(self, host: Host, options: Any, ranks: Ranks, ledger: CheckpointLedger) -> None:
+        self._host = host
+        self._ranks = ranks
+        self._ledger = ledger
+        self._best_model_metric = options.best_model_metric
+        self._greater_is_better = bool(options.divguard_greater_is_better)
+        self._host_metric = host.args.metric_for_best_model
+        self.metric_key = options.divguard_ranking_key
+        self.ranks_checkpoints = bool(options.preserve_best_model)
+        self.best_follows_saves = self.ranks_checkpoints or bool(
+            options.eval_on_save and self._host_metric is not None
+        )
+        """Whether the host's best metric is set when a checkpoint is saved, not when one is evaluated."""
+        self.is_running = False
+        self.metrics: dict[str, float] = {}
+        self._step: int | None = None
+        self._best_evaluated: float | None = None
+
+    # ---- one evaluation
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While the host evaluates, show it the best of all evaluations: early stopping compares with it."""
+        state, best_saved = self._host.state, self._host.state.best_metric
+        self.is_running = True
+        if self.best_follows_saves:
+            state.best_metric = self._best_evaluated
+        try:
+            yield
+        finally:
+            self.is_running = False
+            state.best_metric = best_saved
+
+    def note(self, step: int, metrics: dict[str, float] | None) -> None:
+        """Remember the results of the evaluation at ``step``."""
+        self.metrics, self._step = dict(metrics or {}), step
+
+    def has_evaluated(self, step: int) -> bool:
+        """Return whether ``step`` was evaluated, in this run or in the one it resumes."""
+        return self._step == step
+
+    def metric_of_step(self, step: int) -> float | None:
+        """Return the ranking metric that was evaluated at exactly ``step``, if it was."""
+        if self._step != step or self.metric_key not in self.metrics:
+            return None
+        return float(self.metrics[self.metric_key])
+
+    # ---- the best one
+
+    def host_best_is_due(self, step: int) -> bool:
+        """Return whether the host has to record its own best metric when ``step`` is saved."""
+        return self.best_follows_saves and not self.ranks_checkpoints and self.has_evaluated(step)
+
+    def is_new_best(self, metrics: dict[str, float]) -> bool | None:
+        """Return whether an evaluation is better than every checkpoint; ``None`` leaves it to the host.
+
+        Raises:
+            MetricNotFoundError: If the evaluation did not produce the ranking metric.
+        """
+        if self.best_follows_saves:
+            self._note_best(metrics)
+        if self.ranks_checkpoints:
+            return self._ranks.run_on_main(lambda: self._beats_all(metrics))
+        if self.best_follows_saves and self._host.args.save_strategy != "best":
+            return False
+        return None
+
+    def _beats_all(self, metrics: dict[str, float]) -> bool:
+        if self.metric_key not in metrics:
+            there = sorted(key for key in metrics if key.startswith("eval_"))
+            raise MetricNotFoundError(
+                f"`best_model_metric={self._best_model_metric!r}` ranks checkpoints, but the evaluation produced "
+                f"no `{self.metric_key}`. It produced {there}. Set `best_model_metric` to one of them, or let "
+                "`compute_metrics` return it."
+            )
+        return self._ledger.would_be_best(float(metrics[self.metric_key]), self._greater_is_better)
+
+    def _note_best(self, metrics: dict[str, float]) -> None:
+        """Remember the best of all evaluations: the host's patience is measured against it, saved or not."""
+        value = metrics.get(with_eval_prefix(self._host_metric))
+        if value is None:
+            return
+        greater = bool(self._host.args.greater_is_better)
+        if is_better(float(value), self._best_evaluated, greater_is_better=greater):
+            self._best_evaluated = float(value)
+        elif self._best_evaluated is None:  # as the host has it after an evaluation that was not finite
+            self._best_evaluated = -math.inf if greater else math.inf
+
+    # ---- after a resume or a rollback
+
+    def recall(self, state: Any) -> None:
+        """Take the results of the step that training resumes at, and the best so far, from its log."""
+        for entry in state.log_history:
+            metrics = {key: value for key, value in entry.items() if key.startswith("eval_")}
+            if metrics and entry.get("step") == state.global_step:
+                self.note(state.global_step, {**self.metrics, **metrics})
+        self._recall_best_evaluated(state, state.global_step)
+
+    def forget_after(self, state: Any, target_step: int) -> None:
+        """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
+        self.metrics, self._step = {}, None
+        self._recall_best_evaluated(state, target_step)
+        for callback in self._host.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = 0
+        is_undone = (state.best_global_step or math.inf) > target_step
+        if (
+            not self.ranks_checkpoints
+            and self._host_metric is not None
+            and state.best_metric is not None
+            and is_undone
+        ):
+            self._recall_host_best(state, target_step)
+
+    def _recall_best_evaluated(self, state: Any, last_step: int) -> None:
+        self._best_evaluated = None
+        if self.best_follows_saves:
+            for entry in state.log_history:
+                if 0 < entry["step"] <= last_step:
+                    self._note_best(entry)
+
+    def _recall_host_best(self, state: Any, last_step: int) -> None:
+        """Take the host's best metric from the evaluations up to ``last_step`` whose checkpoints exist.
+
+        Where the host names no step for it, as without saves, all of them count.
+        """
+        names_step = state.best_global_step is not None
+        key = with_eval_prefix(self._host_metric)
+        present = {record.step for record in self._ledger.records if record.in_lineage}
+        logged = [
+            CheckpointRecord(entry["step"], entry["step"], float(entry[key]))
+            for entry in state.log_history
+            if key in entry
+            and math.isfinite(entry[key])
+            and entry["step"] <= last_step
+            and (entry["step"] in present or not names_step)
+        ]
+        best = next(iter(rank(logged, greater_is_better=bool(self._host.args.greater_is_better))), None)
+        state.best_metric = best.metric if best else None
+        if names_step:
+            state.best_global_step = best.step if best else None
+            state.best_model_checkpoint = self._ledger.path(best.step) if best else None

@@ -1,0 +1,319 @@
+"""The seam to the host: the only file besides ``trainer.py`` that names private members of ``Trainer``.
+
+Versions of Transformers differ only here. The seam is tested, not the version number: 5.0
+still has the loop of 4.57.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from transformers import Trainer
+
+__all__ = [
+    "HAS_FINALIZE",
+    "HAS_ROTATE_METHOD",
+    "Host",
+    "SaveInProgress",
+    "TransformersHost",
+    "rewrite_best",
+    "rotate_as_host",
+    "save_limit",
+]
+
+HAS_ROTATE_METHOD = hasattr(Trainer, "_rotate_checkpoints")
+"""4.57 to 5.0 rotate through a method, later versions through a module function. Ends with 4.x support."""
+
+HAS_FINALIZE = hasattr(Trainer, "_finalize_training")
+"""Later 5.x end training in a method of its own; before, inside ``_inner_training_loop``. Ends with 4.x support."""
+
+
+@dataclass
+class SaveInProgress:
+    """What the overrides of the host's save need to know while one of ours is under way.
+
+    Args:
+        folder: Run folder that the host writes into instead of its own; ``None`` for its own.
+        save_total_limit: The user's limit, which is hidden from the host's rotation.
+        pushes: Folders whose upload the host asked for; they are uploaded under their final name.
+    """
+
+    folder: str | None
+    save_total_limit: int | None
+    pushes: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def limit_shown(self, args: Any) -> Iterator[None]:
+        """Show the user's limit while ``training_args.bin`` is written."""
+        with save_limit(args, self.save_total_limit):
+            yield
+
+
+@contextlib.contextmanager
+def save_limit(args: Any, limit: int | None) -> Iterator[None]:
+    """Show the host another ``save_total_limit``; with ``None`` it deletes nothing."""
+    before, args.save_total_limit = args.save_total_limit, limit
+    try:
+        yield
+    finally:
+        args.save_total_limit = before
+
+
+class Host(Protocol):
+    """What the guards use of a trainer. ``tests/hf/fake_host.py`` has an implementation without one."""
+
+    last_logged_step: int
+    """Step of the last training log."""
+    total_loss: float
+    """Sum of the losses of the logged steps of this ``train()`` call."""
+
+    @property
+    def args(self) -> Any:
+        """The ``TrainingArguments``."""
+
+    @property
+    def state(self) -> Any:
+        """The ``TrainerState``."""
+
+    @property
+    def control(self) -> Any:
+        """The ``TrainerControl``, as the callbacks left it."""
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """The live list of callbacks, in the order in which they are called."""
+
+    @property
+    def model(self) -> Any:
+        """The model as the user gave it, not wrapped for several processes."""
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer."""
+
+    @property
+    def scheduler(self) -> Any:
+        """The schedule of the learning rate."""
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of fp16 training, or ``None``."""
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether a loss scaler is at work: the host's own, or in fp16 that of an engine."""
+
+    @property
+    def engine_without_rollback(self) -> str | None:
+        """Why weights and optimizer cannot be restored inside the loop; ``None`` if they can."""
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Log through the host, so that every tracker gets it."""
+
+    def add_to_running_loss(self, amount: float) -> float:
+        """Add to the losses that wait for the next log; return what must be added at the end of a step."""
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Load the weights as the host does, without its warnings on missing keys."""
+
+    def load_scaler(self, checkpoint: str) -> None:
+        """Load the state of the gradient scaler."""
+
+    def load_random_states(self, checkpoint: str) -> None:
+        """Load the states of the random number generators."""
+
+    def saving_to(self, folder: str | None) -> contextlib.AbstractContextManager[SaveInProgress]:
+        """Have the host's save write into ``folder``, rotate nothing and upload nothing."""
+
+    def push(self, checkpoint: str) -> Any:
+        """Upload a finished checkpoint; return the job, or ``None``."""
+
+    def rotate(self, run_dir: str) -> None:
+        """Call the trainer's ``_rotate_checkpoints``."""
+
+    def rewrite_best(self, path: str) -> None:
+        """Bring what a ``trainer_state.json`` says of the best checkpoint up to the present state."""
+
+
+class TransformersHost:
+    """The host of a real ``Trainer``.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    # ---- what it holds
+
+    @property
+    def args(self) -> Any:
+        return self._trainer.args
+
+    @property
+    def state(self) -> Any:
+        return self._trainer.state
+
+    @property
+    def control(self) -> Any:
+        return self._trainer.control
+
+    @property
+    def callbacks(self) -> list[Any]:
+        return self._trainer.callback_handler.callbacks
+
+    @property
+    def model(self) -> Any:
+        return self._trainer.model
+
+    @property
+    def optimizer(self) -> Any:
+        return self._trainer.optimizer
+
+    @property
+    def scheduler(self) -> Any:
+        return self._trainer.lr_scheduler
+
+    @property
+    def scaler(self) -> Any:
+        return getattr(self._trainer.accelerator, "scaler", None)
+
+    @property
+    def scales_losses(self) -> bool:
+        return (
+            self.scaler is not None or getattr(self._trainer.accelerator, "mixed_precision", "no") == "fp16"
+        )
+
+    @property
+    def engine_without_rollback(self) -> str | None:
+        trainer = self._trainer
+        if getattr(trainer, "is_deepspeed_enabled", False):
+            return "DeepSpeed, whose engine owns the optimizer"
+        if getattr(trainer, "is_fsdp_enabled", False):
+            return "FSDP, which shards weights and optimizer over the ranks"
+        kind = str(
+            getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type)
+        )
+        if kind != "NO" and not kind.startswith("MULTI_"):
+            return f"the distributed type {kind}"
+        if any(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()):
+            return "parameters that are sharded over the ranks (DTensor)"
+        optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+        if "layerwise" in optimizer or optimizer in ("lomo", "adalomo"):
+            return f"the optimizer {optimizer}, which updates the weights during the backward pass"
+        return None
+
+    # ---- logs
+
+    def log(self, logs: dict[str, float]) -> None:
+        self._trainer.log(logs)
+
+    @property
+    def last_logged_step(self) -> int:
+        return self._trainer._globalstep_last_logged
+
+    @last_logged_step.setter
+    def last_logged_step(self, step: int) -> None:
+        self._trainer._globalstep_last_logged = step
+
+    @property
+    def total_loss(self) -> float:
+        return float(self._trainer._total_loss_scalar)
+
+    @total_loss.setter
+    def total_loss(self, total: float) -> None:
+        self._trainer._total_loss_scalar = total
+
+    def add_to_running_loss(self, amount: float) -> float:
+        running = getattr(self._trainer, "_tr_loss", None)
+        if not isinstance(running, torch.Tensor):
+            return amount  # until 5.0 the sum is a local variable of the host's loop
+        running += amount
+        return 0.0
+
+    # ---- loading
+
+    def load_weights(self, checkpoint: str) -> None:
+        # The host warns of the second name of tied weights too, which no file holds. The caller checks for itself.
+        self._trainer._issue_warnings_after_load = lambda *args, **kwargs: None  # shadows the method
+        try:
+            self._trainer._load_from_checkpoint(checkpoint)
+        finally:
+            del self._trainer._issue_warnings_after_load
+
+    def load_scaler(self, checkpoint: str) -> None:
+        self._trainer._load_scaler(checkpoint)
+
+    def load_random_states(self, checkpoint: str) -> None:
+        self._trainer._load_rng_state(checkpoint)
+
+    # ---- saving
+
+    @contextlib.contextmanager
+    def saving_to(self, folder: str | None) -> Iterator[SaveInProgress]:
+        trainer, state = self._trainer, self._trainer.state
+        saving = SaveInProgress(folder, trainer.args.save_total_limit)
+        # The host would look for the best checkpoint beside the folder it writes to, behind a barrier that a rank
+        # with an error never reaches. The pointer is set when the checkpoint is finished.
+        best_step, state.best_global_step = state.best_global_step, None
+        trainer._save_in_progress = saving
+        try:
+            with save_limit(trainer.args, None):  # without a limit the host's rotation does nothing
+                yield saving
+        finally:
+            trainer._save_in_progress = None
+            state.best_global_step = best_step
+
+    def push(self, checkpoint: str) -> Any:
+        self._trainer._push_from_checkpoint(checkpoint)
+        return getattr(self._trainer, "push_in_progress", None)
+
+    def rotate(self, run_dir: str) -> None:
+        self._trainer._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
+
+    def rewrite_best(self, path: str) -> None:
+        rewrite_best(self._trainer.state, path)
+
+
+def rotate_as_host(trainer: Any, use_mtime: bool, output_dir: str | None) -> None:
+    """Delete old checkpoints as the host's own module function does; before 5.1 it is a method."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    rotate_checkpoints(
+        output_dir=trainer.args.output_dir if output_dir is None else output_dir,
+        save_total_limit=trainer.args.save_total_limit,
+        best_model_checkpoint=trainer.state.best_model_checkpoint,
+        use_mtime=use_mtime,
+    )
+
+
+_BEST_FIELDS = ("best_global_step", "best_metric", "best_model_checkpoint")
+# The host dumps its state with sorted keys and an indent of two, so the three stand at the top, a line each.
+_BEST_LINES = re.compile(r"\A\{\n" + "".join(rf'  "{name}": [^\n]*,\n' for name in _BEST_FIELDS))
+
+
+def rewrite_best(state: Any, path: str) -> None:
+    """Replace the three lines at the top of the file that ``state`` was written to.
+
+    Writing all of the state again takes, with some hundred log entries, as long as writing a
+    small model. A file of another form is written again all the same.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    head = _BEST_LINES.match(text)
+    if head is None:
+        state.save_to_json(os.fspath(path))
+        return
+    lines = "".join(f'  "{name}": {json.dumps(getattr(state, name))},\n' for name in _BEST_FIELDS)
+    if head[0] == "{\n" + lines:
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("{\n" + lines + text[head.end() :])

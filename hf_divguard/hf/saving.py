@@ -1,0 +1,232 @@
+"""The checkpoints of one run: saved, ranked, rotated."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_divguard.core.retention import CheckpointRecord
+from hf_divguard.errors import CheckpointSaveError
+from hf_divguard.hf.checkpoint_writer import CheckpointWriter
+from hf_divguard.hf.host import Host
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.storage.deletion import delete_checkpoint
+from hf_divguard.storage.ledger import CheckpointLedger
+from hf_divguard.storage.names import checkpoint_step
+from hf_divguard.storage.record import Quarantine
+from hf_divguard.storage.sidecar import Sidecar
+
+__all__ = ["Checkpoints"]
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Saves the checkpoints of one ``train()`` call and deletes those that need not stay.
+
+    Args:
+        host: The host.
+        options: The options.
+        ranks: The processes of the run.
+        run_dir: Folder that gets the checkpoints.
+        resumed_from: Checkpoint that training resumes from, if any.
+        is_active: Whether checkpoints are saved by us at all. If not, the host does it.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        options: Any,
+        ranks: Ranks,
+        run_dir: str,
+        resumed_from: str | None,
+        *,
+        is_active: bool,
+    ) -> None:
+        self._host = host
+        self._options = options
+        self._ranks = ranks
+        self._writer: CheckpointWriter | None = None
+        self._pushes: dict[int, Any] = {}
+        self._last_saved: int | None = None
+        self.preserves_best = bool(options.preserve_best_model)
+        self.greater_is_better = bool(options.divguard_greater_is_better)
+        self.protected_steps: Callable[[], set[int]] = set
+        """Returns the steps that rotation must not delete, beside the last and the best."""
+        self.ledger = CheckpointLedger(run_dir=run_dir, run_id="", records=[])
+        if is_active:
+            self._writer = CheckpointWriter(
+                run_dir,
+                ranks,
+                save_mode=options.divguard_save_mode,
+                checksums=options.divguard_checksums,
+                flush=options.divguard_fsync,
+                resumed_from=resumed_from,
+            )
+            metric_key = options.divguard_ranking_key
+            read = ranks.run_on_main(lambda: CheckpointLedger.read(run_dir, resumed_from, metric_key))
+            # Each rank's own spelling of the folder, which is another one where ranks have disks of their own.
+            self.ledger = replace(read, run_dir=run_dir)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether checkpoints are saved by us."""
+        return self._writer is not None
+
+    @property
+    def save_mode(self) -> str:
+        """How checkpoints become complete: ``"staged"``, ``"in_place"`` or ``"off"``."""
+        return "off" if self._writer is None else self._writer.mode
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank moves, marks and deletes checkpoints on its file system."""
+        return self._writer is not None and self._writer.leads
+
+    # ---- saving
+
+    def save(
+        self,
+        *,
+        write: Callable[[], None],
+        note_best: Callable[[], None],
+        metric: float | None,
+        callback_states: Callable[[], dict[str, Any]],
+        quarantine: Quarantine | None,
+    ) -> None:
+        """Save a checkpoint of the present step, publish it, rotate.
+
+        Args:
+            write: The host's own save.
+            note_best: Has the host record its best metric, where it does so at a save.
+            metric: The ranking metric of this step, ``None`` if it was not evaluated.
+            callback_states: Returns the states of the callbacks.
+            quarantine: Why this checkpoint must never be resumed; ``None`` for a good one.
+
+        Raises:
+            CheckpointSaveError: On every rank, if any of them failed and
+                ``divguard_on_save_error`` is ``"raise"``.
+        """
+        assert self._writer is not None
+        state, step = self._host.state, self._host.state.global_step
+        before = replace(self.ledger)
+        best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
+        self.ledger.add(step, metric)
+        if quarantine is not None:
+            self.ledger.leave_behind(step - 1)
+        note_best()
+        pushes: list[str] = []
+
+        def write_aside(stand_in: str | None) -> None:
+            with self._host.saving_to(stand_in) as saving:
+                write()
+            pushes.extend(saving.pushes)
+
+        def finish(folder: Path) -> None:
+            self.point_to_best(being_saved=step)
+            if self._host.args.should_save:
+                self._host.rewrite_best(os.path.join(folder, "trainer_state.json"))
+
+        try:
+            written = self._writer.save(
+                step,
+                write=write_aside,
+                finish=finish,
+                sidecar=lambda: replace(self._sidecar(step, callback_states()), quarantine=quarantine),
+                replace=step in before.quarantined,
+            )
+        except CheckpointSaveError as error:
+            self._undo(before, best_before)
+            if self._options.divguard_on_save_error == "raise":
+                raise
+            if self._ranks.rank == 0:
+                logger.warning("%s Training goes on without this checkpoint.", error)
+            return
+        if not written:
+            self.ledger.rewind_to(before)
+            return
+        self._last_saved = step
+        self.point_to_best()
+        if pushes:
+            self._pushes[step] = self._host.push(self.ledger.path(step))
+        if quarantine is not None and self._ranks.rank == 0:
+            logger.warning("%s was saved and quarantined: it is never resumed.", self.ledger.path(step))
+        self._host.rotate(self.ledger.run_dir)
+
+    def _undo(self, before: CheckpointLedger, best_before: tuple[Any, Any, Any]) -> None:
+        """After a failed save, know again what was known before it."""
+        state = self._host.state
+        self.ledger.rewind_to(before)
+        self._ranks.run_on_main(self.ledger.drop_missing)
+        self.ledger.records = self._ranks.broadcast(self.ledger.records)
+        state.best_metric, state.best_global_step, state.best_model_checkpoint = best_before
+        self.point_to_best()
+
+    def _sidecar(self, step: int, callback_states: dict[str, Any]) -> Sidecar:
+        assert self._writer is not None
+        record = self.ledger.records[-1]
+        return Sidecar(
+            step=step,
+            run_id=self.ledger.run_id,
+            sequence=record.sequence,
+            metric_name=self._options.divguard_ranking_key,
+            metric=record.metric,
+            greater_is_better=self._options.divguard_greater_is_better,
+            records=tuple(
+                CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records
+            ),
+            callbacks=callback_states,
+            manifest_expected=self._writer.mode != "off",
+        )
+
+    # ---- the best one
+
+    def point_to_best(self, being_saved: int | None = None) -> None:
+        """Let the host's pointer to the best checkpoint, metric and step agree with what is on disk."""
+        if not self.is_active:
+            return
+        state = self._host.state
+        if not self.preserves_best:
+            # As the host does it, with the folder under its final name.
+            step = state.best_global_step
+            if step and (step == being_saved or os.path.exists(self.ledger.path(step))):
+                state.best_model_checkpoint = self.ledger.path(step)
+            return
+        best = self.ledger.finite_best(self.greater_is_better)
+        state.best_model_checkpoint = best.path if best else None
+        state.best_metric = best.metric if best else None
+        state.best_global_step = best.step if best else None
+
+    # ---- rotation
+
+    def rotate(self) -> None:
+        """Delete what neither the last ``save_total_limit`` nor the best ``preserve_n_best`` keep. On all ranks."""
+        surplus = set(self._surplus()) - self.protected_steps()
+        # A quarantined checkpoint would be deleted at once; the one that a stop has asked for stays to be examined.
+        surplus.discard(-1 if self._last_saved is None else self._last_saved)
+        uploading = {step for step, job in self._pushes.items() if job is not None and not job.is_done()}
+        for step in self._ranks.broadcast(sorted(surplus - uploading)):
+            self._pushes.pop(step, None)
+            self.ledger.forget(step)
+            if self.leads:
+                self._delete(self.ledger.path(step))
+
+    def _surplus(self) -> list[int]:
+        limit = self._host.args.save_total_limit
+        if self.preserves_best:
+            return self.ledger.to_delete(limit, self._options.preserve_n_best, self.greater_is_better)
+        best = self._host.state.best_model_checkpoint
+        return self.ledger.to_delete_as_stock(
+            limit, checkpoint_step(os.path.basename(best)) if best else None
+        )
+
+    def _delete(self, path: str) -> None:
+        try:
+            logger.info("Deleting older checkpoint %s (save_total_limit, preserve_n_best).", path)
+            delete_checkpoint(path, self.ledger.run_dir)
+        except (OSError, ValueError) as error:
+            logger.warning("Checkpoint %s could not be deleted (%s); training goes on.", path, error)

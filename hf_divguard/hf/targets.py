@@ -1,0 +1,95 @@
+"""The states that a rollback can restore: checkpoints of the lineage and snapshots, and where their weights come from."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+from hf_divguard.core.findings import Finding
+from hf_divguard.core.rollback.policy import Decision, RollbackPolicy, Target
+from hf_divguard.hf.snapshots import Snapshots
+from hf_divguard.storage.integrity import verify_checkpoint
+from hf_divguard.storage.ledger import CheckpointLedger
+
+__all__ = ["RollbackTargets"]
+
+logger = logging.getLogger(__name__)
+
+
+class RollbackTargets:
+    """Chooses the state to restore; remembers which weights each checkpoint holds.
+
+    Args:
+        ledger: The checkpoints of the run.
+        snapshots: The states in memory.
+        policy: Decides between the states that are there.
+    """
+
+    def __init__(self, ledger: CheckpointLedger, snapshots: Snapshots, policy: RollbackPolicy) -> None:
+        self._ledger = ledger
+        self._snapshots = snapshots
+        self._policy = policy
+        self.origins: dict[int, int] = {}
+        """Step at which the weights of a checkpoint were trained, where it was saved after a rollback."""
+
+    def decide(self, finding: Finding, step: int, unusable: set[Target]) -> Decision:
+        """Choose a target that is there and complete; on rank 0.
+
+        Args:
+            finding: What asks for the rollback.
+            step: Present step.
+            unusable: States that could not be restored.
+        """
+        targets = [self._target(kept.step, is_snapshot=True) for kept in self._snapshots.all()]
+        in_memory = {target.step for target in targets if target not in unusable}
+        targets += [
+            self._target(kept) for kept in self._usable_steps() if kept <= step and kept not in in_memory
+        ]
+        targets = [target for target in targets if target not in unusable]
+        while True:
+            decision = self._policy.decide(finding, step, targets)
+            if decision.target is None and unusable:
+                steps = ", ".join(
+                    str(target.step) for target in sorted(unusable, key=lambda target: target.step)
+                )
+                reason = f"{decision.reason}. The states of step {steps} could not be restored"
+                return replace(decision, reason=reason)
+            if decision.target is None or decision.target.is_snapshot:
+                return decision
+            path = self._ledger.path(decision.target.step)
+            verdict = verify_checkpoint(path)
+            if verdict.status == "complete" and verdict.resumable:
+                return decision
+            logger.warning("Not rolling back to %s: %s", path, verdict.reason)
+            targets = [target for target in targets if target != decision.target]
+
+    def _target(self, step: int, *, is_snapshot: bool = False) -> Target:
+        return Target(step, self.origins.get(step, step), is_snapshot=is_snapshot)
+
+    def note_restored(self, target: Target, step: int) -> None:
+        """Remember that a checkpoint of ``step`` will hold the weights of ``target``."""
+        self.origins = {kept: origin for kept, origin in self.origins.items() if kept <= target.step}
+        self.origins[step] = target.origin
+
+    def protected_steps(self, step: int, restored: set[int]) -> set[int]:
+        """Return the steps that must not be deleted while an incident is open.
+
+        Args:
+            step: Present step.
+            restored: Steps that were restored in the present incident. They stay, and so does
+                the newest state older than all of those: the next one to take.
+        """
+        if not self._policy.is_open(step):
+            return set()
+        oldest = min(self._policy.origins_tried, default=0)
+        older = [kept for kept in self._usable_steps() if self._target(kept).origin < oldest]
+        return restored | set(older[-1:])
+
+    def _usable_steps(self) -> list[int]:
+        """Return the steps of the lineage's checkpoints whose metric, if there is one, is finite; lowest first."""
+        return sorted(
+            record.step
+            for record in self._ledger.records
+            if record.in_lineage and (record.metric is None or math.isfinite(record.metric))
+        )
