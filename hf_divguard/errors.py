@@ -8,7 +8,7 @@
     │   └── CheckpointSaveError         a save failed; on every rank alike
     ├── HistoryError               a training history cannot be read
     ├── MetricNotFoundError        no evaluation produced the metric that ranks (also a KeyError)
-    └── TrainingDivergedError      a run was given up; carries the finding
+    └── TrainingDivergedError      a run was ended; carries the finding
 
 Bad arguments raise ``ValueError`` or ``TypeError``, as in the standard library.
 """
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 DIVERGED_EXIT_CODE = 79
-"""What a script exits with when training was given up: no number of sysexits.h (64 to 78), no signal (128 on)."""
+"""What a script exits with when training was ended: no number of sysexits.h (64 to 78), no signal (128 on)."""
 
 
 class DivGuardError(Exception):
@@ -68,7 +68,7 @@ class MetricNotFoundError(DivGuardError, KeyError):
 
 
 class TrainingDivergedError(DivGuardError):
-    """A run was given up because training diverged.
+    """A run was ended because training diverged.
 
     Args:
         message: What was found and what was done about it.
@@ -82,10 +82,10 @@ class TrainingDivergedError(DivGuardError):
 
 @contextlib.contextmanager
 def exit_on_divergence() -> Iterator[None]:
-    """In a script, end with an exit code of its own when training was given up.
+    """In a script, end with an exit code of its own when training diverged.
 
     The sentence goes to stderr instead of a traceback, and whoever started the script can
-    tell a diverged run, which would only diverge again, from a crash that is worth another
+    distinguish a diverged run, which would only diverge again, from a crash that is worth another
     try.
 
     Raises:
@@ -95,7 +95,7 @@ def exit_on_divergence() -> Iterator[None]:
     Example:
         >>> try:
         ...     with exit_on_divergence():
-        ...         raise TrainingDivergedError("Training was given up at step 590.")
+        ...         raise TrainingDivergedError("Training was ended at step 590.")
         ... except SystemExit as exit:
         ...     exit.code
         79

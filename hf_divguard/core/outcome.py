@@ -84,6 +84,11 @@ class RunOutcome:
             return None
         return self.finding
 
+    def stop_note(self) -> dict[str, object] | None:
+        """Return onset and message of the finding that ended the run, as JSON values; ``None`` if none did."""
+        finding = self.stopped_by
+        return None if finding is None else {"onset_step": finding.onset_step, "message": finding.message}
+
     @property
     def damaged_by(self) -> Finding | None:
         """The finding after which the weights themselves are not finite, if there is one.

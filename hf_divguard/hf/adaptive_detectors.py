@@ -14,11 +14,11 @@ __all__ = ["AdaptiveDivergenceDetector", "NonFiniteDetector"]
 class AdaptiveDivergenceDetector(RawLossDetector):
     """Acts when a run is losing what it has learnt, without a threshold to set.
 
-    It learns the noise of the run, tells a steep start from a divergence and a spike that
-    heals from a jump that lasts, and names what it sees; see
+    It learns the noise of the run, distinguishes a steep start from a divergence and a spike
+    that recovers from a jump that lasts, and names what it sees; see
     :class:`~hf_divguard.core.detection.adaptive.AdaptiveRule` for the kinds and the formulas.
     Multiplying or shifting the loss changes nothing. Only findings of severity
-    ``"error"`` are acted on; warnings are told, notes are kept in ``findings``.
+    ``"error"`` are acted on; warnings are logged, notes are kept in ``findings``.
 
     Args:
         action: ``"warn"``, ``"stop"``, ``"abort"`` or ``"rollback"`` (needs

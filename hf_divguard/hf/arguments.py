@@ -53,7 +53,7 @@ def _require_bool(name: str, value: Any) -> None:
 def _require_whole(name: str, value: Any, unit: str, *, at_least: int, instead: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(
-            f"`{name}` must be a whole number of {unit}, at least {at_least}, got {value!r}.{instead}"
+            f"`{name}` must be an integer number of {unit}, at least {at_least}, got {value!r}.{instead}"
         )
 
 
@@ -141,7 +141,7 @@ class DivGuardArgumentsMixin(_Host):
         default="auto",
         metadata={
             "help": "How a checkpoint becomes complete. staged: written in a folder of another name and renamed when "
-            "whole; in_place: written under its name, complete when its manifest is there; off: as the stock Trainer "
+            "complete; in_place: written under its name, complete when its manifest is there; off: as the stock Trainer "
             "writes it; auto: staged where the file system renames folders, else in_place, and off as long as no "
             "other option or callback of hf_divguard is in use."
         },

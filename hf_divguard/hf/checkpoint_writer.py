@@ -173,7 +173,7 @@ class CheckpointWriter:
         """Return whether this training has published ``step`` already; if so, no marker says otherwise.
 
         The host's save on SIGTERM puts its marker of an unfinished checkpoint into the final
-        folder before it calls us, whole as the folder may be.
+        folder before it calls us, complete as the folder may be.
         """
         if step != self._last_step or self.mode == "off":
             return False

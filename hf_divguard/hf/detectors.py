@@ -15,9 +15,9 @@ from hf_divguard.core.detection.nonfinite import NonFiniteRule
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import Action, RunOutcome, check_action
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.callback_state import StandaloneStateKeeper
+from hf_divguard.hf.callbacks import StandaloneStateKeeper
+from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.resume_conditions import changed_conditions, conditions_of
-from hf_divguard.hf.state import outcome_of
 
 __all__ = ["DivergenceDetector", "RawLossDetector"]
 
@@ -29,7 +29,7 @@ _CONSEQUENCE = {
     "abort": "Training ends now and nothing more is saved.",
 }
 
-# Rounds of logs (or evaluations) without the watched key after which the user is told. An evaluation with
+# Rounds of logs (or evaluations) without the watched key after which the user is warned. An evaluation with
 # several data sets is one round; the first train log may lack a key that later ones have.
 _ROUNDS_BEFORE_MISSING = 3
 
@@ -102,17 +102,25 @@ class DivergenceDetector(TrainerCallback):
         self.rule.load_state_dict(state_dict)
 
     def rewind(self, state_dict: dict[str, Any] | None) -> None:
-        """After a rollback, take the memory of the step that was gone back to.
+        """After a rollback, take the memory of the restored step.
 
         Args:
             state_dict: That memory; ``None`` where none was kept. A rule that keeps bad
                 values out of its baseline then only drops what it suspects, any other starts
-                anew.
+                from scratch. So does one whose memory does not fit.
         """
         start_grace = getattr(self.rule, "start_grace", None)
-        if state_dict is not None:
-            self.load_state_dict(state_dict)
-        elif start_grace is None:
+        try:
+            if state_dict is not None:
+                self.load_state_dict(state_dict)
+        except ValueError as error:
+            logger.warning(
+                "%s: its state in the restored checkpoint does not fit, so it starts from scratch: %s",
+                self._label,
+                error,
+            )
+            state_dict = None
+        if state_dict is None and start_grace is None:
             self.rule.reset()
         if start_grace is not None:
             start_grace(0)
@@ -200,14 +208,14 @@ class DivergenceDetector(TrainerCallback):
         )
 
     def _is_known(self, step: int | None, value: float) -> bool:
-        """Return whether this evaluation has been counted: logged twice, or made anew where training resumes."""
+        """Return whether this evaluation has been counted: logged twice, or repeated where training resumes."""
         if step is None or not self.metric_key.startswith("eval_"):
             return False
         last, self._last_evaluated = self._last_evaluated, (step, value)
         return step == self._resumed_at or (last is not None and last[0] == step and _same(last[1], value))
 
     def _observe(self, step: int, value: float, values: dict[str, Any]) -> Finding | None:
-        """Give the rule one value; ``values`` is the whole log that it stood in."""
+        """Give the rule one value; ``values`` is the complete log that it is from."""
         return self.rule.observe(step, value)
 
     def _handle(self, finding: Finding | None, args: Any, state: Any, control: Any) -> None:

@@ -46,12 +46,12 @@ class DualTimeScaleDivergenceDetector(DivergenceDetector):
         threshold: Smallest gap that fires, in the units of the metric; larger is quieter.
         action: ``"stop"``: the step's log, evaluation and a save take place, then
             training ends. ``"abort"``: training ends and nothing more is saved, not even
-            a save that is due at that step. ``"warn"``: only tell.
+            a save that is due at that step. ``"warn"``: only a log line.
         use_eval_loss: Watch ``eval_loss``; else ``loss``.
         metric_key: Log key to watch instead, as the Trainer logs it.
         greater_is_better: Whether a drop is the trouble (accuracy). ``None`` takes it
             from the name of the metric.
-        name: Name of the memory in checkpoints; needed to tell two detectors apart.
+        name: Name of the memory in checkpoints; needed where two detectors of a class are used.
 
     Raises:
         ValueError: If an alpha is outside (0, 1], ``threshold`` is not finite, or
@@ -106,12 +106,12 @@ class DualWindowDivergenceDetector(DivergenceDetector):
         metric_key: Log key to watch instead, as the Trainer logs it.
         greater_is_better: Whether a drop is the trouble (accuracy). ``None`` takes it
             from the name of the metric.
-        name: Name of the memory in checkpoints; needed to tell two detectors apart.
+        name: Name of the memory in checkpoints; needed where two detectors of a class are used.
 
     Raises:
         ValueError: If a window is shorter than 1, ``threshold`` is not finite, or
             ``action`` is unknown.
-        TypeError: If a window is not a whole number.
+        TypeError: If a window is not an integer.
 
     Example:
         >>> from transformers import TrainerControl

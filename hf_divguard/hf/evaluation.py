@@ -35,11 +35,12 @@ class Evaluations:
         self._ledger = ledger
         self._best_model_metric = options.best_model_metric
         self._greater_is_better = bool(options.divguard_greater_is_better)
-        self._host_metric = host.args.metric_for_best_model
+        tracked = host.args.metric_for_best_model
+        self._host_key = None if tracked is None else with_eval_prefix(tracked)
         self.metric_key = options.divguard_ranking_key
         self.ranks_checkpoints = bool(options.preserve_best_model)
         self.best_follows_saves = self.ranks_checkpoints or bool(
-            options.eval_on_save and self._host_metric is not None
+            options.eval_on_save and self._host_key is not None
         )
         """Whether the host's best metric is set when a checkpoint is saved, not when one is evaluated."""
         self.is_running = False
@@ -108,7 +109,7 @@ class Evaluations:
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         """Remember the best of all evaluations: the host's patience is measured against it, saved or not."""
-        value = metrics.get(with_eval_prefix(self._host_metric))
+        value = None if self._host_key is None else metrics.get(self._host_key)
         if value is None:
             return
         greater = bool(self._host.args.greater_is_better)
@@ -137,7 +138,7 @@ class Evaluations:
         is_undone = (state.best_global_step or math.inf) > target_step
         if (
             not self.ranks_checkpoints
-            and self._host_metric is not None
+            and self._host_key is not None
             and state.best_metric is not None
             and is_undone
         ):
@@ -156,7 +157,7 @@ class Evaluations:
         Where the host names no step for it, as without saves, all of them count.
         """
         names_step = state.best_global_step is not None
-        key = with_eval_prefix(self._host_metric)
+        key = str(self._host_key)
         present = {record.step for record in self._ledger.records if record.in_lineage}
         logged = [
             CheckpointRecord(entry["step"], entry["step"], float(entry[key]))

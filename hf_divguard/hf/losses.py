@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
 
-__all__ = ["RUNNING_LOSS", "LossListener", "RunningLoss", "StepLosses", "gradient_norm"]
+__all__ = ["RUNNING_LOSS", "LossListener", "RunningLoss", "StepLosses", "drop_pending_loss", "gradient_norm"]
 
 RUNNING_LOSS = "divguard_running_loss"
 """Name under which :class:`RunningLoss` is kept among the states of callbacks."""
@@ -41,8 +42,7 @@ class StepLosses:
     Example:
         >>> losses = StepLosses(check_steps=10, world_size=1)
         >>> losses.is_collecting = True
-        >>> for half in (1.0, 3.0):
-        ...     losses.micro_batch(torch.tensor(half) / 2)
+        >>> losses.micro_batches = [torch.tensor(1.0) / 2, torch.tensor(3.0) / 2]
         >>> losses.close_step(1, grad_norm=torch.tensor(0.5))
         >>> losses.drain(1)
         [StepValues(step=1, loss=2.0, grad_norm=0.5)]
@@ -57,7 +57,8 @@ class StepLosses:
 
     def start(self, step: int) -> None:
         """Begin at ``step``, with nothing collected."""
-        self._running: torch.Tensor | None = None
+        self.micro_batches: list[torch.Tensor] = []
+        """Losses of the micro-batches of the present step, copied from what ``training_step`` returned."""
         self._parts = 1
         self._last_step = self._last_drain = step
         self._steps: list[int] = []
@@ -82,21 +83,8 @@ class StepLosses:
         It happens with data sets of unknown length, when they end within an accumulation.
         What is left over was scaled as a step of its own.
         """
-        if self._running is not None:
+        if self.micro_batches:
             self._parts += 1
-
-    def micro_batch(self, loss: torch.Tensor) -> None:
-        """Take the loss that ``training_step`` returned for one micro-batch."""
-        if not self.is_collecting:
-            return
-        loss = loss.detach()
-        if self._running is not None:
-            self._running += loss
-            return
-        # A copy: a compiled model may reuse the memory of its output for the next batch. At least float32: the sum
-        # over micro-batches must not lose what half precision cannot hold.
-        dtype = torch.float32 if loss.dtype.itemsize < 4 else loss.dtype
-        self._running = loss.to(dtype, copy=True)
 
     def end_step(self, host: Host, grad_norm: Any) -> bool:
         """Close the present step; deliver where that is due.
@@ -127,15 +115,17 @@ class StepLosses:
 
     def close_step(self, step: int, grad_norm: Any) -> None:
         """Close the optimizer step that ``global_step`` now counts."""
-        if self._running is None:
+        if not self.micro_batches:
             return
-        if self._parts > 1:
-            self._running /= self._parts
-            self._parts = 1
+        # At least float32: the sum over micro-batches must not lose what half precision cannot hold.
+        first = self.micro_batches[0]
+        loss = first.float() if first.dtype.itemsize < 4 else first
+        for other in self.micro_batches[1:]:
+            loss = loss + other
         self._steps.append(step)
-        self._losses.append(self._running)
+        self._losses.append(loss / self._parts)
         self._grad_norms.append(grad_norm)
-        self._running = None
+        self.micro_batches, self._parts = [], 1
 
     def drain(self, step: int) -> list[StepValues]:
         """Return what was collected, in one transfer. Every rank has to call it at the same step."""
@@ -235,3 +225,32 @@ class RunningLoss:
         # The host's mean over the steps of this call of `train()` is to stay one.
         self._host.total_loss -= own
         self._to_add = self._host.add_to_running_loss(own)
+
+
+def drop_pending_loss(
+    host: Host, ranks: Ranks, tr_loss: torch.Tensor, finite_total: float, *, is_usable: bool
+) -> float | None:
+    """Drop the losses that wait for the next log. Called by all ranks.
+
+    Args:
+        host: The host.
+        ranks: The processes of the run.
+        tr_loss: The host's running sum of losses.
+        finite_total: Sum of the logged losses, when it was last finite.
+        is_usable: Whether the running sum holds losses only, and no number that a filter put
+            in the place of a NaN.
+
+    Returns:
+        Mean loss of the steps since the last log; ``None`` if there is none or it is not finite.
+    """
+    n_steps = host.state.global_step - host.last_logged_step
+    losses = ranks.gather(float(tr_loss.item()))
+    pending = sum(losses) / len(losses)
+    tr_loss.zero_()
+    host.last_logged_step = host.state.global_step
+    if not math.isfinite(host.total_loss):
+        host.total_loss = finite_total
+    if n_steps <= 0 or not is_usable or not math.isfinite(pending):
+        return None
+    host.total_loss += pending
+    return pending / n_steps

@@ -68,8 +68,8 @@ class Ranks:
             except Exception as caught:
                 error = caught
         if self.world_size > 1:
-            value, told = self.broadcast((value, _that_travels(error)))
-            error = error or told
+            value, theirs = self.broadcast((value, _that_travels(error)))
+            error = error or theirs
         if error is not None:
             raise error
         return value
@@ -85,8 +85,8 @@ class Ranks:
         Raises:
             CheckpointSaveError: On every rank, naming the first rank that failed.
         """
-        told = None if error is None else f"{type(error).__name__}: {str(error).rstrip('.')}.{note}"
-        for rank, message in enumerate(self.gather(told)):
+        own = None if error is None else f"{type(error).__name__}: {str(error).rstrip('.')}.{note}"
+        for rank, message in enumerate(self.gather(own)):
             if message is not None:
                 where = f" on rank {rank}" if self.world_size > 1 else ""
                 raise CheckpointSaveError(f"{what} failed{where}: {message}") from error

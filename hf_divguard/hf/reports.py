@@ -18,7 +18,6 @@ __all__ = [
     "RollbackJournal",
     "report_best",
     "report_end",
-    "stop_note",
     "warn_of_stopped_checkpoint",
 ]
 
@@ -139,12 +138,6 @@ def _identity(event: dict[str, Any]) -> tuple[Any, ...]:
 
 
 # ---- the end of a run
-
-
-def stop_note(outcome: RunOutcome) -> dict[str, Any] | None:
-    """Return onset and message of the finding that ended the run, as JSON values; ``None`` if none did."""
-    finding = outcome.stopped_by
-    return None if finding is None else {"onset_step": finding.onset_step, "message": finding.message}
 
 
 def warn_of_stopped_checkpoint(checkpoint: str, note: dict[str, Any], ledger: CheckpointLedger) -> None:

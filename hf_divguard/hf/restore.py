@@ -42,13 +42,13 @@ def restore_checkpoint(host: Host, checkpoint: str, *, with_rng: bool, rate_fact
 
     The parameter objects stay the same. The place of the learning-rate schedule, the data
     iterator and (unless asked for) the random number generators are left alone. A schedule
-    that goes by evaluations goes back too: it must not conclude anything from those of the
+    that goes by evaluations is restored too: it must not conclude anything from those of the
     diverged stretch.
 
     Args:
         host: The host.
         checkpoint: Folder of the checkpoint.
-        with_rng: Also put back the random number generators.
+        with_rng: Also restore the random number generators.
         rate_factor: By how much the learning rate has been lowered for good since then.
 
     Raises:

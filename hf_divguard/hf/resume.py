@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, decided on rank 0 and told to all."""
+"""Which checkpoint a run resumes from, decided on rank 0 for all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def choose_for_all(
 ) -> str | None:
     """Return the checkpoint that all ranks resume from; called by all of them.
 
-    What a killed save left unfinished is mended first. Rank 0 chooses as
+    What a killed save left unfinished is cleaned up first. Rank 0 chooses as
     :func:`choose_checkpoint` does. Ranks whose ``output_dir`` is on another disk resume from
     the checkpoint of the same step there; a step that is not complete on every disk is passed
     over.
@@ -54,7 +54,7 @@ def choose_for_all(
                 logger.warning("%s", line)
         except OSError as error:
             logger.warning(
-                "What a killed save may have left in %s could not be mended: %s", output_dir, error
+                "What a killed save may have left in %s could not be cleaned up: %s", output_dir, error
             )
     ranks.gather(None)
     if _is_path(asked):
@@ -70,10 +70,10 @@ def choose_for_all(
             return None
         own = os.path.join(output_dir, Path(info.path).name)
         problem = _problem_elsewhere(own, info.verdict) if leads and ranks.rank else None
-        problems = {rank: told for rank, told in enumerate(ranks.gather(problem)) if told is not None}
+        problems = {rank: each for rank, each in enumerate(ranks.gather(problem)) if each is not None}
         if not problems:
             return own
-        refused[info.step] = "; ".join(f"on rank {rank} {told}" for rank, told in problems.items())
+        refused[info.step] = "; ".join(f"on rank {rank} {each}" for rank, each in problems.items())
 
 
 def _given_to_all(path: str, ranks: Ranks, leads: bool) -> str:
@@ -84,9 +84,9 @@ def _given_to_all(path: str, ranks: Ranks, leads: bool) -> str:
             _given(path)
         except CheckpointError as caught:
             error = caught
-    for told in ranks.gather(error):
-        if told is not None:
-            raise told
+    for theirs in ranks.gather(error):
+        if theirs is not None:
+            raise theirs
     return path
 
 
@@ -188,7 +188,7 @@ def _first_complete(candidates: list[Checkpoint], output_dir: str, refused: Mapp
         return info
     raise NoCompleteCheckpointError(
         f"{output_dir} holds {len(passed)} checkpoint folder(s), but none is complete ({_listed(passed)}). To start "
-        "anew, call train() without resume_from_checkpoint or use an empty output_dir; nothing was deleted."
+        "from scratch, call train() without resume_from_checkpoint or use an empty output_dir; nothing was deleted."
     )
 
 

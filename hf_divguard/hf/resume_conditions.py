@@ -64,5 +64,5 @@ def changed_conditions(before: dict[str, Any] | None, now: dict[str, Any] | None
     if before.get("optimizer_saved") is False:
         changes.append("the checkpoint holds no optimizer")
     if now.get("ignore_data_skip"):
-        changes.append("`ignore_data_skip` starts the data anew")
+        changes.append("`ignore_data_skip` starts the data from the beginning")
     return "; ".join(changes)

@@ -18,16 +18,17 @@ from hf_divguard.core.rollback.event import RollbackEvent
 from hf_divguard.core.rollback.policy import Decision, RollbackPolicy, Target
 from hf_divguard.core.rollback.triggers import UNDONE_ONCE, RollbackTriggers
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
-from hf_divguard.hf.callback_state import collect_states, read_callback_states
-from hf_divguard.hf.control import enforce_abort, saves_checkpoints
+from hf_divguard.hf import control as switches
+from hf_divguard.hf.callbacks import collect_states, read_callback_states
+from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.last_weights import best_before, load_first_of
+from hf_divguard.hf.losses import drop_pending_loss
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import Rewarming, scale_rates, scheduled_rates
 from hf_divguard.hf.reports import RollbackJournal
 from hf_divguard.hf.restore import refuse_unsupported, restore_checkpoint, weights_kept_on_error
 from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
-from hf_divguard.hf.state import outcome_of
 from hf_divguard.hf.targets import RollbackTargets
 from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.ledger import CheckpointLedger
@@ -97,7 +98,8 @@ class Rollback:
         )
         self.journal = RollbackJournal(ledger.run_dir, ledger.run_id, ranks)
         self.error: TrainingDivergedError | None = None
-        self.last_event: RollbackEvent | None = None
+        self.save_pending = False
+        """Whether the state of a rollback is still to be saved in this step."""
 
     # ---- memory
 
@@ -126,7 +128,7 @@ class Rollback:
     def begin(self, state: Any) -> None:
         """Start training: bring the journal on disk up to date, mute what has to stay muted."""
         self.journal.begin(state.global_step)
-        has_source = saves_checkpoints(self._host.args) or self._options.divguard_snapshot_steps > 0
+        has_source = switches.saves_checkpoints(self._host.args) or self._options.divguard_snapshot_steps > 0
         if not has_source and self._ranks.rank == 0:
             logger.warning(
                 "Nothing is saved (`save_strategy='no'`), so there is nothing to roll back to. Set `save_strategy`, or "
@@ -171,6 +173,65 @@ class Rollback:
     def saves_suspended(self) -> bool:
         """Whether what would be saved now is under a fault that a rollback has not ended."""
         return self._triggers.sees_the_fault()
+
+    def end_step(
+        self,
+        host_acts: Callable[[], None],
+        model: Any,
+        tr_loss: torch.Tensor,
+        *,
+        losses_delivered: bool,
+        save_was_due: bool,
+    ) -> None:
+        """Roll back if a detector asks for it, and let the host log, evaluate and save.
+
+        Args:
+            host_acts: Logs, evaluates and saves, as the trainer's control says.
+            model: The model as it is trained.
+            tr_loss: The host's running sum of losses.
+            losses_delivered: Whether detectors have seen the losses up to this step.
+            save_was_due: Whether a save was due before they did.
+        """
+        try:
+            if losses_delivered:
+                self.judge()
+                if not self._perform_and_save(model, tr_loss, save_was_due) and self.saves_suspended:
+                    switches.suspend_save(self._host.control)
+            self._act(host_acts, model, tr_loss)
+        finally:
+            self.save_pending = False
+            # After the save: killed before it, the run resumes from before the rollback, and repeats it.
+            self.journal.write()
+        self.take_snapshot_if_due()
+
+    def _act(self, host_acts: Callable[[], None], model: Any, tr_loss: torch.Tensor) -> None:
+        """Let the host act. Detectors that work on logs and evaluations find something only then."""
+        control = self._host.control
+        may_find = control.should_log or control.should_evaluate
+        save_was_due, was_ending = control.should_save, control.should_training_stop
+        host_acts()
+        control = self._host.control
+        ends_here = control.should_training_stop and not was_ending
+        if ends_here:
+            outcome = self._outcome
+            wishes = self._ranks.gather((outcome.rollback_request is not None, outcome.finding is not None))
+            if any(pending for pending, _ in wishes) and not any(stopped for _, stopped in wishes):
+                # What asked for the end has seen the state that is undone now.
+                ends_here = False
+                switches.cancel_end(control)
+        if ends_here:
+            self.judge()
+        if (may_find or ends_here) and self._perform_and_save(model, tr_loss, save_was_due):
+            host_acts()
+
+    def _perform_and_save(self, model: Any, tr_loss: torch.Tensor, save_was_due: bool) -> bool:
+        """Roll back if asked to, and have the restored state saved, so that a kill does not undo the rollback."""
+        event = self.perform(model, tr_loss)
+        if event is None:
+            return False
+        self.save_pending = switches.saves_checkpoints(self._host.args) and event.target != "memory"
+        switches.request_save(self._host.control, save_was_due or self.save_pending)
+        return True
 
     def perform(self, model: Any, tr_loss: torch.Tensor) -> RollbackEvent | None:
         """Roll back if any rank's detectors ask for it; return what was done if weights were restored.
@@ -276,40 +337,14 @@ class Rollback:
                 error = caught
             self._ranks.raise_if_any_failed(error, f"Rolling back to step {target.step}")
         for name, detector in self._detectors.items():
-            try:
-                detector.rewind((states or {}).get(name))
-            except ValueError as misfit:
-                if self._ranks.rank == 0:
-                    logger.warning(
-                        "The state of `%s` at step %d does not fit, so it starts from scratch: %s",
-                        name,
-                        target.step,
-                        misfit,
-                    )
-                detector.rewind(None)
+            detector.rewind((states or {}).get(name))
 
     def _clean_loop(self, model: Any, tr_loss: torch.Tensor) -> float | None:
-        """Drop gradients in flight and the losses that wait for the next log.
-
-        Returns:
-            Mean loss of the steps since the last log; ``None`` if there is none or it is not
-            finite.
-        """
-        host, step = self._host, self._host.state.global_step
+        """Drop gradients in flight and the losses that wait for the next log; return the mean of those losses."""
         model.zero_grad()
-        n_steps = step - host.last_logged_step
         # The host's filter puts another number in the place of a NaN.
-        is_filtered = self._last_not_finite > host.last_logged_step
-        losses = self._ranks.gather(float(tr_loss.item()))
-        pending = sum(losses) / len(losses)
-        tr_loss.zero_()
-        host.last_logged_step = step
-        if not math.isfinite(host.total_loss):
-            host.total_loss = self._finite_total
-        if n_steps <= 0 or is_filtered or not math.isfinite(pending):
-            return None
-        host.total_loss += pending
-        return pending / n_steps
+        is_usable = self._last_not_finite <= self._host.last_logged_step
+        return drop_pending_loss(self._host, self._ranks, tr_loss, self._finite_total, is_usable=is_usable)
 
     # ---- checkpoints
 
@@ -377,4 +412,4 @@ class Rollback:
             logger.info("%s", message)
         self.journal.write()
         self._outcome.report_failed_recovery(finding, message)
-        enforce_abort(self._outcome, self._host.control)
+        switches.enforce_abort(self._outcome, self._host.control)

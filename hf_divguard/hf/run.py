@@ -7,28 +7,26 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback
-
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
-from hf_divguard.hf.callback_state import quarantine_of, read_callback_states, restore_states
-from hf_divguard.hf.callbacks import RunCallbacks
+from hf_divguard.hf.callbacks import RunCallbacks, read_callback_states, restore_states
+from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses, gradient_norm
+from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
     STOPPED_BY,
     report_best,
     report_end,
-    stop_note,
     warn_of_stopped_checkpoint,
 )
 from hf_divguard.hf.rollback import Rollback
+from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
-from hf_divguard.hf.state import outcome_of
 
 __all__ = ["GuardedRun"]
 
@@ -72,7 +70,6 @@ class GuardedRun:
         self._run_dir = run_dir
         self._resumed_from = resumed_from
         self._initial_states = initial_states
-        self._saves_rollback = False
 
     # ---- life cycle
 
@@ -110,7 +107,7 @@ class GuardedRun:
         stack.callback(lambda: setattr(self, "is_training", False))
 
     def _make_rollback(self) -> Rollback | None:
-        detectors = self.callbacks.detectors
+        detectors = self.detectors
         rolling_back = [each for each in detectors.values() if each.action == "rollback"]
         if not rolling_back:
             return None
@@ -125,6 +122,12 @@ class GuardedRun:
             watches_damage=any(each.takes_raw_losses for each in adaptive),
             on_rewind=self._forget_after,
         )
+
+    @property
+    def detectors(self) -> dict[str, DivergenceDetector]:
+        """The detectors by the names under which their states are kept."""
+        named = self.callbacks.stateful.items()
+        return {name: each for name, each in named if isinstance(each, DivergenceDetector)}
 
     @property
     def outcome(self) -> RunOutcome:
@@ -151,7 +154,7 @@ class GuardedRun:
         self.checkpoints.point_to_best()
         if self.rollback is not None:
             self.rollback.begin(state)
-        if self.options.divguard_action != "stop" and not self.callbacks.detectors and self.ranks.rank == 0:
+        if self.options.divguard_action != "stop" and not self.detectors and self.ranks.rank == 0:
             logger.warning(
                 "`divguard_action=%r` has no detector to act for, so nothing is guarded. Set `divguard_detector`, for "
                 "example to 'adaptive'.",
@@ -171,80 +174,38 @@ class GuardedRun:
 
     # ---- one step
 
-    def end_step(self, host_acts: Callable[[], None], tr_loss: Any, grad_norm: Any, model: Any) -> None:
-        """Deliver the losses of the step, roll back if a detector asks for it, and let the host act.
+    def end_step(
+        self,
+        host_acts: Callable[[], None],
+        model: Any,
+        tr_loss: Any,
+        *,
+        losses_delivered: bool,
+        save_was_due: bool,
+    ) -> None:
+        """After the losses of a step were delivered: roll back if a detector asks for it, and let the host act.
 
         Args:
             host_acts: Logs, evaluates and saves, as the trainer's control says.
-            tr_loss: The host's running sum of losses.
-            grad_norm: Norm of the step's gradient.
             model: The model as it is trained.
+            tr_loss: The host's running sum of losses.
+            losses_delivered: Whether detectors and rollback have seen the losses up to this step.
+            save_was_due: Whether a save was due at this step before they did.
         """
-        host, rollback = self.host, self.rollback
         if self.callbacks.stateful:
-            self.running_loss.end_step(tr_loss, host.state.global_step)
-        save_was_due = host.control.should_save
-        self.events.host_measures_gradients = grad_norm is not None
-        delivered = self.losses.end_step(host, self.events.gradient_norm if grad_norm is None else grad_norm)
-        if rollback is None:
+            self.running_loss.end_step(tr_loss, self.host.state.global_step)
+        if self.rollback is None:
             host_acts()
-            return
-        try:
-            if delivered:
-                rollback.judge()
-                if (event := rollback.perform(model, tr_loss)) is not None:
-                    self._save_after_rollback(save_was_due, to_memory=event.target == "memory")
-                elif rollback.saves_suspended:
-                    switches.suspend_save(host.control)
-            self._act_and_roll_back(host_acts, rollback, model, tr_loss)
-        finally:
-            self._saves_rollback = False
-            # After the save: killed before it, the run resumes from before the rollback, and repeats it.
-            rollback.journal.write()
-        rollback.take_snapshot_if_due()
-
-    def _act_and_roll_back(
-        self, host_acts: Callable[[], None], rollback: Rollback, model: Any, tr_loss: Any
-    ) -> None:
-        """Let the host act. Detectors that work on logs and evaluations find something only then."""
-        control = self.host.control
-        may_find = control.should_log or control.should_evaluate
-        save_was_due, was_ending = control.should_save, control.should_training_stop
-        host_acts()
-        control = self.host.control
-        ends_here = control.should_training_stop and not was_ending
-        if ends_here:
-            wishes = self.ranks.gather((self.rollback_pending, self.outcome.finding is not None))
-            if any(pending for pending, _ in wishes) and not any(stopped for _, stopped in wishes):
-                # What asked for the end has seen the state that is undone now.
-                ends_here = False
-                switches.cancel_end(control)
-        if ends_here:
-            rollback.judge()
-        if (may_find or ends_here) and (event := rollback.perform(model, tr_loss)) is not None:
-            self._save_after_rollback(save_was_due, to_memory=event.target == "memory")
-            host_acts()
-
-    def _save_after_rollback(self, was_due: bool, *, to_memory: bool) -> None:
-        """Have the restored state saved under the present step, so that a kill does not undo the rollback."""
-        self._saves_rollback = switches.saves_checkpoints(self.host.args) and not to_memory
-        switches.request_save(self.host.control, was_due or self._saves_rollback)
+        else:
+            self.rollback.end_step(
+                host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
+            )
 
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
         self.evaluations.forget_after(self.host.state, target_step)
         if self.checkpoints.preserves_best:
             self.checkpoints.point_to_best()
-
-    @property
-    def rollback_pending(self) -> bool:
-        """Whether a detector has asked for a rollback that is still to be done."""
-        return self.outcome.rollback_request is not None
-
-    @property
-    def saves_suspended(self) -> bool:
-        """Whether what would be saved now is under a fault that a rollback has not ended."""
-        return self.rollback is not None and self.rollback.saves_suspended
 
     # ---- evaluation
 
@@ -256,13 +217,14 @@ class GuardedRun:
 
     def is_new_best(self, metrics: dict[str, float], ask_host: Callable[[], bool]) -> bool:
         """Return whether an evaluation is the best; with ``save_strategy="best"`` this decides on the save."""
-        if self.rollback_pending or self.saves_suspended:
+        rollback, outcome = self.rollback, self.outcome
+        if outcome.rollback_request is not None or (rollback is not None and rollback.saves_suspended):
             return False
         answer = self.evaluations.is_new_best(metrics)
         is_best = ask_host() if answer is None else answer
         # A detector that stops has promised a save, and a rollback needs one.
-        stops = self.outcome.finding is not None and self.host.control.should_save
-        return is_best or stops or self._saves_rollback
+        stops = outcome.finding is not None and self.host.control.should_save
+        return is_best or stops or (rollback is not None and rollback.save_pending)
 
     # ---- saving
 
@@ -275,12 +237,14 @@ class GuardedRun:
         """
         # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
         self.losses.deliver(self.host)
-        if not self.outcome.may_save or self.saves_suspended:
+        outcome, rollback = self.outcome, self.rollback
+        if not outcome.may_save or (rollback is not None and rollback.saves_suspended):
             return
         if not self.checkpoints.is_active:
             write()
             return
-        self._saves_rollback = False
+        if rollback is not None:
+            rollback.save_pending = False
         step, evaluations = self.host.state.global_step, self.evaluations
         running_loss = self.running_loss.collect()
 
@@ -292,45 +256,11 @@ class GuardedRun:
             write=write,
             note_best=host_notes_best,
             metric=self.ranks.broadcast(evaluations.metric_of_step(step)),
-            callback_states=lambda: self._states(running_loss),
-            quarantine=quarantine_of(self.outcome),
+            callback_states=self._states(running_loss),
+            damaged_by=outcome.damaged_by,
         )
 
     def _states(self, running_loss: dict[str, Any] | None) -> dict[str, Any]:
         own = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}
-        own |= {RUNNING_LOSS: running_loss, STOPPED_BY: stop_note(self.outcome)}
+        own |= {RUNNING_LOSS: running_loss, STOPPED_BY: self.outcome.stop_note()}
         return self.callbacks.collect() | {name: state for name, state in own.items() if state is not None}
-
-
-class RunEvents(TrainerCallback):
-    """Brings the host's events to a run. It stands last, so that it sees them after the other callbacks."""
-
-    def __init__(self, run: GuardedRun) -> None:
-        self._run = run
-        self.host_measures_gradients = True
-        self.gradient_norm: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the run."""
-        self._run.begin()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that an epoch begins."""
-        self._run.losses.begin_epoch()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lower the learning rate while it rises again after a rollback; measure gradients if the host does not."""
-        rollback = self._run.rollback
-        if rollback is not None:
-            rollback.rewarming.hold_back(self._run.host, state.global_step)
-            if not self.host_measures_gradients and rollback.watches_gradients:
-                self.gradient_norm = gradient_norm(self._run.host.model)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the schedule its learning rate back."""
-        if self._run.rollback is not None:
-            self._run.rollback.rewarming.release(self._run.host)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the end of the run."""
-        self._run.finish()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_divguard.core.findings import Finding
 from hf_divguard.core.retention import CheckpointRecord
 from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.hf.checkpoint_writer import CheckpointWriter
@@ -17,7 +18,7 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.deletion import delete_checkpoint
 from hf_divguard.storage.ledger import CheckpointLedger
 from hf_divguard.storage.names import checkpoint_step
-from hf_divguard.storage.record import Quarantine
+from hf_divguard.storage.quarantine import quarantine_note
 from hf_divguard.storage.sidecar import Sidecar
 
 __all__ = ["Checkpoints"]
@@ -54,7 +55,9 @@ class Checkpoints:
         self._pushes: dict[int, Any] = {}
         self._last_saved: int | None = None
         self.preserves_best = bool(options.preserve_best_model)
-        self.greater_is_better = bool(options.divguard_greater_is_better)
+        self._metric_key = options.divguard_ranking_key
+        self._direction = options.divguard_greater_is_better
+        self.greater_is_better = bool(self._direction)
         self.protected_steps: Callable[[], set[int]] = set
         """Returns the steps that rotation must not delete, beside the last and the best."""
         self.ledger = CheckpointLedger(run_dir=run_dir, run_id="", records=[])
@@ -67,8 +70,7 @@ class Checkpoints:
                 flush=options.divguard_fsync,
                 resumed_from=resumed_from,
             )
-            metric_key = options.divguard_ranking_key
-            read = ranks.run_on_main(lambda: CheckpointLedger.read(run_dir, resumed_from, metric_key))
+            read = ranks.run_on_main(lambda: CheckpointLedger.read(run_dir, resumed_from, self._metric_key))
             # Each rank's own spelling of the folder, which is another one where ranks have disks of their own.
             self.ledger = replace(read, run_dir=run_dir)
 
@@ -95,8 +97,8 @@ class Checkpoints:
         write: Callable[[], None],
         note_best: Callable[[], None],
         metric: float | None,
-        callback_states: Callable[[], dict[str, Any]],
-        quarantine: Quarantine | None,
+        callback_states: dict[str, Any],
+        damaged_by: Finding | None,
     ) -> None:
         """Save a checkpoint of the present step, publish it, rotate.
 
@@ -104,8 +106,9 @@ class Checkpoints:
             write: The host's own save.
             note_best: Has the host record its best metric, where it does so at a save.
             metric: The ranking metric of this step, ``None`` if it was not evaluated.
-            callback_states: Returns the states of the callbacks.
-            quarantine: Why this checkpoint must never be resumed; ``None`` for a good one.
+            callback_states: The states of the callbacks.
+            damaged_by: The finding after which this checkpoint must never be resumed; ``None`` for a
+                good one.
 
         Raises:
             CheckpointSaveError: On every rank, if any of them failed and
@@ -114,9 +117,10 @@ class Checkpoints:
         assert self._writer is not None
         state, step = self._host.state, self._host.state.global_step
         before = replace(self.ledger)
+        note = None if damaged_by is None else quarantine_note(damaged_by.message, damaged_by.onset_step)
         best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
         self.ledger.add(step, metric)
-        if quarantine is not None:
+        if note is not None:
             self.ledger.leave_behind(step - 1)
         note_best()
         pushes: list[str] = []
@@ -136,7 +140,7 @@ class Checkpoints:
                 step,
                 write=write_aside,
                 finish=finish,
-                sidecar=lambda: replace(self._sidecar(step, callback_states()), quarantine=quarantine),
+                sidecar=lambda: replace(self._sidecar(step, callback_states), quarantine=note),
                 replace=step in before.quarantined,
             )
         except CheckpointSaveError as error:
@@ -153,7 +157,7 @@ class Checkpoints:
         self.point_to_best()
         if pushes:
             self._pushes[step] = self._host.push(self.ledger.path(step))
-        if quarantine is not None and self._ranks.rank == 0:
+        if note is not None and self._ranks.rank == 0:
             logger.warning("%s was saved and quarantined: it is never resumed.", self.ledger.path(step))
         self._host.rotate(self.ledger.run_dir)
 
@@ -173,9 +177,9 @@ class Checkpoints:
             step=step,
             run_id=self.ledger.run_id,
             sequence=record.sequence,
-            metric_name=self._options.divguard_ranking_key,
+            metric_name=self._metric_key,
             metric=record.metric,
-            greater_is_better=self._options.divguard_greater_is_better,
+            greater_is_better=self._direction,
             records=tuple(
                 CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records
             ),

@@ -125,7 +125,7 @@ def restore_snapshot(
     Args:
         host: The host.
         snapshot: The snapshot; it stays as it is.
-        with_rng: Also put back the random number generators.
+        with_rng: Also restore the random number generators.
         rate_factor: By how much the learning rate has been lowered for good since then.
         weights_only: Put back the weights, and nothing else.
 

@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.arguments import check_evaluation_data, options_of
+from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors_by_name import make_detector
 from hf_divguard.hf.host import (
     HAS_FINALIZE,
@@ -21,7 +22,6 @@ from hf_divguard.hf.host import (
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.resume import choose_for_all
 from hf_divguard.hf.run import GuardedRun
-from hf_divguard.hf.state import outcome_of
 from hf_divguard.storage.checkpoints import Checkpoint
 
 __all__ = ["DivGuardMixin", "DivGuardTrainer"]
@@ -160,8 +160,9 @@ class DivGuardMixin(_Host):
         if run is not None and run.is_training and self.callback_handler.callbacks[-1] is not run.events:
             run.callbacks.put_last(run.events)
         loss = super().training_step(*args, **kwargs)
-        if run is not None:
-            run.losses.micro_batch(loss)
+        if run is not None and run.losses.is_collecting:
+            # A copy: a compiled model may reuse the memory of its output for the next batch.
+            run.losses.micro_batches.append(loss.detach().clone())
         return loss
 
     def _get_learning_rate(self) -> float:
@@ -179,10 +180,12 @@ class DivGuardMixin(_Host):
             self._evaluate_before_save()
             host_acts(tr_loss, grad_norm, model, *args, **kwargs)
 
-        if self._run is None:
+        run, save_was_due = self._run, self.control.should_save
+        if run is None:
             act()
-        else:
-            self._run.end_step(act, tr_loss, grad_norm, model)
+            return
+        delivered = run.losses.end_step(run.host, run.events.gradient_norm_of_step(grad_norm))
+        run.end_step(act, model, tr_loss, losses_delivered=delivered, save_was_due=save_was_due)
 
     def _evaluate_before_save(self) -> None:
         if self._options.eval_on_save:

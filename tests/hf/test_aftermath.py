@@ -309,7 +309,7 @@ def test_a_detector_whose_state_does_not_fit_starts_anew_and_the_rollback_takes_
     )
     trainer.train(resume_from_checkpoint=True)
     assert moves(trainer)[0][1] == 12
-    assert "does not fit, so it starts anew" in our_log.text
+    assert "does not fit, so it starts from scratch" in our_log.text
 
 
 def test_without_preserving_the_best_is_by_the_metric_that_the_host_tracks(

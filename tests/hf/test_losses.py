@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset, IterableDataset
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_divguard import DivGuardTrainer, NonFiniteDetector
+from hf_divguard import DivGuardMixin, DivGuardTrainer, NonFiniteDetector
 from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.hf.losses import StepLosses
 from tests.conftest import TokenRows, base_arguments, tiny_model
@@ -339,18 +339,30 @@ def test_the_tap_holds_no_more_than_the_steps_since_the_last_look(make_trainer: 
 
 def test_half_precision_losses_are_not_summed_in_half_precision() -> None:
     losses = StepLosses(check_steps=1, world_size=1)
-    losses.is_collecting = True
-    for _ in range(3):
-        losses.micro_batch(torch.tensor(60000.0, dtype=torch.float16))
+    losses.micro_batches = [torch.tensor(60000.0, dtype=torch.float16)] * 3
     losses.close_step(1, grad_norm=None)
     assert losses.drain(1) == [StepValues(step=1, loss=180000.0, grad_norm=None)]
 
 
-def test_a_loss_that_the_model_overwrites_later_is_kept_as_it_was() -> None:
-    losses = StepLosses(check_steps=2, world_size=1)
-    losses.is_collecting = True
-    output = torch.tensor(2.0)
-    losses.micro_batch(output)
-    losses.close_step(1, grad_norm=0.5)
-    output.fill_(9.0)
-    assert losses.drain(1) == [StepValues(step=1, loss=2.0, grad_norm=0.5)]
+class ReusesItsOutput(Trainer):
+    """Returns every loss in the same memory, as a compiled model may."""
+
+    output = torch.zeros(())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.output.copy_(super().training_step(*args, **kwargs))
+
+
+class GuardedReuse(DivGuardMixin, ReusesItsOutput):
+    pass
+
+
+def test_a_loss_that_the_model_overwrites_later_is_kept_as_it_was(make_trainer: Callable[..., Any]) -> None:
+    seen = {}
+    for trainer_class in (DivGuardTrainer, GuardedReuse):
+        recorder = Recorder()
+        options = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "no"}
+        make_trainer(callbacks=[recorder], trainer_class=trainer_class, **options).train()
+        seen[trainer_class] = [entry.loss for entry in recorder.values]
+    assert len(set(seen[DivGuardTrainer])) == 6
+    assert seen[GuardedReuse] == seen[DivGuardTrainer]

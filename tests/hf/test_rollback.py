@@ -336,7 +336,7 @@ def test_the_story_is_told_in_file_attribute_logs_and_one_line(
     told = [record.getMessage() for record in our_log.records if "Rollback" in record.getMessage()]
     assert len(told) == 1
     assert "Rollback 1 (incident 1, attempt 1 of 3) at step 10" in told[0]
-    assert "the batches of steps 9 to 10 are left behind" in told[0]
+    assert "the batches of steps 9 to 10 are skipped" in told[0]
 
 
 def test_the_story_of_an_earlier_training_in_the_folder_is_kept(
@@ -459,7 +459,7 @@ def test_where_no_target_can_be_read_it_is_said_which_were_tried(
                 path.write_bytes(bytes(path.stat().st_size))
 
     trainer = nan_run(make_trainer, range(10, 11), callbacks=[Damage()])
-    with pytest.raises(TrainingDivergedError, match="What was kept of step 4, 8 could not be put back"):
+    with pytest.raises(TrainingDivergedError, match="The states of step 4, 8 could not be restored"):
         trainer.train()
 
 

@@ -206,7 +206,7 @@ def test_folders_of_which_none_is_complete_raise_an_error_that_names_each(
     if asked != "best":
         for step in (2, 4, 6):
             assert f"checkpoint-{step}: `optimizer.pt` is missing" in str(caught.value)
-        assert "To start anew" in str(caught.value)
+        assert "To start from scratch" in str(caught.value)
     assert tree(folder) == before
 
 
