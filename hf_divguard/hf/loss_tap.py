@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hf_divguard.core.detection.detector import StepValues
+
 __all__ = ["LossTap", "StepValues"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepValues:
-    """What one optimizer step showed.
-
-    Args:
-        step: The step, counted as ``TrainerState.global_step`` after it.
-        loss: Its training loss: the micro-batches of the step together, the mean over all
-            ranks. Not filtered; NaN on any rank makes it NaN.
-        grad_norm: Norm of the gradient before clipping, the mean over all ranks; ``None``
-            where the host has none.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float | None
 
 
 class LossTap:
