@@ -1,19 +1,28 @@
-"""Run a detection rule over a history that is already there, and see what it would have said."""
+"""Run a detection rule over an existing training history, and list what it would have reported."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import statistics
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+from hf_divguard.core.detection.detector import Rule
 from hf_divguard.core.detection.registry import make_rule
 from hf_divguard.core.findings import Finding
 from hf_divguard.errors import HistoryError
 from hf_divguard.history import Entry, History, HistorySource, read_history
 
 __all__ = ["ReplayedFindings", "replay"]
+
+_RULE_OF_DETECTOR = {
+    "AdaptiveDivergenceDetector": "adaptive",
+    "DualTimeScaleDivergenceDetector": "ema",
+    "DualWindowDivergenceDetector": "window",
+    "NonFiniteDetector": "nonfinite",
+}
 
 
 class ReplayedFindings(list[Finding]):
@@ -39,7 +48,7 @@ class ReplayedFindings(list[Finding]):
 
 
 def replay(
-    history: HistorySource, detector: str = "adaptive", *, metric: str = "loss", **params: Any
+    history: HistorySource, detector: Any = "adaptive", *, metric_key: str = "loss", **params: Any
 ) -> ReplayedFindings:
     """Return what a detector finds in a training history. Needs neither torch nor transformers.
 
@@ -48,16 +57,16 @@ def replay(
             furthest ``trainer_state.json`` is taken); a ``log_history`` list; or a mapping of
             plain sequences: ``loss``, and where known ``steps``, ``grad_norm``, and
             ``eval_loss`` with ``eval_steps``.
-        detector: ``"adaptive"``, ``"ema"``, ``"window"``, ``"nonfinite"``, or the name of a
-            detector class.
-        metric: Log key to watch. ``adaptive`` and ``nonfinite`` see evaluation losses besides.
+        detector: ``"adaptive"``, ``"ema"``, ``"window"``, ``"nonfinite"``, a detector class or
+            its name, or a detector whose settings are taken (its memory is not used).
+        metric_key: Log key to watch. ``adaptive`` and ``nonfinite`` see evaluation losses too.
         params: Parameters of the rule; those not given keep their defaults.
 
     Returns:
-        A list of findings, whose ``notes`` tell what the history cannot show.
+        A list of findings, whose ``notes`` say what the history cannot show.
 
     Raises:
-        HistoryError: If the history cannot be read, or holds no value of ``metric``.
+        HistoryError: If the history cannot be read, or holds no value of ``metric_key``.
         ValueError: If there is no such detector, or it refuses a parameter's value.
         TypeError: If the detector has no such parameter.
 
@@ -70,17 +79,18 @@ def replay(
         >>> replay({"steps": range(80), "loss": loss}, detector="ema", threshold=1.0).errors[0].step
         68
     """
-    rule = make_rule(detector, metric=metric, **params)
+    rule = _rule_of(detector, metric_key, params)
+    metric = rule.metric_key
     read = read_history(history)
     observe_eval = getattr(rule, "observe_eval", None)
     takes_gradients = "grad_norm" in inspect.signature(rule.observe).parameters and metric == "loss"
     findings: list[Finding] = []
     steps: list[int] = []
-    went_back = False
+    steps_decrease = False
     for entry in read.entries:
         if steps and entry.step < steps[-1] and metric in entry.values:
-            went_back = True
-            getattr(rule, "start_grace", lambda n_values: None)(0)
+            steps_decrease = True
+            getattr(rule, "start_grace", lambda values: None)(0)
         if metric in entry.values:
             steps.append(entry.step)
             value = entry.values[metric]
@@ -93,14 +103,32 @@ def replay(
         if observe_eval is not None:
             for key in _evaluation_losses(entry):
                 if key != metric:
-                    found = observe_eval(entry.step, entry.values[key], metric=key)
+                    found = observe_eval(entry.step, entry.values[key], metric_key=key)
                     findings += [found] if found else []
     has_evaluations = observe_eval is not None and any(_evaluation_losses(entry) for entry in read.entries)
     if not steps and not (has_evaluations and metric == "loss"):
         keys = sorted({key for entry in read.entries for key in entry.values})
         raise HistoryError(f"The history holds no `{metric}`. Its keys are: {', '.join(keys)}.")
-    notes = _notes(read, steps, metric=metric, takes_gradients=takes_gradients, went_back=went_back)
+    notes = _notes(read, steps, metric=metric, takes_gradients=takes_gradients, steps_decrease=steps_decrease)
     return ReplayedFindings(findings, notes=notes, n_values=len(steps))
+
+
+def _rule_of(detector: Any, metric_key: str, params: dict[str, Any]) -> Rule:
+    """Return a rule without memory for a name, a detector class, a detector or a rule."""
+    name = getattr(detector, "__name__", detector)
+    if isinstance(name, str):
+        return make_rule(_RULE_OF_DETECTOR.get(name, name), metric_key=metric_key, **params)
+    rule = copy.deepcopy(getattr(detector, "rule", detector))
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            f"`detector` must be a name, a detector class, a detector or a rule, got {detector!r}."
+        )
+    if params:
+        raise TypeError(
+            f"Settings are given with a name only; {type(detector).__name__} has its own, got also {sorted(params)}."
+        )
+    rule.reset()
+    return rule
 
 
 def _evaluation_losses(entry: Entry) -> list[str]:
@@ -110,7 +138,7 @@ def _evaluation_losses(entry: Entry) -> list[str]:
 
 
 def _notes(
-    read: History, steps: list[int], *, metric: str, takes_gradients: bool, went_back: bool
+    read: History, steps: list[int], *, metric: str, takes_gradients: bool, steps_decrease: bool
 ) -> list[str]:
     notes = list(read.notes)
     gaps = [after - before for before, after in pairwise(steps) if after > before]
@@ -122,14 +150,14 @@ def _notes(
         )
     if takes_gradients and not any("grad_norm" in entry.values for entry in read.series(metric)):
         notes.append(
-            "There is no `grad_norm`: a loss of 0.0 that stands in for NaN is known only after five in a row, and a "
-            "high loss that is being learnt down cannot be told from one that is stuck as early."
+            "There is no `grad_norm`: a loss of 0.0 that stands in for NaN is known only after five in a row, and it "
+            "takes longer to separate a high loss that recovers from one that is stuck."
         )
-    if went_back:
-        notes.append("The steps go back at least once: what was suspected up to there was dropped.")
+    if steps_decrease:
+        notes.append("The steps decrease at least once: what was suspected up to there was dropped.")
     if steps and len(steps) < 12:
         notes.append(
             f"There are only {len(steps)} values: the level of a run is judged from the sixth on, and a rise needs three "
-            "more to be one."
+            "more values."
         )
     return notes

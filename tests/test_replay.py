@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hf_divguard.core.detection.registry import make_rule
 from hf_divguard.errors import HistoryError
 from hf_divguard.replays import ReplayedFindings, replay
 from tests import curves
@@ -35,7 +36,7 @@ def state_file(folder: Path, log: list[dict[str, Any]], step: int) -> Path:
     return path
 
 
-def told(found: ReplayedFindings) -> list[tuple[str, int, int]]:
+def summary(found: ReplayedFindings) -> list[tuple[str, int, int]]:
     return [(finding.kind, finding.onset_step, finding.step) for finding in found.errors]
 
 
@@ -46,7 +47,7 @@ def test_all_forms_of_one_history_give_the_same_findings(tmp_path: Path) -> None
     columns["steps"] = columns.pop("step")
     forms = [log, {"log_history": log}, columns, file, str(file), file.parent, tmp_path / "out"]
     expected = [("jump", 501, 509)]
-    assert [told(replay(form)) for form in forms] == [expected] * len(forms)
+    assert [summary(replay(form)) for form in forms] == [expected] * len(forms)
 
 
 def test_an_output_folder_is_read_at_its_furthest_state(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_any_detector_can_be_replayed_by_either_of_its_names(detector: str, para
 @pytest.mark.parametrize("detector", ["nonfinite", "NonFiniteDetector"])
 def test_the_mask_of_the_nan_filter_is_found_in_a_log(detector: str) -> None:
     log = log_of([2.0, 1.9, 1.8]) + [{"loss": 0.0, "grad_norm": math.nan, "step": step} for step in (4, 5, 6)]
-    assert told(replay(log, detector)) == [("nan_filtered", 4, 4)]
+    assert summary(replay(log, detector)) == [("nan_filtered", 4, 4)]
 
 
 @pytest.mark.parametrize("token", ["NaN", '"nan"', "Infinity", '"inf"', '"-Infinity"'])
@@ -89,18 +90,18 @@ def test_values_that_are_not_finite_are_read_in_every_spelling(token: str, tmp_p
     path.write_text(
         f'{{"log_history": [{{"loss": 2.0, "step": 1}}, {{"loss": {token}, "step": 2}}]}}', encoding="utf-8"
     )
-    assert told(replay(path)) == [("non_finite", 1, 2)]
+    assert summary(replay(path)) == [("non_finite", 1, 2)]
 
 
 def test_quoted_numbers_count_as_numbers() -> None:
     log = [{key: str(value) for key, value in entry.items()} for entry in log_of(JUMP.values)]
-    assert told(replay(log)) == [("jump", 501, 509)]
+    assert summary(replay(log)) == [("jump", 501, 509)]
 
 
 def test_a_log_without_steps_is_counted_in_entries_and_says_so() -> None:
     log = [{"loss": value, "epoch": i / 10} for i, value in enumerate(JUMP.values)]
     found = replay([*log, {"train_runtime": 9.0, "train_loss": 3.0, "epoch": 80.0}])
-    assert told(found) == [("jump", 501, 509)]
+    assert summary(found) == [("jump", 501, 509)]
     assert any("name no step" in note for note in found.notes)
 
 
@@ -140,7 +141,7 @@ def test_evaluations_come_with_steps_of_their_own() -> None:
 
 def test_another_metric_can_be_watched() -> None:
     log = [{"eval_loss": value, "step": step} for step, value in enumerate([2.0] * 20 + [6.0] * 20)]
-    found = replay(log, "ema", metric="eval_loss", threshold=1.0)
+    found = replay(log, "ema", metric_key="eval_loss", threshold=1.0)
     assert found[0].metric == "eval_loss"
     assert found[0].step >= 20
 
@@ -155,13 +156,13 @@ def test_missing_values_are_skipped() -> None:
     assert found.errors
 
 
-def test_a_history_that_goes_back_drops_its_suspicions() -> None:
+def test_a_history_whose_steps_decrease_drops_its_suspicions() -> None:
     values = curves.healthy(0, 500).values
     log = log_of([*values, *[6.0] * 5])
     log += [{"loss": value, "step": 400 + i, "grad_norm": 1.0} for i, value in enumerate(values[400:500])]
     found = replay(log)
     assert found.errors == []
-    assert any("go back" in note for note in found.notes)
+    assert any("decrease" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
@@ -209,3 +210,20 @@ def test_a_replay_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_detector_or_a_rule_lends_its_settings_and_keeps_its_memory() -> None:
+    rule = make_rule("ema", metric_key="eval_loss", threshold=1.0)
+    rule.observe(1, 2.0)
+    before = rule.state_dict()
+    log = [{"eval_loss": value, "step": step} for step, value in enumerate([2.0] * 20 + [6.0] * 20)]
+    assert replay(log, rule)[0].step == replay(log, "ema", metric_key="eval_loss", threshold=1.0)[0].step
+    assert rule.state_dict() == before
+    with pytest.raises(
+        TypeError, match=r"Settings are given with a name only; DualTimeScaleRule has its own"
+    ):
+        replay(log, rule, threshold=2.0)
+    with pytest.raises(
+        TypeError, match="`detector` must be a name, a detector class, a detector or a rule, got 3"
+    ):
+        replay(log, 3)

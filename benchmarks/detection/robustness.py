@@ -24,7 +24,7 @@ MODULES = (baseline, cusum, level)
 INTRO = (
     "# The adaptive rule with each constant moved by a quarter, and on changed runs\n\n"
     "Written by `python -m benchmarks.detection.robustness`; "
-    "[detectors.md](../detectors.md) tells what the constants are.\n\n"
+    "[detectors.md](../detectors.md) describes the constants.\n\n"
 )
 HEAD = (
     "| what | every step: false | recall | delay | every 10: false | recall | public: false | recall |\n"

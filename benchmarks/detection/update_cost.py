@@ -2,7 +2,7 @@
 
     python -m benchmarks.detection.update_cost
 
-Prints a markdown table: microseconds per ``observe`` on an ordinary noisy loss, while a jump
+Prints a markdown table: microseconds per ``observe`` on a healthy noisy loss, while a jump
 is being judged (the most work the adaptive rule has), and of the slowest single update. Each
 number is the processor time in the best of five rounds.
 """
@@ -81,11 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="also write the table here")
     arguments = parser.parse_args(argv)
-    text = "| rule | ordinary, µs | in a jump, µs | slowest of a thousand, µs |\n|---|---|---|---|\n"
+    text = "| rule | healthy, µs | in a jump, µs | slowest of a thousand, µs |\n|---|---|---|---|\n"
     for case in CASES:
-        ordinary, _ = measure(case, 20_000, 20_000)
+        healthy, _ = measure(case, 20_000, 20_000)
         jumping, slowest = measure(case, 1_300, 1_000)
-        text += f"| {case} | {ordinary:.2f} | {jumping:.2f} | {slowest:.1f} |\n"
+        text += f"| {case} | {healthy:.2f} | {jumping:.2f} | {slowest:.1f} |\n"
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

@@ -7,12 +7,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["SEVERITIES", "Finding", "Severity", "json_number"]
+__all__ = ["SEVERITIES", "Finding", "Kind", "Severity", "json_number", "rise_in_words"]
 
 Severity = Literal["note", "warning", "error"]
-"""``note`` is only recorded, ``warning`` is told, ``error`` is acted on."""
+"""``note`` is only recorded, ``warning`` is logged, ``error`` is acted on."""
 
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
+
+Kind = Literal[
+    # of single values
+    "non_finite",
+    "nan_filtered",
+    "scaler_skip",
+    "spike",
+    # of the level of a series
+    "jump",
+    "drop",
+    "climb",
+    "plateau",
+    "eval_climb",
+    "grad_explosion",
+    # of a run that can be rolled back
+    "setback",
+    "not_recovered",
+    "rollback_repeated",
+]
+"""What a finding can be about. ``docs/detectors.md`` and ``docs/rollback.md`` describe each kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +42,8 @@ class Finding:
     Args:
         step: Optimizer step (``TrainerState.global_step``) at which the rule was sure.
         onset_step: Estimated first step with a bad training loss, at most ``step``: the
-            step after the last one known to be sound. A rollback has to go back to a
-            checkpoint that is at least two steps older.
+            step after the last one known to be good. A rollback needs a checkpoint that is
+            at least two steps older.
         kind: What was seen, in one word: ``"non_finite"``, ``"jump"``, ``"climb"``...
         severity: ``"note"``, ``"warning"`` or ``"error"``. Only an error is acted on.
         metric: Log key of the series (``"loss"``, ``"grad_norm"``, ``"eval_loss"``).
@@ -45,7 +65,7 @@ class Finding:
 
     step: int
     onset_step: int
-    kind: str
+    kind: Kind
     severity: Severity
     metric: str
     value: float
@@ -86,3 +106,21 @@ def json_number(value: float) -> float | str:
     if math.isnan(value):
         return "NaN"
     return "Infinity" if value > 0 else "-Infinity"
+
+
+def rise_in_words(before: float, now: float, progress: float) -> str:
+    """Return how much of the progress a rise has cost, or by what factor it exceeds all of it.
+
+    Example:
+        >>> rise_in_words(2.0, 3.0, 4.0), rise_in_words(0.2, 860.0, 4.0)
+        ('25% of the progress lost', '4,300 times its earlier level')
+    """
+    if progress > 0.0 and now - before <= 10.0 * progress:
+        return f"{(now - before) / progress:.0%} of the progress lost"
+    if before > 0.0 and now >= 10.0 * before:
+        return f"{_rounded(now / before)} times its earlier level"
+    return f"{_rounded((now - before) / progress)} times the progress lost" if progress > 0.0 else ""
+
+
+def _rounded(factor: float) -> str:
+    return f"{float(f'{factor:.2g}'):,.0f}" if factor < 1e6 else f"{factor:.1e}"

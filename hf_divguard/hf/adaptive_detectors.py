@@ -44,7 +44,7 @@ class AdaptiveDivergenceDetector(RawLossDetector):
         self, action: str = "stop", metric_key: str | None = None, name: str | None = None, **params: Any
     ) -> None:
         key = metric_key or "loss"
-        super().__init__(AdaptiveRule(metric=key, **params), action=action, metric_key=key, name=name)
+        super().__init__(AdaptiveRule(metric_key=key, **params), action=action, metric_key=key, name=name)
 
 
 class NonFiniteDetector(RawLossDetector):
@@ -69,4 +69,4 @@ class NonFiniteDetector(RawLossDetector):
         self, action: str = "stop", metric_key: str | None = None, name: str | None = None, **params: Any
     ) -> None:
         key = metric_key or "loss"
-        super().__init__(NonFiniteRule(metric=key, **params), action=action, metric_key=key, name=name)
+        super().__init__(NonFiniteRule(metric_key=key, **params), action=action, metric_key=key, name=name)

@@ -87,24 +87,23 @@ else:
 class DivGuardArgumentsMixin(_Host):
     """Adds the options of hf_divguard to any ``TrainingArguments`` dataclass.
 
-        Put it left of the class it extends. Each field says what it does in its help text
-        (``--help`` on a command line). With every field at its default the training is the
-        stock one.
+    Put it left of the class it extends. Each field says what it does in its help text
+    (``--help`` on a command line). With every field at its default the training is the
+    stock one.
 
-        Raises:
-            ValueError: At construction, for values out of range and for options that
-                contradict each other; the sentence says what to change.
+    Raises:
+    ValueError: At construction, for values out of range and for options that
+        contradict each other; the sentence says what to change.
 
-        Example:
-            >>> from collections.abc import Mapping
-    from dataclasses import dataclass
-            >>> from transformers import Seq2SeqTrainingArguments
-            >>> @dataclass
-            ... class MyArguments(DivGuardArgumentsMixin, Seq2SeqTrainingArguments):
-            ...     pass
-            >>> args = MyArguments("out", save_steps=7, eval_on_save=True, load_best_model_at_end=True, use_cpu=True)
-            >>> args.save_steps, str(args.eval_strategy.value), args.load_best_model_at_end
-            (7, 'no', True)
+    Example:
+    >>> from dataclasses import dataclass
+    >>> from transformers import Seq2SeqTrainingArguments
+    >>> @dataclass
+    ... class MyArguments(DivGuardArgumentsMixin, Seq2SeqTrainingArguments):
+    ...     pass
+    >>> args = MyArguments("out", save_steps=7, eval_on_save=True, load_best_model_at_end=True, use_cpu=True)
+    >>> args.save_steps, str(args.eval_strategy.value), args.load_best_model_at_end
+    (7, 'no', True)
     """
 
     preserve_best_model: bool = field(
@@ -340,7 +339,7 @@ class DivGuardArgumentsMixin(_Host):
         if self.divguard_detector != "none":
             make_rule(
                 self.divguard_detector,
-                metric=self.divguard_metric_key or "loss",
+                metric_key=self.divguard_metric_key or "loss",
                 **self.divguard_detector_kwargs or {},
             )
         elif self.divguard_detector_kwargs or self.divguard_metric_key:

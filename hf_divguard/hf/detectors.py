@@ -339,7 +339,7 @@ class RawLossDetector(DivergenceDetector):
     ) -> None:
         self.takes_raw_losses = False
         self._scaler_patience = rule.scaler_patience
-        self._tells_sets_apart = "metric" in inspect.signature(rule.observe_eval).parameters
+        self._tells_sets_apart = "metric_key" in inspect.signature(rule.observe_eval).parameters
         self._conditions: dict[str, Any] | None = None
         super().__init__(rule, action=action, metric_key=metric_key, name=name)
 
@@ -450,7 +450,7 @@ class RawLossDetector(DivergenceDetector):
             return
         at = self._count if step is None else step
         if self._tells_sets_apart:
-            finding = self.rule.observe_eval(at, float(value), metric=key)
+            finding = self.rule.observe_eval(at, float(value), metric_key=key)
         elif key == "eval_loss":
             finding = self.rule.observe_eval(at, float(value))
         else:

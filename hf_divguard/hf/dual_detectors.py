@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from hf_divguard.core.detection.ema import DualTimeScaleRule
 from hf_divguard.core.detection.window import DualWindowRule
@@ -30,14 +31,26 @@ def _direction(metric_key: str, greater_is_better: bool | None) -> bool:
     return bool(known)
 
 
+def _of_rule(name: str, doc: str) -> Any:
+    """Return a property that shows, and sets, the attribute ``name`` of the detector's rule."""
+
+    def get(self: DivergenceDetector) -> Any:
+        return getattr(self.rule, name)
+
+    def set_(self: DivergenceDetector, value: Any) -> None:
+        setattr(self.rule, name, value)
+
+    return property(get, set_, doc=doc)
+
+
 class DualTimeScaleDivergenceDetector(DivergenceDetector):
     """Acts when a fast moving average runs away from a slow one.
 
     Both averages start at the first value and follow ``e = a * x + (1 - a) * e``; it
     fires when ``short_ema - long_ema >= threshold``. A NaN or infinite value never
     enters an average and is itself a finding. The threshold is in the units of the
-    metric: at the defaults a lasting jump below 2.83 never fires. Its memory is
-    ``short_ema``, ``long_ema`` and ``initialized``.
+    metric: at the defaults a lasting jump below 2.83 never fires. Settings and memory are
+    attributes.
 
     Args:
         short_alpha: Weight of a new value in the fast average, in (0, 1]; larger reacts
@@ -64,7 +77,16 @@ class DualTimeScaleDivergenceDetector(DivergenceDetector):
         ...     detector.on_log(None, None, control, logs={"loss": loss})
         >>> control.should_training_stop, detector.findings[0].step
         (True, 24)
+        >>> detector.initialized, round(detector.short_ema, 2)
+        (True, 3.64)
     """
+
+    short_alpha = _of_rule("short_alpha", "Weight of a new value in the fast average.")
+    long_alpha = _of_rule("long_alpha", "Weight of a new value in the slow average.")
+    threshold = _of_rule("threshold", "Smallest gap that fires.")
+    short_ema = _of_rule("short_ema", "The fast average; ``None`` before the first value.")
+    long_ema = _of_rule("long_ema", "The slow average; ``None`` before the first value.")
+    initialized = _of_rule("initialized", "Whether there was a value.")
 
     def __init__(
         self,
@@ -82,10 +104,11 @@ class DualTimeScaleDivergenceDetector(DivergenceDetector):
             short_alpha,
             long_alpha,
             threshold,
-            metric=key,
+            metric_key=key,
             greater_is_better=_direction(key, greater_is_better),
         )
         super().__init__(rule, action=action, metric_key=key, name=name)
+        self.use_eval_loss = use_eval_loss
 
 
 class DualWindowDivergenceDetector(DivergenceDetector):
@@ -93,7 +116,7 @@ class DualWindowDivergenceDetector(DivergenceDetector):
 
     Silent until the long window is full; fires when
     ``mean(short) - mean(long) >= threshold``. A NaN or infinite value never enters a
-    window and is itself a finding. Its memory is ``short_buffer`` and ``long_buffer``.
+    window and is itself a finding. Settings and memory are attributes.
 
     Args:
         short_window: Values in the short window, at least 1. Counted in log events (or
@@ -121,7 +144,17 @@ class DualWindowDivergenceDetector(DivergenceDetector):
         ...     detector.on_evaluate(None, None, control, metrics={"eval_accuracy": accuracy})
         >>> control.should_training_stop, control.should_save
         (True, False)
+        >>> detector.short_buffer
+        [0.9, 0.5]
     """
+
+    short_window = _of_rule("short_window", "Number of values in the short window.")
+    long_window = _of_rule("long_window", "Number of values in the long window.")
+    threshold = _of_rule("threshold", "Smallest gap that fires.")
+    short_buffer = _of_rule(
+        "short_buffer", "Values in the short window, oldest first; ``[]`` before the first."
+    )
+    long_buffer = _of_rule("long_buffer", "Values in the long window, oldest first; ``[]`` before the first.")
 
     def __init__(
         self,
@@ -139,7 +172,8 @@ class DualWindowDivergenceDetector(DivergenceDetector):
             short_window,
             long_window,
             threshold,
-            metric=key,
+            metric_key=key,
             greater_is_better=_direction(key, greater_is_better),
         )
         super().__init__(rule, action=action, metric_key=key, name=name)
+        self.use_eval_loss = use_eval_loss

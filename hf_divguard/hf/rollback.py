@@ -94,7 +94,7 @@ class Rollback:
         # What a loss scaler has enlarged cannot be compared from step to step.
         self.watches_gradients = watches_damage and not host.args.max_grad_norm and host.scaler is None
         self._triggers = RollbackTriggers(
-            self.policy, minds_setbacks=watches_damage, minds_explosions=self.watches_gradients
+            self.policy, watches_setbacks=watches_damage, watches_gradients=self.watches_gradients
         )
         self.journal = RollbackJournal(ledger.run_dir, ledger.run_id, ranks)
         self.error: TrainingDivergedError | None = None
@@ -270,7 +270,7 @@ class Rollback:
         self, finding: Finding, decision: Decision, model: Any, tr_loss: torch.Tensor
     ) -> None:
         if finding.kind in UNDONE_ONCE:
-            self._triggers.let_heal()
+            self._triggers.accept_damage()
             self.journal.report_not_rolled_back(finding, decision.reason)
         else:
             self._end_run(finding, decision, model, tr_loss)

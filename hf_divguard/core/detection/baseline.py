@@ -1,16 +1,19 @@
-"""What is ordinary for a noisy, falling series: its level, noise and movement, and how far it has come."""
+"""The baseline of a noisy, falling series: its level, noise and movement, and its progress."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
+
+from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["RobustBaseline", "SortedWindow", "median"]
 
-# Lengths are counted in values. Where each number comes from is told in docs/detectors.md.
+# Lengths are counted in values. docs/detectors.md gives the source of each number.
 LONGEST_WINDOW = 100
 SHORTEST_WINDOW = 7
 WINDOW_SHARE = 3
@@ -42,54 +45,38 @@ def median(values: Iterable[float]) -> float:
     return ordered[half] if odd else 0.5 * ordered[half - 1] + 0.5 * ordered[half]
 
 
-class SortedWindow:
-    """The last few values, with any quantile at hand.
+class SortedWindow(deque[float]):
+    """The last few values in the order of their arrival, with any quantile at hand.
 
     Example:
         >>> window = SortedWindow()
         >>> for value in (5.0, 1.0, 9.0, 2.0):
-        ...     window.append(value, size=3)
-        >>> window.values(), window.quantile(0.5)
+        ...     window.push(value, size=3)
+        >>> list(window), window.quantile(0.5)
         ([1.0, 9.0, 2.0], 2.0)
     """
 
-    __slots__ = ("_arrived", "_ordered")
+    def __init__(self, values: Iterable[float] = ()) -> None:
+        super().__init__(values)
+        self._sorted = sorted(self)
 
-    def __init__(self, values: Sequence[float] = ()) -> None:
-        self._arrived = deque(values)
-        self._ordered = sorted(values)
-
-    def __len__(self) -> int:
-        return len(self._ordered)
-
-    def append(self, value: float, size: int) -> None:
+    def push(self, value: float, size: int) -> None:
         """Add a value, then drop the oldest until ``size`` are left."""
-        arrived, ordered = self._arrived, self._ordered
-        arrived.append(value)
+        ordered = self._sorted
+        self.append(value)
         insort(ordered, value)
         while len(ordered) > size:
-            del ordered[bisect_left(ordered, arrived.popleft())]
+            del ordered[bisect_left(ordered, self.popleft())]
 
     def quantile(self, share: float) -> float:
         """Return the value below which a ``share`` (under 1) of the window lies; 0 if it is empty."""
-        ordered = self._ordered
+        ordered = self._sorted
         return ordered[int(share * len(ordered))] if ordered else 0.0
 
-    def quantiles(self, first: float, second: float, third: float) -> tuple[float, float, float]:
-        """Return three quantiles at once."""
-        ordered = self._ordered
-        n = len(ordered)
-        if not n:
-            return 0.0, 0.0, 0.0
-        return ordered[int(first * n)], ordered[int(second * n)], ordered[int(third * n)]
 
-    def values(self) -> list[float]:
-        """Return the values in the order of their arrival."""
-        return list(self._arrived)
-
-
-class RobustBaseline:
-    """What is ordinary for a series, learnt only from values that were ordinary themselves.
+@dataclass
+class RobustBaseline(Stateful):
+    """The normal range of a series, learnt only from values that were in it themselves.
 
     Everything is a rank statistic, so that a few outliers do not move it, and everything
     scales and shifts with the series. The window holds the last third of the accepted
@@ -110,31 +97,32 @@ class RobustBaseline:
         (3.0, 3.1)
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.noise = 0.0
-        self.early_noise = 0.0
-        self.movement = 0.0
-        self.best: float | None = None
-        self.spread_at_best = 0.0
-        self.movement_at_best = 0.0
-        self.level: float | None = None
-        self.center = self.upper = self.lower = self.spread = self.progress = self.initial = 0.0
-        self.lowest: list[tuple[float, int]] = []
-        self._initial: list[float] = []
-        self._last: float | None = None
-        self._window = SortedWindow()
-        self._differences = SortedWindow()
-        self._moves = SortedWindow()
-        self._recent: deque[float] = deque()
-        self._levels: deque[float] = deque()
+    count: int = memory(0)
+    noise: float = memory(0.0)
+    early_noise: float = memory(0.0)
+    movement: float = memory(0.0)
+    best: float | None = memory(None)
+    spread_at_best: float = memory(0.0)
+    movement_at_best: float = memory(0.0)
+    level: float | None = memory(None)
+    lowest: list[tuple[float, int]] = memory(list)
+    _first: list[float] = memory(list)
+    _last: float | None = memory(None)
+    _window: SortedWindow = memory(SortedWindow)
+    _differences: SortedWindow = memory(SortedWindow)
+    _moves: SortedWindow = memory(SortedWindow)
+    _recent: deque[float] = memory(deque)
+    _levels: deque[float] = memory(deque)
+
+    def __post_init__(self) -> None:
+        self._measure()
 
     def see(self, value: float) -> None:
-        """Count a finite value, ordinary or not."""
+        """Count a finite value, whether it is in the normal range or not."""
         self.count += 1
-        if len(self._initial) < INITIAL:
-            self._initial.append(value)
-            self.initial = median(self._initial)
+        if len(self._first) < INITIAL:
+            self._first.append(value)
+            self.initial = median(self._first)
         if len(self.lowest) < 2:
             self.lowest = sorted([*self.lowest, (value, self.count)])
         elif value < self.lowest[1][0]:
@@ -142,15 +130,15 @@ class RobustBaseline:
 
     @property
     def size(self) -> int:
-        """Number of ordinary values that are remembered."""
+        """Number of accepted values that are remembered."""
         return max(SHORTEST_WINDOW, min(LONGEST_WINDOW, self.count // WINDOW_SHARE))
 
     def accept(self, value: float) -> None:
-        """Let a value into what is ordinary."""
+        """Let a value into the baseline."""
         size = self.size
-        self._window.append(value, size)
+        self._window.push(value, size)
         if self._last is not None:
-            self._differences.append(min(abs(value - self._last), _HUGE), max(NOISE_WINDOW, size))
+            self._differences.push(min(abs(value - self._last), _HUGE), max(NOISE_WINDOW, size))
             self.noise = self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE
             if self.count <= EARLY:
                 self.early_noise = self.noise
@@ -179,71 +167,26 @@ class RobustBaseline:
             levels.popleft()
         if len(levels) <= width:
             return
-        self._moves.append(min(abs(level - levels[0]), _HUGE), size)
+        self._moves.push(min(abs(level - levels[0]), _HUGE), size)
         move = self._moves.quantile(UPPER)
         by_noise = _UPPER_DIFFERENCE * _MEDIAN_ERROR * self.noise / math.sqrt(width)
         self.movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
 
     def _measure(self) -> None:
-        """Work out what follows from the window, once for all who ask."""
+        """Derive from the window what is asked for at every value."""
         window = self._window
-        self.center, self.upper, self.lower = (
-            window.quantile(0.5),
-            window.quantile(UPPER),
-            window.quantile(LOWER),
-        )
+        self.center, self.upper, self.lower = map(window.quantile, (0.5, UPPER, LOWER))
         self.spread = self.upper - self.lower
-        if self.best is not None:
-            doubt = _MEDIAN_ERROR / math.sqrt(3.0) * self.early_noise
-            self.progress = max(0.0, self.initial - doubt - self.best)
+        self.initial = median(self._first) if self._first else 0.0
+        doubt = _MEDIAN_ERROR / math.sqrt(3.0) * self.early_noise
+        self.progress = 0.0 if self.best is None else max(0.0, self.initial - doubt - self.best)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memory as JSON values."""
-        state = {name: getattr(self, name) for name in _NUMBERS}
-        state["lowest"] = [list(pair) for pair in self.lowest]
-        state["initial"], state["last"] = list(self._initial), self._last
-        for name in _SEQUENCES:
-            held = getattr(self, f"_{name}")
-            state[name] = held.values() if isinstance(held, SortedWindow) else list(held)
-        return state
+    def reset(self) -> None:
+        """Forget everything that was observed."""
+        super().reset()
+        self._measure()
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> RobustBaseline:
-        """Return the level that ``state`` was taken from.
-
-        Raises:
-            KeyError: If a part is missing.
-            TypeError: If a part is not made of numbers.
-        """
-        level = cls()
-        for name in _NUMBERS:
-            setattr(level, name, None if state[name] is None else _finite(state[name]))
-        level.lowest = [(_finite(value), int(index)) for value, index in state["lowest"]]
-        level._initial = [_finite(value) for value in state["initial"]]
-        level.initial = median(level._initial) if level._initial else 0.0
-        level._last = None if state["last"] is None else _finite(state["last"])
-        for name in _SEQUENCES:
-            values = [_finite(value) for value in state[name]]
-            is_window = isinstance(getattr(level, f"_{name}"), SortedWindow)
-            setattr(level, f"_{name}", SortedWindow(values) if is_window else deque(values))
-        level._measure()
-        return level
-
-
-_NUMBERS = (
-    "count",
-    "noise",
-    "early_noise",
-    "movement",
-    "best",
-    "spread_at_best",
-    "movement_at_best",
-    "level",
-)
-_SEQUENCES = ("window", "differences", "moves", "recent", "levels")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is not a finite number")
-    return value
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a memory that ``state_dict`` returned."""
+        super().load_state_dict(state_dict)
+        self._measure()

@@ -1,18 +1,21 @@
-"""Two exponential moving averages: fires when the short one runs away from the long one."""
+"""Two exponential moving averages: fires when the short one moves away from the long one."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
 
-from hf_divguard.core.detection.detector import non_finite_finding
+from hf_divguard.core.detection.detector import check_setting, non_finite_finding
 from hf_divguard.core.findings import Finding
+from hf_divguard.core.state import StateError, Stateful, memory
 
 __all__ = ["DualTimeScaleRule"]
 
 
-class DualTimeScaleRule:
+@dataclass
+class DualTimeScaleRule(Stateful):
     """Compare a fast and a slow exponential moving average of one series.
 
     Both averages start at the first finite value ``x`` and follow
@@ -24,15 +27,20 @@ class DualTimeScaleRule:
     ``k`` values at the default alphas; it peaks at ``0.706 * J`` after 25 values, so the
     default threshold of 2.0 never sees a jump below 2.83.
 
+    The memory is ``short_ema`` and ``long_ema``, ``None`` before the first value, and
+    ``initialized``.
+
     Args:
         short_alpha: Weight of a new value in the fast average, in (0, 1]. Larger is faster.
         long_alpha: Weight of a new value in the slow average, in (0, 1].
-        threshold: Smallest gap that fires, in the units of the metric. Larger is quieter.
-        metric: Log key of the series, for messages.
-        greater_is_better: Whether a *drop* of the metric is the trouble.
+        threshold: Smallest gap that fires, above 0, in the units of the metric. Larger is
+            quieter.
+        metric_key: Log key of the series, for messages.
+        greater_is_better: Whether a *drop* of the metric is bad.
 
     Raises:
-        ValueError: If an alpha is outside (0, 1] or ``threshold`` is not a finite number.
+        ValueError: If an alpha is outside (0, 1], or ``threshold`` is not above 0 and finite.
+        TypeError: If one of them is not a number.
 
     Example:
         >>> rule = DualTimeScaleRule(threshold=1.0)
@@ -43,45 +51,36 @@ class DualTimeScaleRule:
         `loss` = 6 at step 8 has risen: its short average 3.376 is 1.218 away from its long average 2.158 (limit 1).
     """
 
-    def __init__(
-        self,
-        short_alpha: float = 0.1,
-        long_alpha: float = 0.01,
-        threshold: float = 2.0,
-        *,
-        metric: str = "loss",
-        greater_is_better: bool = False,
-    ) -> None:
-        for name, alpha in (("short_alpha", short_alpha), ("long_alpha", long_alpha)):
-            if not 0.0 < alpha <= 1.0:
-                raise ValueError(f"`{name}` must be above 0 and at most 1, got {alpha!r}.")
-        if not math.isfinite(threshold):
-            raise ValueError(f"`threshold` must be a finite number, got {threshold!r}.")
-        if short_alpha <= long_alpha:
-            warnings.warn(
-                f"`short_alpha={short_alpha!r}` should be greater than `long_alpha={long_alpha!r}`: the short "
-                "average has to react faster than the long one, otherwise a rise is never seen.",
-                UserWarning,
-                stacklevel=2,
-            )
-        self.short_alpha = short_alpha
-        self.long_alpha = long_alpha
-        self.threshold = threshold
-        self.metric = metric
-        self.greater_is_better = greater_is_better
-        self.reset()
+    name: ClassVar[str] = "ema"
 
-    def reset(self) -> None:
-        """Forget everything that was observed."""
-        self.short_ema: float | None = None
-        self.long_ema: float | None = None
-        self.initialized = False
+    short_alpha: float = 0.1
+    long_alpha: float = 0.01
+    threshold: float = 2.0
+    _: KW_ONLY
+    metric_key: str = "loss"
+    greater_is_better: bool = False
+
+    short_ema: float | None = memory(None)
+    long_ema: float | None = memory(None)
+    initialized: bool = memory(False)
+
+    def __post_init__(self) -> None:
+        check_setting(self.name, "short_alpha", self.short_alpha, above=0, at_most=1)
+        check_setting(self.name, "long_alpha", self.long_alpha, above=0, at_most=1)
+        check_setting(self.name, "threshold", self.threshold, above=0)
+        if self.short_alpha <= self.long_alpha:
+            warnings.warn(
+                f"`short_alpha={self.short_alpha!r}` should be greater than `long_alpha={self.long_alpha!r}`: the "
+                "short average has to react faster than the long one, otherwise a rise is never seen.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def observe(self, step: int, value: float) -> Finding | None:
         """Feed one value; return a finding while the gap is at or above the threshold."""
         if not math.isfinite(value):
-            return non_finite_finding(self.metric, step, value)
-        if self.short_ema is None or self.long_ema is None:
+            return non_finite_finding(self.metric_key, step, value)
+        if not self.initialized or self.short_ema is None or self.long_ema is None:
             self.short_ema = self.long_ema = value
             self.initialized = True
         else:
@@ -90,49 +89,32 @@ class DualTimeScaleRule:
         gap = self.long_ema - self.short_ema if self.greater_is_better else self.short_ema - self.long_ema
         if gap < self.threshold:
             return None
-        return self._finding(step, value, gap)
-
-    def _finding(self, step: int, value: float, gap: float) -> Finding:
-        assert self.short_ema is not None
-        assert self.long_ema is not None
         moved, sign = ("fallen", -1.0) if self.greater_is_better else ("risen", 1.0)
         return Finding(
             step=step,
             onset_step=step,
             kind="drop" if self.greater_is_better else "jump",
             severity="error",
-            metric=self.metric,
+            metric=self.metric_key,
             value=value,
             limit=self.long_ema + sign * self.threshold,
             message=(
-                f"`{self.metric}` = {value:.4g} at step {step} has {moved}: its short average "
+                f"`{self.metric_key}` = {value:.4g} at step {step} has {moved}: its short average "
                 f"{self.short_ema:.4g} is {gap:.4g} away from its long average {self.long_ema:.4g} "
                 f"(limit {self.threshold:.4g})."
             ),
             evidence={"short_ema": self.short_ema, "long_ema": self.long_ema, "gap": gap},
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return ``short_ema``, ``long_ema`` and ``initialized``."""
-        return {"short_ema": self.short_ema, "long_ema": self.long_ema, "initialized": self.initialized}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over both averages.
+        """Take over both averages exactly as they are.
 
         Raises:
-            ValueError: If a key is missing, or an average is not a finite number although
-                ``initialized`` says there is one.
+            StateError: If a part is missing or of another type, or an average is missing
+                although ``initialized`` is true.
         """
-        missing = {"short_ema", "long_ema", "initialized"} - state_dict.keys()
-        if missing:
-            raise ValueError(
-                f"The state of the two averages lacks {sorted(missing)}; it holds {sorted(state_dict)}."
-            )
-        if not state_dict["initialized"]:
-            self.reset()
-            return
-        averages = [state_dict["short_ema"], state_dict["long_ema"]]
-        if not all(isinstance(e, (int, float)) and math.isfinite(e) for e in averages):
-            raise ValueError(f"Both averages must be finite numbers, got {averages!r}.")
-        self.short_ema, self.long_ema = (float(e) for e in averages)
-        self.initialized = True
+        if isinstance(state_dict, dict) and state_dict.get("initialized") is True:
+            averages = [state_dict.get("short_ema"), state_dict.get("long_ema")]
+            if None in averages:
+                raise StateError(f"`short_ema` and `long_ema` must be finite numbers, got {averages!r}.")
+        super().load_state_dict(state_dict)

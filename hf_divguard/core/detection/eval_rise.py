@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections import deque
+from dataclasses import dataclass
 
 from hf_divguard.core.detection.baseline import median
 from hf_divguard.core.findings import Finding, Severity
+from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["EvalRise"]
 
-# Where each number comes from is told in docs/detectors.md.
+# docs/detectors.md gives the source of each number.
 KEPT = 24
 IN_A_ROW = 3
 SHARE = 0.1
 SPREADS = 3.0
 
 
-class EvalRise:
+@dataclass
+class EvalRise(Stateful):
     """Watch the loss of one evaluation set; report when its last 3 values all lie clearly above its best.
 
     Clearly means: by a tenth of what had been gained since the first evaluation, and by 3
-    times the usual distance of an evaluation from the mean of its neighbours.
-
-    Args:
-        metric: Log key of the evaluation loss, for messages.
-        severity: Severity of the finding.
+    times the median distance of an evaluation from the mean of its neighbours.
 
     Example:
         >>> rise = EvalRise()
@@ -35,23 +33,36 @@ class EvalRise:
         `eval_loss` = 3.6 at step 8 has climbed for 3 evaluations since its best 2.85 at step 4 (limit 3).
     """
 
-    def __init__(self, *, metric: str = "eval_loss", severity: Severity = "warning") -> None:
-        self.metric = metric
-        self.severity = severity
-        self._first: float | None = None
-        self._best: float | None = None
-        self._best_step = 0
-        self._values: list[float] = []
-        self._above = 0
-        self._is_open = False
-        self._training_at_best: float | None = None
+    _first: float | None = memory(None)
+    _best: float | None = memory(None)
+    _best_step: int = memory(0)
+    _values: deque[float] = memory(lambda: deque(maxlen=KEPT))
+    _above: int = memory(0)
+    _is_open: bool = memory(False)
+    _training_at_best: float | None = memory(None)
 
-    def observe(self, step: int, value: float, training_level: float | None = None) -> Finding | None:
-        """Feed one finite evaluation loss, with the level of the training loss where it is known."""
+    def observe(
+        self,
+        step: int,
+        value: float,
+        training_level: float | None = None,
+        *,
+        metric_key: str = "eval_loss",
+        severity: Severity = "warning",
+    ) -> Finding | None:
+        """Feed one finite evaluation loss.
+
+        Args:
+            step: Optimizer step of the evaluation.
+            value: The loss.
+            training_level: Level of the training loss, where it is known.
+            metric_key: Log key of the evaluation loss, for the message.
+            severity: Severity of the finding.
+        """
         value = max(-1e300, min(1e300, value))
         if self._first is None:
             self._first = value
-        self._values = [*self._values, value][-KEPT:]
+        self._values.append(value)
         if self._best is None or value <= self._best:
             self._best, self._best_step, self._training_at_best = value, step, training_level
             self._above, self._is_open = 0, False
@@ -76,12 +87,12 @@ class EvalRise:
             # The weights after the best step are good: so is the training loss of the step after it.
             onset_step=min(step, self._best_step + 2),
             kind="eval_climb",
-            severity=self.severity,
-            metric=self.metric,
+            severity=severity,
+            metric=metric_key,
             value=value,
             limit=limit,
             message=(
-                f"`{self.metric}` = {value:.6g} at step {step} has climbed for {IN_A_ROW} evaluations since its "
+                f"`{metric_key}` = {value:.6g} at step {step} has climbed for {IN_A_ROW} evaluations since its "
                 f"best {self._best:.6g} at step {self._best_step}{while_falling} (limit {limit:.4g})."
             ),
             evidence=evidence,
@@ -95,25 +106,3 @@ class EvalRise:
             abs(values[i] - 0.5 * values[i - 1] - 0.5 * values[i + 1]) for i in range(1, len(values) - 1)
         ]
         return median(bends)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memory as JSON values."""
-        return {name: getattr(self, f"_{name}") for name in _STATE}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a memory.
-
-        Raises:
-            ValueError: If a part is missing or not a finite number.
-        """
-        values = {name: state_dict.get(name) for name in _STATE}
-        numbers = [v for v in values.values() if isinstance(v, (int, float))] + list(values["values"] or [])
-        if set(_STATE) - state_dict.keys() or not all(math.isfinite(number) for number in numbers):
-            raise ValueError(
-                f"The state of the evaluation loss `{self.metric}` cannot be read: {state_dict!r}."
-            )
-        for name, value in values.items():
-            setattr(self, f"_{name}", value)
-
-
-_STATE = ("first", "best", "best_step", "values", "above", "is_open", "training_at_best")

@@ -1,19 +1,17 @@
-"""Gradient norms: the usual one, and how far the last ones are from it."""
+"""Gradient norms: their baseline, and the ratio of the last ones to it."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from dataclasses import dataclass
 
 from hf_divguard.core.detection.baseline import SortedWindow, median
 from hf_divguard.core.findings import Finding
+from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["GRAD_EXPLOSION", "Gradients"]
+__all__ = ["Gradients"]
 
-GRAD_EXPLOSION = "grad_explosion"
-"""Kind of the finding that the gradient norm is 100 times the usual."""
-
-# Where each number comes from is told in docs/detectors.md.
+# docs/detectors.md gives the source of each number.
 LAST = 5
 LEAST = 3
 EXPLOSION = 100.0
@@ -21,11 +19,12 @@ SEEN_BEFORE = 18
 _HUGE = 1e300
 
 
-class Gradients:
+@dataclass
+class Gradients(Stateful):
     """The gradient norms of a run.
 
-    Their ratio to the usual one tells a loss that is high and being pulled back (the ratio
-    is high) from one that is high and stuck (it is not).
+    Their ratio to the baseline separates a loss that is high and being pulled back (the
+    ratio is high) from one that is high and stuck (it is not).
 
     Example:
         >>> gradients = Gradients()
@@ -38,42 +37,41 @@ class Gradients:
         5.0
     """
 
-    def __init__(self) -> None:
-        self._usual = SortedWindow()
-        self._last: deque[float] = deque(maxlen=LAST)
-        self._seen = 0
-        self._large_since: int | None = None
-        self._exploding = False
+    _baseline: SortedWindow = memory(SortedWindow)
+    _last: deque[float] = memory(lambda: deque(maxlen=LAST))
+    _seen: int = memory(0)
+    _large_since: int | None = memory(None)
+    _exploding: bool = memory(False)
 
     def see(self, norm: float) -> None:
-        """Take a finite gradient norm, usual or not."""
+        """Take a finite gradient norm."""
         self._last.append(min(norm, _HUGE))
         self._seen += 1
 
     def accept(self, norm: float, size: int) -> None:
-        """Let the gradient norm of an ordinary loss into what is usual; keep ``size`` of them."""
-        self._usual.append(min(norm, _HUGE), size)
+        """Let the gradient norm of a loss in the normal range into the baseline; keep ``size`` of them."""
+        self._baseline.push(min(norm, _HUGE), size)
 
     def pull(self, count: int = LAST) -> float | None:
-        """Return the median of the last norms, ``count`` of 3 to 5, over the usual one; ``None`` if unknown."""
-        usual = self._usual.quantile(0.5)
-        if len(self._usual) < LEAST or len(self._last) < LEAST or usual <= 0.0:
+        """Return the median of the last norms, ``count`` of 3 to 5, over the baseline; ``None`` if unknown."""
+        baseline = self._baseline.quantile(0.5)
+        if len(self._baseline) < LEAST or len(self._last) < LEAST or baseline <= 0.0:
             return None
-        return median(list(self._last)[-max(LEAST, min(LAST, count)) :]) / usual
+        return median(list(self._last)[-max(LEAST, min(LAST, count)) :]) / baseline
 
     def is_large(self, norm: float) -> bool:
-        """Return whether ``norm`` is 100 times the usual."""
-        return self._seen >= SEEN_BEFORE and norm >= EXPLOSION * self._usual.quantile(0.5)
+        """Return whether ``norm`` is 100 times the baseline."""
+        return self._seen >= SEEN_BEFORE and norm >= EXPLOSION * self._baseline.quantile(0.5)
 
     def forget_last(self) -> None:
-        """Keep what is usual and drop the last norms: for after a rollback."""
+        """Keep the baseline and drop the last norms: for after a rollback."""
         self._last.clear()
         self._large_since, self._exploding = None, False
 
     def judge(self, step: int) -> Finding | None:
-        """Return a finding when the gradient norm begins to be 100 times the usual."""
+        """Return a finding when the gradient norm begins to be 100 times the baseline."""
         if not self._last or not self.is_large(self._last[-1]):
-            # Not this one; whether the last few were is asked again with the next large one.
+            # Whether the last few were large is checked again at the next large one.
             if (self.pull() or 0.0) < EXPLOSION:
                 self._exploding, self._large_since = False, None
             return None
@@ -83,42 +81,18 @@ class Gradients:
         if pull is None or pull < EXPLOSION or self._exploding:
             return None
         self._exploding = True
-        value, usual = median(self._last), self._usual.quantile(0.5)
+        value, baseline = median(self._last), self._baseline.quantile(0.5)
         return Finding(
             step=step,
             onset_step=min(step, self._large_since),
-            kind=GRAD_EXPLOSION,
+            kind="grad_explosion",
             severity="warning",
             metric="grad_norm",
             value=value,
-            limit=EXPLOSION * usual,
+            limit=EXPLOSION * baseline,
             message=(
                 f"`grad_norm` = {value:.4g} at step {step} (median of the last {len(self._last)}) is {pull:.3g} times "
-                f"the usual {usual:.4g} (limit {EXPLOSION:g} times)."
+                f"the baseline {baseline:.4g} (limit {EXPLOSION:g} times)."
             ),
-            evidence={"usual": usual, "ratio": pull},
+            evidence={"baseline": baseline, "ratio": pull},
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memory as JSON values."""
-        return {
-            "usual": self._usual.values(),
-            "last": list(self._last),
-            "seen": self._seen,
-            "large_since": self._large_since,
-            "exploding": self._exploding,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a memory.
-
-        Raises:
-            KeyError: If a part is missing.
-            TypeError: If a part is not made of numbers.
-        """
-        usual = SortedWindow([float(norm) for norm in state_dict["usual"]])
-        last = deque([float(norm) for norm in state_dict["last"]], maxlen=LAST)
-        large_since = state_dict["large_since"]
-        self._seen, self._exploding = int(state_dict["seen"]), bool(state_dict["exploding"])
-        self._large_since = None if large_since is None else int(large_since)
-        self._usual, self._last = usual, last

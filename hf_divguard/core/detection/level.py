@@ -1,18 +1,20 @@
-"""The level of a loss: whether it jumped, climbs or is stuck, measured by what the run is like."""
+"""The level of a loss: whether it jumped, climbs or is stuck, measured against the run itself."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from hf_divguard.core.detection.baseline import RobustBaseline, median
 from hf_divguard.core.detection.cusum import PATIENCE, RiseCusum
 from hf_divguard.core.detection.gradients import Gradients
-from hf_divguard.core.findings import Finding
+from hf_divguard.core.findings import Finding, Kind, rise_in_words
+from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["LossLevelMonitor"]
 
-# Where each number comes from is told in docs/detectors.md.
+# docs/detectors.md gives the source of each number.
 FIRST_VALUES = 5
 LEAST_PATIENCE = 3
 HISTORY_PER_PATIENCE = 10
@@ -28,7 +30,7 @@ FEW_VALUES = 50
 JUMP_MOVEMENTS = 2.0
 CLIMB_MOVEMENTS = 5.0
 CLIMB_NOISES = 3.0
-HEALED_FACTOR = 1.5
+RECOVERED_FACTOR = 1.5
 SLOW_RISE = 20
 RETURNED = 25
 SPIKE_SPREADS = 5.0
@@ -50,17 +52,17 @@ class _Bounds(NamedTuple):
     weight: float
 
 
-class LossLevelMonitor:
-    """Watch one series for rises that last, and tell them from noise, spikes and what heals.
+@dataclass
+class LossLevelMonitor(Stateful):
+    """Find rises of one series that last, among noise, spikes and rises that recover.
 
     Args:
-        gradients: Gradient norms of the same series; may stay empty.
         sensitivity: How readily findings are made. 2.0 asks for half the height and half
             the evidence of 1.0.
-        metric: Log key of the series, for messages.
+        metric_key: Log key of the series, for messages.
 
     Example:
-        >>> watch = LossLevelMonitor(Gradients())
+        >>> watch = LossLevelMonitor()
         >>> kinds = []
         >>> for step in range(80):
         ...     finding = watch.observe(step, 1.0 if step < 50 else 3.0, None)
@@ -69,28 +71,31 @@ class LossLevelMonitor:
         [(50, 'spike'), (58, 'jump')]
     """
 
-    def __init__(self, gradients: Gradients, *, sensitivity: float = 1.0, metric: str = "loss") -> None:
-        self.gradients = gradients
-        self.sensitivity = sensitivity
-        self.metric = metric
-        self.level = RobustBaseline()
-        self._healed = 0.0
-        self._calm_step: int | None = None
-        self._lowest_step: int | None = None
-        self.start_grace(0)
+    sensitivity: float = 1.0
+    metric_key: str = "loss"
 
-    def start_grace(self, n_values: int) -> None:
-        """Keep what is ordinary, drop what is suspected, and judge no rise for ``n_values`` values."""
-        self.grace = n_values
+    gradients: Gradients = memory(Gradients)
+    level: RobustBaseline = memory(RobustBaseline)
+    grace: int = memory(0)
+    _recovered: float = memory(0.0)
+    _calm_step: int | None = memory(None)
+    _lowest_step: int | None = memory(None)
+    _jump: RiseCusum = memory(RiseCusum)
+    _climb: RiseCusum = memory(RiseCusum)
+    _step: int | None = memory(None)
+    _gap: int = memory(1)
+    _is_open: bool = memory(False)
+
+    def start_grace(self, values: int) -> None:
+        """Keep the baseline, drop what is suspected, and judge no rise for ``values`` values."""
+        self.grace = values
         self._jump, self._climb = RiseCusum(), RiseCusum()
-        self._step: int | None = None
-        self._gap = 1
-        self._open = ""
+        self._step, self._gap, self._is_open = None, 1, False
 
     @property
     def is_suspecting(self) -> bool:
         """Whether values are being kept out of the level, so that it is not where the loss is."""
-        return bool(self._open) or self._jump.score > 0.0
+        return self._is_open or self._jump.score > 0.0
 
     @property
     def suspected_since(self) -> int | None:
@@ -120,28 +125,28 @@ class LossLevelMonitor:
         kind = kind or self._judge_climb(step, value, bounds, best)
         kind = kind or self._judge_plateau()
         note = self._spike(step, value, bounds) if len(self._jump.values) == 1 else None
-        finding = self._level_finding(kind, step, value, bounds) if kind and not self._open else note
-        self._open = self._open or kind
+        finding = self._level_finding(kind, step, value, bounds) if kind and not self._is_open else note
+        self._is_open = self._is_open or kind is not None
         if self._jump.score == 0.0:
             if self._climb.score == 0.0 and not kind:
-                self._open = ""
+                self._is_open = False
             self._accept(step, value, gradient, best + 0.25 * bounds.climb)
         return finding
 
     def _bounds(self, value: float) -> _Bounds:
-        """Work out what matters now: shares of the progress, spreads of the noise, rises that healed."""
+        """Return what matters now: shares of the progress, spreads of the noise, rises that recovered."""
         level, progress, spread = self.level, self.level.progress, self.level.spread
         few = max(1.0, FEW_VALUES / level.count)
         jump = max(JUMP_SHARE * progress, JUMP_MOVEMENTS * level.movement)
         jump = max(jump, _spreads(JUMP_SPREADS * few, progress, spread))
         climb = max(CLIMB_SHARE * progress, CLIMB_MOVEMENTS * level.movement_at_best)
         climb = max(climb, _spreads(CLIMB_SPREADS * few, progress, level.spread_at_best))
-        # What came back once may come again; losing all that was learnt is never taken for that.
-        healed = min(HEALED_FACTOR * self._healed, progress)
-        jump, climb = max(jump, healed) / self.sensitivity, max(climb, healed) / self.sensitivity
+        # A rise like one that recovered may recover too; losing all that was learnt is always reported.
+        recovered = min(RECOVERED_FACTOR * self._recovered, progress)
+        jump, climb = max(jump, recovered) / self.sensitivity, max(climb, recovered) / self.sensitivity
         scale = max(FULL_SHARE * progress, spread / 2.563)
         if scale <= 0.0:
-            # A constant so far: all that is known of its scale is its size.
+            # A constant so far: its scale is known from its size alone.
             scale = max(RESOLUTION * abs(value), 1e-300)
         jump, climb = jump or scale, climb or scale
         patience = max(
@@ -151,44 +156,44 @@ class LossLevelMonitor:
             progress, jump, climb, scale, max(0.1 * progress, 2.0 * level.noise) or scale, PATIENCE / patience
         )
 
-    def _judge_jump(self, step: int, value: float, bounds: _Bounds, center: float) -> str:
+    def _judge_jump(self, step: int, value: float, bounds: _Bounds, center: float) -> Kind | None:
         rise, weight = self._jump, bounds.weight
         was_rising = rise.score > 0.0
         rise.add(step, value, (value - self.level.upper) / bounds.jump_scale, weight)
         if rise.score == 0.0:
             if was_rising:
                 self._take_back()
-            return ""
+            return None
         height, count = rise.late_level() - center, len(rise.values) * weight
         if count >= 6.0:
             rise.peak = max(rise.peak, min(height, _HUGE))
         if rise.score >= JUMP_SCORE / self.sensitivity:
             if (
-                not self._open
+                not self._is_open
                 and height >= bounds.jump
-                and not self._is_healing(rise, center, bounds.jump, bounds)
+                and not self._is_recovering(rise, center, bounds.jump, bounds)
             ):
                 return "jump"
             rise.score = min(rise.score, 2.0 * JUMP_SCORE / self.sensitivity)
         if count > SLOW_RISE and rise.peak < bounds.jump:
-            # Too slow or too small for a jump: it is ordinary now, and the climb is watched from the best level.
+            # Too slow or too small for a jump: part of the baseline now; a climb is measured from the best level.
             self._take_back()
-        return ""
+        return None
 
-    def _judge_climb(self, step: int, value: float, bounds: _Bounds, best: float) -> str:
+    def _judge_climb(self, step: int, value: float, bounds: _Bounds, best: float) -> Kind | None:
         climb = self._climb
         climb.add(step, value, (value - best - bounds.climb) / bounds.climb_scale, bounds.weight)
-        if climb.score < CLIMB_SCORE / self.sensitivity or self._open:
-            return ""
+        if climb.score < CLIMB_SCORE / self.sensitivity or self._is_open:
+            return None
         if median(climb.values[-PATIENCE:]) - best < max(bounds.climb, CLIMB_NOISES * self.level.noise):
-            return ""
-        return "" if self._is_healing(climb, best, bounds.climb, bounds) else "climb"
+            return None
+        return None if self._is_recovering(climb, best, bounds.climb, bounds) else "climb"
 
-    def _judge_plateau(self) -> str:
+    def _judge_plateau(self) -> Kind | None:
         level = self.level
         (lowest, first), (second, other) = level.lowest
         if level.count < max(PLATEAU_VALUES, PLATEAU_RATIO * max(first, other)):
-            return ""
+            return None
         noise = PLATEAU_NOISES * max(level.noise, level.early_noise)
         gained, lost, gap = level.initial - lowest, level.center - lowest, level.lower - second
         far = (
@@ -196,18 +201,18 @@ class LossLevelMonitor:
             and lost > PLATEAU_NOISES * level.early_noise
             and gap > PLATEAU_NOISES * level.noise
         )
-        return "plateau" if far and gap > 0.0 and lost >= JUMP_SHARE / self.sensitivity * gained else ""
+        return "plateau" if far and gap > 0.0 and lost >= JUMP_SHARE / self.sensitivity * gained else None
 
-    def _is_healing(self, rise: RiseCusum, base: float, need: float, bounds: _Bounds) -> bool:
-        return rise.is_healing(
+    def _is_recovering(self, rise: RiseCusum, base: float, need: float, bounds: _Bounds) -> bool:
+        return rise.is_recovering(
             base, need, bounds.progress, self.gradients.pull(len(rise.values)), bounds.weight
         )
 
     def _take_back(self) -> None:
-        """Let the values of a rise that is over into what is ordinary, so that its like is known next time."""
+        """Let the values of a rise that is over into the baseline, so that the next such rise is in range."""
         rise = self._jump
         if len(rise.values) >= PATIENCE or rise.highest_score >= 0.5 * JUMP_SCORE:
-            self._healed = max(self._healed, rise.peak)
+            self._recovered = max(self._recovered, rise.peak)
         for value in rise.values[-RETURNED:]:
             self.level.accept(value)
         rise.clear()
@@ -223,10 +228,10 @@ class LossLevelMonitor:
 
     def _spike(self, step: int, value: float, bounds: _Bounds) -> Finding | None:
         limit = self.level.upper + max(bounds.jump, SPIKE_SPREADS * self.level.spread)
-        if value < limit or self._open:
+        if value < limit or self._is_open:
             return None
         message = (
-            f"`{self.metric}` = {value:.4g} at step {step} is a spike: above {limit:.4g}, while the usual is "
+            f"`{self.metric_key}` = {value:.4g} at step {step} is a spike: above {limit:.4g}, while the baseline is "
             f"{self.level.center:.4g}."
         )
         return Finding(
@@ -234,14 +239,14 @@ class LossLevelMonitor:
             onset_step=step,
             kind="spike",
             severity="note",
-            metric=self.metric,
+            metric=self.metric_key,
             value=value,
             limit=limit,
             message=message,
-            evidence={"usual": self.level.center, "spread": self.level.spread},
+            evidence={"baseline": self.level.center, "spread": self.level.spread},
         )
 
-    def _level_finding(self, kind: str, step: int, value: float, bounds: _Bounds) -> Finding:
+    def _level_finding(self, kind: Kind, step: int, value: float, bounds: _Bounds) -> Finding:
         level, best = self.level, _or_center(self.level.best, self.level.center)
         if kind == "jump":
             before, now, limit = level.center, self._jump.late_level(), level.center + bounds.jump
@@ -262,10 +267,10 @@ class LossLevelMonitor:
             "progress": bounds.progress,
             "noise": level.noise,
         }
-        lost = ""
         if bounds.progress > 0.0:
             evidence["lost_share"] = (now - before) / bounds.progress
-            lost = f", {(now - before) / bounds.progress:.0%} of the progress lost"
+        lost = rise_in_words(before, now, bounds.progress)
+        lost = f", {lost}" if lost else ""
         pull = self.gradients.pull()
         if pull is not None:
             evidence["grad_norm_ratio"] = pull
@@ -274,45 +279,12 @@ class LossLevelMonitor:
             onset_step=onset,
             kind=kind,
             severity="error",
-            metric=self.metric,
+            metric=self.metric_key,
             value=value,
             limit=limit,
-            message=f"`{self.metric}` = {value:.4g} at step {step} {said} (limit {limit:.4g}){lost}.",
+            message=f"`{self.metric_key}` = {value:.4g} at step {step} {said} (limit {limit:.4g}){lost}.",
             evidence=evidence,
         )
-
-    # ---- memory
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memory as JSON values."""
-        return {
-            **{name: getattr(self, f"_{name}") for name in _STATE},
-            "grace": self.grace,
-            "level": self.level.state_dict(),
-            "jump": self._jump.state_dict(),
-            "climb": self._climb.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a memory.
-
-        Raises:
-            KeyError: If a part is missing.
-            TypeError: If a part is not made of numbers.
-        """
-        level = RobustBaseline.from_state_dict(state_dict["level"])
-        jump, climb = (
-            RiseCusum.from_state_dict(state_dict["jump"]),
-            RiseCusum.from_state_dict(state_dict["climb"]),
-        )
-        values = {name: state_dict[name] for name in _STATE}
-        self.grace = int(state_dict["grace"])
-        self.level, self._jump, self._climb = level, jump, climb
-        for name, value in values.items():
-            setattr(self, f"_{name}", value)
-
-
-_STATE = ("healed", "calm_step", "lowest_step", "step", "gap", "open")
 
 
 def _or_center(best: float | None, center: float) -> float:
@@ -326,7 +298,7 @@ def _after(last_good: int | None, step: int) -> int:
 
 
 def _spreads(factor: float, progress: float, spread: float) -> float:
-    """Return how much a rise must be in spreads: the more has been learnt, the less the noise is asked."""
+    """Return how high a rise must be in spreads: the larger the progress, the fewer spreads."""
     if spread <= 0.0:
         return 0.0
     return max(LEAST_SPREADS, factor / (1.0 + min(1e6, progress / spread) ** 2)) * spread

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import ClassVar
 
-from hf_divguard.core.detection.detector import non_finite_finding
-from hf_divguard.core.findings import Finding
+from hf_divguard.core.detection.detector import check_setting, non_finite_finding
+from hf_divguard.core.findings import Finding, Kind, Severity
+from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["NonFiniteRule"]
 
@@ -17,10 +18,11 @@ _ZEROS_IN_A_ROW = 5
 _ABRUPT_SHARE = 0.01
 
 
-class NonFiniteRule:
+@dataclass
+class NonFiniteRule(Stateful):
     """Report a loss that is not a number, or that has been replaced because it was not one.
 
-    Four things are errors:
+    Four observations are errors:
 
     - the value itself is NaN or infinite (kind ``"non_finite"``);
     - the value is exactly 0.0 and the gradient norm is not finite (``"nan_filtered"``): this is
@@ -33,7 +35,7 @@ class NonFiniteRule:
 
     A single non-finite gradient norm beside a good loss is only a ``note``
     (``"scaler_skip"``): the loss scaler of fp16 training finds its scale by overflowing
-    and leaves those steps out. A NaN loss together with a gradient norm of exactly 0 is a
+    and skips those steps. A NaN loss together with a gradient norm of exactly 0 is a
     batch without labels; it changes no weight and is an error only from the third in a row.
 
     One incident gives one finding; the next comes after a good value.
@@ -41,10 +43,10 @@ class NonFiniteRule:
     Args:
         scaler_patience: Number of optimizer steps over which the gradient norm may stay
             non-finite while the loss is fine, at least 1. The default 17 is one more than
-            a scaler needs to halve its usual first scale of 2**16 down to 1; a gradient
+            a scaler needs to halve its default first scale of 2**16 down to 1; a gradient
             that overflows without any scaling is broken. Give 1 where no scaler is used
             (bf16, fp32): there a non-finite gradient has gone into the weights.
-        metric: Log key of the series, for messages.
+        metric_key: Log key of the series, for messages.
 
     Raises:
         ValueError: If ``scaler_patience`` is below 1.
@@ -58,33 +60,31 @@ class NonFiniteRule:
         >>> rule.observe(3, 0.0, grad_norm=float("nan"))
     """
 
-    def __init__(self, scaler_patience: int = 17, *, metric: str = "loss") -> None:
-        if not isinstance(scaler_patience, int) or isinstance(scaler_patience, bool):
-            raise TypeError(f"`scaler_patience` must be a whole number of steps, got {scaler_patience!r}.")
-        if scaler_patience < 1:
-            raise ValueError(f"`scaler_patience` must be at least 1 step, got {scaler_patience!r}.")
-        self.scaler_patience = scaler_patience
-        self.metric = metric
-        self.reset()
+    name: ClassVar[str] = "nonfinite"
 
-    def reset(self) -> None:
-        """Forget everything that was observed."""
-        self._open = ""
-        self._eval_open: list[str] = []
-        self._harmless = 0
-        self._bad_gradients = 0
-        self._bad_since: int | None = None
-        self._sound_before: int | None = None
-        self._previous: float | None = None
-        self._same = 0
-        self._zeros = 0
-        self._zeros_since: int | None = None
-        self._last_nonzero = 0.0
-        self._largest = 0.0
+    scaler_patience: int = 17
+    _: KW_ONLY
+    metric_key: str = "loss"
+
+    _open: str = memory("")
+    _eval_open: list[str] = memory(list)
+    _harmless: int = memory(0)
+    _bad_gradients: int = memory(0)
+    _bad_since: int | None = memory(None)
+    _good_before: int | None = memory(None)
+    _previous: float | None = memory(None)
+    _same: int = memory(0)
+    _zeros: int = memory(0)
+    _zeros_since: int | None = memory(None)
+    _last_nonzero: float = memory(0.0)
+    _largest: float = memory(0.0)
+
+    def __post_init__(self) -> None:
+        check_setting(self.name, "scaler_patience", self.scaler_patience, at_least=1, unit="step")
 
     @property
     def is_masking(self) -> bool:
-        """Whether the last value was not the loss of its step."""
+        """Whether the last value stood in for a loss that was not finite."""
         return self._open == "error"
 
     def observe(self, step: int, value: float, grad_norm: float | None = None) -> Finding | None:
@@ -97,8 +97,8 @@ class NonFiniteRule:
         """
         finding = self._judge(step, value, grad_norm)
         if finding is None:
-            # Up to here the loss was sound; the update of this step too, if its gradient is known to be.
-            self._sound_before = step if grad_norm is None else step + 1
+            # Up to here the loss was good; so was the update of this step, if its gradient is known to be.
+            self._good_before = step if grad_norm is None else step + 1
             self._open = ""
             return None
         if finding.severity == "note":
@@ -107,16 +107,16 @@ class NonFiniteRule:
         seen_before, self._open = self._open == "error", "error"
         return None if seen_before else finding
 
-    def observe_eval(self, step: int, value: float, *, metric: str = "eval_loss") -> Finding | None:
-        """Feed one evaluation loss; a non-finite one is an error, once per incident and ``metric``."""
-        is_open = metric in self._eval_open
+    def observe_eval(self, step: int, value: float, *, metric_key: str = "eval_loss") -> Finding | None:
+        """Feed one evaluation loss; a non-finite one is an error, once per incident and ``metric_key``."""
+        is_open = metric_key in self._eval_open
         if math.isfinite(value):
-            self._eval_open = [name for name in self._eval_open if name != metric]
+            self._eval_open = [name for name in self._eval_open if name != metric_key]
             return None
         if is_open:
             return None
-        self._eval_open = [*self._eval_open, metric]
-        return non_finite_finding(metric, step, value)
+        self._eval_open = [*self._eval_open, metric_key]
+        return non_finite_finding(metric_key, step, value)
 
     def _judge(self, step: int, value: float, grad_norm: float | None) -> Finding | None:
         if not math.isfinite(value):
@@ -138,16 +138,16 @@ class NonFiniteRule:
             self._harmless += 1
             if self._harmless <= _HARMLESS_IN_A_ROW:
                 message = (
-                    f"`{self.metric}` = {value} at step {step} changed nothing: the gradient norm there is 0, as for a "
-                    "batch without labels."
+                    f"`{self.metric_key}` = {value} at step {step} changed no weight: the gradient norm there is 0, as "
+                    "for a batch without labels."
                 )
                 return self._finding(step, step, "non_finite", value, message, severity="note")
-        return replace(non_finite_finding(self.metric, step, value), onset_step=self._onset(step))
+        return replace(non_finite_finding(self.metric_key, step, value), onset_step=self._onset(step))
 
     def _onset(self, step: int) -> int:
-        """Return the first step that may be bad: the one after the last sound one."""
+        """Return the first step that may be bad: the one after the last good one."""
         since = [
-            s for s in (self._bad_since if self._bad_gradients else None, self._sound_before) if s is not None
+            s for s in (self._bad_since if self._bad_gradients else None, self._good_before) if s is not None
         ]
         return min([step, *since])
 
@@ -155,17 +155,17 @@ class NonFiniteRule:
         self._zeros = 0
         self._bad_gradients += 1
         if self._bad_gradients == 1 or self._bad_since is None:
-            self._bad_since = min(step, step if self._sound_before is None else self._sound_before)
+            self._bad_since = min(step, step if self._good_before is None else self._good_before)
         evidence: dict[str, float | int | str] = {"grad_norm": grad_norm, "in_a_row": self._bad_gradients}
         if value == 0.0:
             message = (
-                f"`{self.metric}` = 0 at step {step} is a mask: the gradient norm is {grad_norm}, so the loss was not "
-                "finite and was filtered out."
+                f"`{self.metric_key}` = 0 at step {step} is a mask: the gradient norm is {grad_norm}, so the loss was "
+                "not finite and was filtered out."
             )
             return self._finding(step, self._bad_since, "nan_filtered", value, message, evidence)
         if min(self._same, self._bad_gradients) >= _SAME_IN_A_ROW:
             message = (
-                f"`{self.metric}` has been frozen at {value:.6g} for {self._same} values up to step {step} while the "
+                f"`{self.metric_key}` has been frozen at {value:.6g} for {self._same} values up to step {step} while the "
                 f"gradient norm is {grad_norm}: the value is left over from before the loss stopped being finite."
             )
             return self._finding(step, self._bad_since, "nan_filtered", value, message, evidence)
@@ -179,8 +179,8 @@ class NonFiniteRule:
                 step, self._bad_since, "non_finite", grad_norm, message, evidence, metric="grad_norm"
             )
         message = (
-            f"`grad_norm` = {grad_norm} at step {step} beside a good `{self.metric}` = {value:.6g}: an fp16 loss scaler "
-            "leaves such a step out."
+            f"`grad_norm` = {grad_norm} at step {step} beside a good `{self.metric_key}` = {value:.6g}: an fp16 loss "
+            "scaler skips such a step."
         )
         return self._finding(
             step,
@@ -201,13 +201,13 @@ class NonFiniteRule:
             return None
         self._zeros += 1
         if self._zeros == 1 or self._zeros_since is None:
-            self._zeros_since = min(step, step if self._sound_before is None else self._sound_before)
+            self._zeros_since = min(step, step if self._good_before is None else self._good_before)
         if self._zeros < _ZEROS_IN_A_ROW or abs(self._last_nonzero) <= _ABRUPT_SHARE * self._largest:
             return None
         message = (
-            f"`{self.metric}` fell from {self._last_nonzero:.6g} to exactly 0 at step {self._zeros_since} and stayed "
+            f"`{self.metric_key}` fell from {self._last_nonzero:.6g} to exactly 0 at step {self._zeros_since} and stayed "
             f"there for {self._zeros} values: a loss that is filtered because it is not finite looks like this "
-            "(the log has no `grad_norm` to tell for sure)."
+            "(the log has no `grad_norm` to confirm it)."
         )
         evidence: dict[str, float | int | str] = {"last_nonzero": self._last_nonzero, "in_a_row": self._zeros}
         return self._finding(step, self._zeros_since, "nan_filtered", value, message, evidence)
@@ -216,12 +216,12 @@ class NonFiniteRule:
         self,
         step: int,
         onset_step: int,
-        kind: str,
+        kind: Kind,
         value: float,
         message: str,
         evidence: dict[str, float | int | str] | None = None,
         *,
-        severity: Any = "error",
+        severity: Severity = "error",
         metric: str | None = None,
     ) -> Finding:
         return Finding(
@@ -229,61 +229,9 @@ class NonFiniteRule:
             onset_step=onset_step,
             kind=kind,
             severity=severity,
-            metric=metric or self.metric,
+            metric=metric or self.metric_key,
             value=value,
             limit=None,
             message=message,
             evidence=evidence or {},
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counters of the open incident as JSON values."""
-        return {name: getattr(self, f"_{name}") for name in _STATE}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the counters.
-
-        Raises:
-            ValueError: If a counter is missing or of another type; the rule is left as it was.
-        """
-        check_state("non-finite rule", state_dict, _STATE)
-        for name in _STATE:
-            setattr(self, f"_{name}", state_dict[name])
-
-
-_STATE: dict[str, tuple[type, ...]] = {
-    "open": (str,),
-    "eval_open": (list,),
-    "harmless": (int,),
-    "bad_gradients": (int,),
-    "bad_since": (int, type(None)),
-    "sound_before": (int, type(None)),
-    "previous": (float, int, type(None)),
-    "same": (int,),
-    "zeros": (int,),
-    "zeros_since": (int, type(None)),
-    "last_nonzero": (float, int),
-    "largest": (float, int),
-}
-
-
-def check_state(owner: str, state_dict: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
-    """Raise a ``ValueError`` unless ``state_dict`` holds every name of ``types`` with one of its types.
-
-    Floats must be finite, since the state has to be strict JSON.
-
-    Example:
-        >>> check_state("ruler", {"length": "long"}, {"length": (int,)})
-        Traceback (most recent call last):
-        ...
-        ValueError: `length` in the state of the ruler must be int, got 'long'.
-    """
-    missing = sorted(types.keys() - state_dict.keys())
-    if missing:
-        raise ValueError(f"The state of the {owner} lacks {missing}; it holds {sorted(state_dict)}.")
-    for name, allowed in types.items():
-        value = state_dict[name]
-        fits = isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)
-        if not fits or (isinstance(value, float) and not math.isfinite(value)):
-            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-            raise ValueError(f"`{name}` in the state of the {owner} must be {names}, got {value!r}.")

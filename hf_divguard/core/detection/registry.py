@@ -12,69 +12,48 @@ from hf_divguard.core.detection.ema import DualTimeScaleRule
 from hf_divguard.core.detection.nonfinite import NonFiniteRule
 from hf_divguard.core.detection.window import DualWindowRule
 
-__all__ = ["RULES", "make_rule", "rule_name", "rule_parameters"]
+__all__ = ["RULES", "make_rule", "rule_parameters"]
 
 RULES: dict[str, Callable[..., Rule]] = {
-    "adaptive": AdaptiveRule,
-    "ema": DualTimeScaleRule,
-    "window": DualWindowRule,
-    "nonfinite": NonFiniteRule,
+    rule.name: rule for rule in (AdaptiveRule, DualTimeScaleRule, DualWindowRule, NonFiniteRule)
 }
 """Every rule, by the name that flags and replays use."""
 
-_DETECTOR_NAMES = {
-    "AdaptiveDivergenceDetector": "adaptive",
-    "DualTimeScaleDivergenceDetector": "ema",
-    "DualWindowDivergenceDetector": "window",
-    "NonFiniteDetector": "nonfinite",
-}
 
-
-def rule_name(name: str) -> str:
-    """Return the short name for a rule or for the detector class built on it.
+def rule_parameters(name: str) -> dict[str, Any]:
+    """Return the parameters of a rule with their defaults, without ``metric_key``.
 
     Raises:
         ValueError: If there is no such rule.
 
     Example:
-        >>> rule_name("ema"), rule_name("DualTimeScaleDivergenceDetector")
-        ('ema', 'ema')
-        >>> rule_name("emma")
+        >>> rule_parameters("window")["long_window"]
+        100
+        >>> rule_parameters("emma")
         Traceback (most recent call last):
         ...
         ValueError: There is no detector 'emma'. There are: adaptive, ema, window, nonfinite.
     """
-    short = _DETECTOR_NAMES.get(name, name)
-    if short not in RULES:
+    if name not in RULES:
         raise ValueError(f"There is no detector {name!r}. There are: {', '.join(RULES)}.")
-    return short
+    parameters = inspect.signature(RULES[name]).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.name != "metric_key"}
 
 
-def rule_parameters(name: str) -> dict[str, Any]:
-    """Return the parameters of a rule with their defaults, ``metric`` left out.
-
-    Example:
-        >>> rule_parameters("window")["long_window"]
-        100
-    """
-    parameters = inspect.signature(RULES[rule_name(name)]).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name != "metric"}
-
-
-def make_rule(name: str, *, metric: str = "loss", **params: Any) -> Rule:
+def make_rule(name: str, *, metric_key: str = "loss", **kwargs: Any) -> Rule:
     """Make the rule called ``name``.
 
     Args:
-        name: ``adaptive``, ``ema``, ``window``, ``nonfinite``, or the name of a detector class.
-        metric: Log key of the series the rule will be fed.
-        params: Parameters of the rule; those not given keep their defaults.
+        name: ``adaptive``, ``ema``, ``window`` or ``nonfinite``.
+        metric_key: Log key of the series the rule will be fed.
+        kwargs: Parameters of the rule; those not given keep their defaults.
 
     Raises:
         ValueError: If there is no such rule, or a parameter has a value the rule refuses.
-        TypeError: If the rule has no such parameter, or it is a number there and a text here.
+        TypeError: If the rule has no such parameter, or one is of the wrong type.
 
     Example:
-        >>> make_rule("ema", threshold=1.0).metric
+        >>> make_rule("ema", threshold=1.0).metric_key
         'loss'
         >>> make_rule("nonfinite", threshold=1.0)
         Traceback (most recent call last):
@@ -82,12 +61,9 @@ def make_rule(name: str, *, metric: str = "loss", **params: Any) -> Rule:
         TypeError: The detector 'nonfinite' has no parameter 'threshold'. It has: scaler_patience.
     """
     known = rule_parameters(name)
-    unknown = sorted(params.keys() - known.keys())
+    unknown = sorted(kwargs.keys() - known.keys())
     if unknown:
         raise TypeError(
             f"The detector {name!r} has no parameter {', '.join(map(repr, unknown))}. It has: {', '.join(known)}."
         )
-    for parameter, value in params.items():
-        if isinstance(known[parameter], (int, float)) and isinstance(value, str):
-            raise TypeError(f"`{parameter}` of the detector {name!r} must be a number, got {value!r}.")
-    return RULES[rule_name(name)](metric=metric, **params)
+    return RULES[name](metric_key=metric_key, **kwargs)

@@ -1,27 +1,24 @@
-"""When to go back, how far, how often, and when to give up."""
+"""When to roll back, to which state, how often, and when to stop instead."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from hf_divguard.core.findings import Finding
+from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["ROLLBACK_REPEATED", "Decision", "RollbackPolicy", "Target"]
+__all__ = ["Decision", "RollbackPolicy", "Target"]
 
 # An incident is over when no error was found for this many cool-downs after the last one ended. A fault that
-# is still there shows itself within the detection delay (a few tens of steps); ten times the default cool-down
-# of 20 steps leaves room for slow ones.
+# is still there is detected within a few tens of steps; ten times the default cool-down of 20 steps leaves room
+# for slow ones.
 _COOLDOWNS_TO_CLOSE = 10
 
-# A run that was healthy for this many cool-downs after the last one has left the place where it failed: the
-# states it made since are as good as any, and going back further would only lose more.
+# A run that was healthy for this many cool-downs after the last one has passed the place where it failed: the
+# states it made since are as good as any, and an older one would only lose more.
 _COOLDOWNS_TO_LEAVE = 2
-
-ROLLBACK_REPEATED = "rollback_repeated"
-"""Kind of the finding that a fault lasted on after a rollback, and has passed now."""
 
 # The rate that a last attempt gets where the user named no factor below 1.
 _LAST_ATTEMPT_FACTOR = 0.5
@@ -29,7 +26,7 @@ _LAST_ATTEMPT_FACTOR = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A state that training can go back to.
+    """A state that can be restored.
 
     Args:
         step: Step under which it was kept.
@@ -48,13 +45,13 @@ class Decision:
     """What to do about a finding.
 
     Args:
-        target: Where to go back to; ``None`` to give up.
+        target: The state to restore; ``None`` to stop the run.
         attempt: Number of this rollback within its incident, from 1.
         incident: Number of the incident, from 1.
         lr_factor: What the learning rate is multiplied with.
         cooldown_steps: Steps for which findings are ignored afterwards.
         onset_step: First bad step at this place; everything before it is good.
-        reason: Why it was given up; empty for a rollback.
+        reason: Why the run stops; empty for a rollback.
     """
 
     target: Target | None
@@ -67,14 +64,14 @@ class Decision:
 
 
 @dataclass
-class RollbackPolicy:
+class RollbackPolicy(Stateful):
     """Decides on rollbacks; remembers incidents.
 
     The first rollback of an incident goes to the newest state older than the onset. If
     the run fails again at the same place, the next goes to an older one, or to the same
     one if only the fault had not passed yet; the last one allowed also lowers the learning
-    rate. After that it gives up. Each attempt doubles the
-    cool-down, so that a fault which lasts a while can pass. The incident is over when no
+    rate. After that the run stops. Each attempt doubles the cool-down, so that a fault
+    which lasts a while can pass. The incident is over when no
     error was found for ten cool-downs.
 
     A state of step ``s`` is old enough when ``s <= onset_step - 2 - margin_steps``: the
@@ -101,15 +98,15 @@ class RollbackPolicy:
     cooldown_steps: int = 20
     margin_steps: int = 0
     lr_factor: float = 1.0
-    incident: int = 0
-    attempt: int = 0
-    rollbacks: int = 0
-    muted_until: int = 0
-    open_until: int = 0
-    place_onset: int = 0
-    went_back_at: int = -1
-    origins_tried: list[int] = field(default_factory=list)
-    rate_cuts: list[tuple[int, float]] = field(default_factory=list)
+    incident: int = memory(0)
+    attempt: int = memory(0)
+    rollbacks: int = memory(0)
+    muted_until: int = memory(0)
+    open_until: int = memory(0)
+    place_onset: int = memory(0)
+    rolled_back_at: int = memory(-1)
+    origins_tried: list[int] = memory(list)
+    rate_cuts: list[tuple[int, float]] = memory(list)
 
     def is_muted(self, step: int) -> bool:
         """Return whether findings at ``step`` are ignored."""
@@ -121,7 +118,7 @@ class RollbackPolicy:
         Args:
             finding: What was found.
             step: Present optimizer step.
-            targets: States that can be gone back to, whatever their age.
+            targets: States that can be restored, whatever their age.
         """
         finding = self.place(finding)
         again = self.is_open(step)
@@ -144,7 +141,7 @@ class RollbackPolicy:
             return Decision(None, attempt, incident, onset, reason=reason)
         if not same_place:
             better = old_enough
-        elif finding.kind == ROLLBACK_REPEATED:
+        elif finding.kind == "rollback_repeated":
             better = [target for target in old_enough if target.origin <= min(self.origins_tried)]
         else:
             better = [target for target in old_enough if target.origin < min(self.origins_tried)]
@@ -152,7 +149,7 @@ class RollbackPolicy:
             chosen = max(better, key=lambda target: target.step)
         else:
             chosen = min(old_enough, key=lambda target: (target.origin, -target.step))
-        is_last = attempt == self.max_rollbacks and attempt > 1 and finding.kind != ROLLBACK_REPEATED
+        is_last = attempt == self.max_rollbacks and attempt > 1 and finding.kind != "rollback_repeated"
         lower_rate = is_last or not better
         return Decision(
             chosen,
@@ -166,10 +163,10 @@ class RollbackPolicy:
     def place(self, finding: Finding) -> Finding:
         """Return ``finding`` with an onset after the last rollback.
 
-        A rule that takes the last good value it saw for the time before the onset would place
-        it in the stretch that is left behind already.
+        A rule that derives the onset from the last good value it saw would place it among the
+        steps that were undone already.
         """
-        return replace(finding, onset_step=max(finding.onset_step, self.went_back_at + 1))
+        return replace(finding, onset_step=max(finding.onset_step, self.rolled_back_at + 1))
 
     def may_try_again(self) -> bool:
         """Return whether the present incident has a rollback left."""
@@ -180,7 +177,7 @@ class RollbackPolicy:
         assert decision.target is not None
         if decision.incident != self.incident:
             self.origins_tried = []
-        self.place_onset, self.went_back_at = decision.onset_step, step
+        self.place_onset, self.rolled_back_at = decision.onset_step, step
         self.incident, self.attempt = decision.incident, decision.attempt
         self.rollbacks += 1
         self.origins_tried.append(decision.target.origin)
@@ -196,45 +193,3 @@ class RollbackPolicy:
     def is_open(self, step: int) -> bool:
         """Return whether an error at ``step`` belongs to the last incident."""
         return self.incident > 0 and step <= self.open_until
-
-    _NUMBERS = (
-        "incident",
-        "attempt",
-        "rollbacks",
-        "muted_until",
-        "open_until",
-        "place_onset",
-        "went_back_at",
-    )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, without settings, as JSON values."""
-        return {
-            **{name: getattr(self, name) for name in self._NUMBERS},
-            "origins_tried": list(self.origins_tried),
-            "rate_cuts": [list(cut) for cut in self.rate_cuts],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was remembered.
-
-        Raises:
-            ValueError: If something is missing or no number; then nothing is changed.
-        """
-        try:
-            numbers = {name: _whole(state_dict[name]) for name in self._NUMBERS}
-            tried = [_whole(origin) for origin in state_dict["origins_tried"]]
-            cuts = [(_whole(step), float(factor)) for step, factor in state_dict["rate_cuts"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"The memory of rollbacks cannot be read ({error!r}): {state_dict!r}."
-            ) from error
-        for name, number in numbers.items():
-            setattr(self, name, number)
-        self.origins_tried, self.rate_cuts = tried, cuts
-
-
-def _whole(number: Any) -> int:
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"{number!r} is no whole number")
-    return number

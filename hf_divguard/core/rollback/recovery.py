@@ -1,36 +1,38 @@
-"""Whether a run that went back is as good again as it was before the fault."""
+"""Whether a run has recovered after a rollback."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["RecoveryCheck"]
 
-# Losses before the target that say what was ordinary there. Enough for a quantile, and few enough that a
-# falling curve has not fallen far over them.
-_ORDINARY_VALUES = 50
+# Losses before the target that make the baseline. Enough for a quantile, and few enough that a falling curve
+# has not fallen far over them.
+_BASELINE_VALUES = 50
 # Fewer say nothing about their spread.
 _FEWEST_VALUES = 9
 # Losses at the end of a cool-down whose median is judged: odd, so that the median is one of them, and few, so
 # that a fault which has just passed does not count.
 _JUDGED_VALUES = 9
-# The median of nine ordinary values lies above this quantile of the ordinary ones once in some thousand times.
+# The median of nine values of the baseline lies above this quantile once in some thousand times.
 _UPPER_QUANTILE = 0.9
-# What is remembered: the ordinary values of a target that lies far back are still there.
+# Enough that the baseline of a target far back is still there.
 _MEMORY = 400
 
 
-class RecoveryCheck:
-    """Remembers raw losses, and judges after a rollback whether they are back where they were.
+@dataclass
+class RecoveryCheck(Stateful):
+    """Remember raw losses, and judge after a rollback whether they are back at their baseline.
 
-    The limit is the 0.9 quantile of the last 50 losses up to the step that was gone back
-    to. The run has recovered when the median of its last 9 losses is not above it; where
-    there are fewer, when the least of them is not, since one or two may be high by chance.
+    The limit is the 0.9 quantile of the last 50 losses up to the step that was restored. The
+    run has recovered when the median of its last 9 losses is not above it; where there are
+    fewer, when the least of them is not, since one or two may be high by chance.
 
     Example:
         >>> check = RecoveryCheck()
@@ -43,15 +45,14 @@ class RecoveryCheck:
         (2.04, 2.0, True)
     """
 
-    def __init__(self) -> None:
-        self.limit: float | None = None
-        self.is_judging = False
-        self._losses: deque[tuple[int, float]] = deque(maxlen=_MEMORY)
-        self._since = 0
+    limit: float | None = memory(None)
+    is_judging: bool = memory(False)
+    _since: int = memory(0)
+    _losses: deque[tuple[int, float | None]] = memory(lambda: deque(maxlen=_MEMORY))
 
     def observe(self, step: int, loss: float) -> None:
         """Take the raw loss of a step; NaN and infinities count as bad."""
-        self._losses.append((step, loss))
+        self._losses.append((step, loss if math.isfinite(loss) else None))
 
     def rewind(self, target_step: int, step: int) -> None:
         """Begin to judge, after a rollback at ``step`` to ``target_step``.
@@ -60,7 +61,7 @@ class RecoveryCheck:
         """
         kept = [entry for entry in self._losses if entry[0] <= target_step]
         self._losses = deque(kept, maxlen=_MEMORY)
-        self.limit = _upper([loss for _, loss in kept])
+        self.limit = _upper([loss for _, loss in kept if loss is not None])
         self.is_judging = True
         self._since = step
 
@@ -69,70 +70,48 @@ class RecoveryCheck:
 
         NaN if one is not finite, ``None`` if there is none.
         """
-        late = self._late()
+        late = self._since_rollback()[-_JUDGED_VALUES:]
         if not late:
             return None
-        if not all(math.isfinite(loss) for loss in late):
+        finite = [loss for _, loss in late if loss is not None]
+        if len(finite) < len(late):
             return math.nan
-        return median(late) if len(late) == _JUDGED_VALUES else min(late)
+        return median(finite) if len(finite) == _JUDGED_VALUES else min(finite)
 
     def has_recovered(self) -> bool:
-        """Return whether the last losses are ordinary; with nothing to compare them with, whether they are finite."""
+        """Return whether the last losses are at or below the limit; without a limit, whether they are finite."""
         level = self.level()
-        return level is None or level <= (math.inf if self.limit is None else self.limit)
+        return level is None or not self._is_bad(level)
 
     def was_ever_bad(self) -> bool:
         """Return whether the median of 9 losses in a row was above the limit at any time since the rollback."""
-        limit = math.inf if self.limit is None else self.limit
-        is_bad = [not loss <= limit for step, loss in self._losses if step > self._since]
-        half = _JUDGED_VALUES // 2
+        bad = [self._is_bad(loss) for _, loss in self._since_rollback()]
         return any(
-            sum(is_bad[start : start + _JUDGED_VALUES]) > half
-            for start in range(len(is_bad) - _JUDGED_VALUES + 1)
+            sum(bad[start : start + _JUDGED_VALUES]) > _JUDGED_VALUES // 2
+            for start in range(len(bad) - _JUDGED_VALUES + 1)
         )
 
     def began_well(self) -> bool:
-        """Return whether the first loss since the rollback, that of the restored weights, is ordinary."""
-        limit = math.inf if self.limit is None else self.limit
-        return next((loss <= limit for step, loss in self._losses if step > self._since), False)
+        """Return whether the first loss since the rollback, that of the restored weights, is below the limit."""
+        return any(not self._is_bad(loss) for _, loss in self._since_rollback()[:1])
 
     def first_bad_step(self) -> int | None:
         """Return the first step since the rollback whose loss is above the limit."""
-        limit = math.inf if self.limit is None else self.limit
-        return next((step for step, loss in self._losses if step > self._since and not loss <= limit), None)
+        return next((step for step, loss in self._since_rollback() if self._is_bad(loss)), None)
 
     def end(self) -> None:
         """Stop judging."""
         self.is_judging = False
 
-    def _late(self) -> list[float]:
-        return [loss for step, loss in self._losses if step > self._since][-_JUDGED_VALUES:]
+    def _since_rollback(self) -> list[tuple[int, float | None]]:
+        return [entry for entry in self._losses if entry[0] > self._since]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memory as JSON values; a loss that is not finite is ``None``."""
-        losses = [[step, loss if math.isfinite(loss) else None] for step, loss in self._losses]
-        return {"is_judging": self.is_judging, "limit": self.limit, "since": self._since, "losses": losses}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a memory.
-
-        Raises:
-            ValueError: If it cannot be read.
-        """
-        try:
-            limit, since = state_dict["limit"], int(state_dict["since"])
-            losses = [
-                (int(step), math.nan if loss is None else float(loss)) for step, loss in state_dict["losses"]
-            ]
-            self.is_judging = bool(state_dict["is_judging"])
-            self.limit = None if limit is None else float(limit)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"The memory of losses cannot be read: {error!r}.") from error
-        self._since, self._losses = since, deque(losses, maxlen=_MEMORY)
+    def _is_bad(self, loss: float | None) -> bool:
+        return loss is None or not loss <= (math.inf if self.limit is None else self.limit)
 
 
 def _upper(losses: Sequence[float]) -> float | None:
-    ordinary = sorted(loss for loss in losses[-_ORDINARY_VALUES:] if math.isfinite(loss))
-    if len(ordinary) < _FEWEST_VALUES:
+    baseline = sorted(losses[-_BASELINE_VALUES:])
+    if len(baseline) < _FEWEST_VALUES:
         return None
-    return ordinary[min(len(ordinary) - 1, int(_UPPER_QUANTILE * len(ordinary)))]
+    return baseline[min(len(baseline) - 1, int(_UPPER_QUANTILE * len(baseline)))]

@@ -1,4 +1,4 @@
-"""The adaptive rule: silent on what heals, loud on what does not, in any unit."""
+"""The adaptive rule: no error for what recovers, an error for what does not, in any unit."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def errors_of(values: list[float], norms: list[float] | None = None, **params: A
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("curve", curves.HEALTHY, ids=lambda curve: curve.__name__)
-def test_what_heals_or_only_looks_bad_seldom_stops_a_run(
+def test_a_curve_that_recovers_or_only_looks_bad_is_seldom_reported(
     curve: Callable[[int], curves.Curve], every: int
 ) -> None:
     stopped = sum(bool(errors_of(curves.every(curve(seed).values, every), every=every)) for seed in range(20))
-    # Nothing in a loss without gradients tells a game that goes up for good from a run that does.
+    # A loss without gradients looks the same for a rising adversarial game and for a diverging run.
     assert stopped <= (4 if curve is curves.rising_game else 1)
 
 
@@ -134,8 +134,8 @@ def test_a_high_loss_that_the_gradient_pulls_back_is_given_time() -> None:
     values = curves.healthy(0, 700).values
     for t in range(500, 700):
         values[t] += 4.0 * math.exp(-(t - 500) / 40)
-    usual = [1.0 + 0.1 * rng.random() for _ in range(500)]
-    pulled = usual + [5.0 + rng.random() for _ in range(200)]
+    baseline = [1.0 + 0.1 * rng.random() for _ in range(500)]
+    pulled = baseline + [5.0 + rng.random() for _ in range(200)]
     assert errors_of(values, pulled) == []
 
 
@@ -143,13 +143,13 @@ def test_a_high_loss_without_a_gradient_to_pull_it_back_is_reported_sooner() -> 
     rng = random.Random(0)
     curve = curves.overshoot(0)
     assert curve.onset is not None
-    usual = [1.0 + 0.1 * rng.random() for _ in range(800)]
-    with_gradient = errors_of(curve.values, usual)[0].step
+    baseline = [1.0 + 0.1 * rng.random() for _ in range(800)]
+    with_gradient = errors_of(curve.values, baseline)[0].step
     assert with_gradient < errors_of(curve.values)[0].step
     assert with_gradient <= curve.onset + 50
 
 
-def test_a_gradient_a_hundred_times_the_usual_is_a_warning() -> None:
+def test_a_gradient_a_hundred_times_the_baseline_is_a_warning() -> None:
     values = curves.healthy(0, 300).values
     norms = [1.0] * 200 + [500.0] * 100
     assert [(f.kind, f.severity, f.onset_step, f.step) for f in findings_of(values, norms)] == [
@@ -169,7 +169,7 @@ def test_the_worst_of_several_findings_is_the_one_returned() -> None:
     assert (masked.kind, masked.severity) == ("nan_filtered", "error")
 
 
-def test_values_that_are_not_finite_never_enter_what_is_ordinary() -> None:
+def test_values_that_are_not_finite_never_enter_the_baseline() -> None:
     values = curves.healthy(2, 500).values
     clean = errors_of([*values, *[v + 3.0 for v in values[-60:]]])
     dirty_values = [*values[:250], NAN, math.inf, *values[250:], *[v + 3.0 for v in values[-60:]]]
@@ -183,7 +183,7 @@ def test_nan_in_the_middle_of_a_rise_began_with_the_rise() -> None:
     assert [(finding.kind, finding.onset_step) for finding in found] == [("non_finite", 401)]
 
 
-def test_after_a_rollback_nothing_is_suspected_but_the_ordinary_is_still_known() -> None:
+def test_after_a_rollback_nothing_is_suspected_but_the_baseline_is_still_known() -> None:
     rule = AdaptiveRule()
     values = curves.healthy(0, 500).values
     for step, value in enumerate(values[:400]):
@@ -224,10 +224,10 @@ def test_evaluation_sets_are_judged_one_by_one() -> None:
     turning = [3.0, 2.5, 2.2, 2.1, 2.05, 2.1, 2.2, 2.3, 2.5, 2.8]
     found = []
     for step, loss in enumerate(turning):
-        found.append(rule.observe_eval(step, 9.0 - step, metric="eval_easy_loss"))
-        found.append(rule.observe_eval(step, loss, metric="eval_hard_loss"))
+        found.append(rule.observe_eval(step, 9.0 - step, metric_key="eval_easy_loss"))
+        found.append(rule.observe_eval(step, loss, metric_key="eval_hard_loss"))
     assert [finding.metric for finding in found if finding] == ["eval_hard_loss"]
-    assert (nan := rule.observe_eval(99, NAN, metric="eval_easy_loss")) is not None
+    assert (nan := rule.observe_eval(99, NAN, metric_key="eval_easy_loss")) is not None
     assert nan.severity == "error"
 
 
@@ -270,7 +270,7 @@ def test_more_sensitivity_is_never_later() -> None:
     norms=st.lists(st.none() | st.floats(min_value=0.0), min_size=120, max_size=120),
     cut=st.integers(0, 120),
 )
-def test_any_numbers_at_all_are_borne_and_remembered(
+def test_any_numbers_are_accepted_and_the_state_restores_them(
     values: list[float], norms: list[float | None], cut: int
 ) -> None:
     rule, resumed = AdaptiveRule(), AdaptiveRule()

@@ -146,7 +146,7 @@ def test_each_part_of_the_memory_is_needed(make: Callable[..., Rule]) -> None:
 
 def test_a_finding_can_be_read_by_people_and_by_programs(make: Callable[..., Rule]) -> None:
     values = [*curves.jump(0, height=4.0).values, math.nan]
-    for finding in findings_of(make(metric="loss"), values):
+    for finding in findings_of(make(metric_key="loss"), values):
         assert finding.onset_step <= finding.step
         assert finding.severity in SEVERITIES
         assert finding.message.startswith(f"`{finding.metric}`")

@@ -19,30 +19,30 @@ def findings_of(rows: list[tuple[float, float | None]], *, every: int = 1, **par
     return [finding for finding in found if finding is not None]
 
 
-def told(found: list[Finding]) -> list[tuple[int, int, str, str]]:
+def summary(found: list[Finding]) -> list[tuple[int, int, str, str]]:
     return [(finding.step, finding.onset_step, finding.kind, finding.severity) for finding in found]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 def test_a_loss_that_is_not_finite_is_an_error_once_per_incident(value: float) -> None:
     rows = [(2.0, 1.0), (value, 1.0), (value, 1.0), (2.0, 1.0), (value, 1.0)]
-    assert told(findings_of(rows)) == [(2, 2, "non_finite", "error"), (5, 5, "non_finite", "error")]
+    assert summary(findings_of(rows)) == [(2, 2, "non_finite", "error"), (5, 5, "non_finite", "error")]
 
 
 def test_without_gradient_norms_the_step_before_may_be_the_bad_one() -> None:
-    assert told(findings_of([(2.0, None), (NAN, None)])) == [(2, 1, "non_finite", "error")]
+    assert summary(findings_of([(2.0, None), (NAN, None)])) == [(2, 1, "non_finite", "error")]
 
 
 def test_with_averaged_logs_the_fault_may_be_anywhere_since_the_last_good_entry() -> None:
-    assert told(findings_of([(2.0, 1.0), (NAN, 1.0)], every=10)) == [(20, 11, "non_finite", "error")]
+    assert summary(findings_of([(2.0, 1.0), (NAN, 1.0)], every=10)) == [(20, 11, "non_finite", "error")]
 
 
 def test_zero_beside_a_gradient_that_is_not_finite_is_a_mask() -> None:
-    assert told(findings_of([(2.0, 1.0), (0.0, NAN), (0.0, NAN)])) == [(2, 2, "nan_filtered", "error")]
+    assert summary(findings_of([(2.0, 1.0), (0.0, NAN), (0.0, NAN)])) == [(2, 2, "nan_filtered", "error")]
 
 
 def test_the_onset_of_a_mask_is_the_first_bad_gradient() -> None:
-    assert told(findings_of([(2.0, 1.0), (2.1, NAN), (0.0, NAN)])) == [
+    assert summary(findings_of([(2.0, 1.0), (2.1, NAN), (0.0, NAN)])) == [
         (2, 2, "scaler_skip", "note"),
         (3, 2, "nan_filtered", "error"),
     ]
@@ -50,7 +50,7 @@ def test_the_onset_of_a_mask_is_the_first_bad_gradient() -> None:
 
 def test_a_loss_that_freezes_beside_a_bad_gradient_is_a_mask() -> None:
     found = findings_of([(2.0, 1.0), (1.9, 1.0), (1.95, NAN), (1.95, NAN), (1.95, NAN)])
-    assert told(found)[-1] == (5, 3, "nan_filtered", "error")
+    assert summary(found)[-1] == (5, 3, "nan_filtered", "error")
     assert "frozen at 1.95" in found[-1].message
 
 
@@ -59,7 +59,7 @@ def test_zero_with_a_good_gradient_is_a_loss_like_any_other() -> None:
 
 
 def test_an_abrupt_end_at_zero_is_a_mask_where_no_gradient_is_known() -> None:
-    assert told(findings_of([(2.0, None), (1.8, None)] + [(0.0, None)] * 9)) == [
+    assert summary(findings_of([(2.0, None), (1.8, None)] + [(0.0, None)] * 9)) == [
         (7, 2, "nan_filtered", "error")
     ]
 
@@ -75,13 +75,13 @@ def test_a_loss_that_was_zero_from_the_start_is_not_a_mask() -> None:
 
 def test_a_scaler_that_searches_its_scale_is_only_noted() -> None:
     rows = [(2.0 + 0.01 * t, NAN if t < 16 else 1.0) for t in range(40)]
-    assert told(findings_of(rows)) == [(1, 1, "scaler_skip", "note")]
+    assert summary(findings_of(rows)) == [(1, 1, "scaler_skip", "note")]
 
 
 def test_a_gradient_that_stays_bad_is_an_error() -> None:
     rows = [(2.0 + 0.01 * t, INF if t >= 10 else 1.0) for t in range(40)]
     found = findings_of(rows)
-    assert told(found) == [(11, 11, "scaler_skip", "note"), (27, 11, "non_finite", "error")]
+    assert summary(found) == [(11, 11, "scaler_skip", "note"), (27, 11, "non_finite", "error")]
     assert found[-1].metric == "grad_norm"
 
 
@@ -91,12 +91,14 @@ def test_skips_now_and_then_are_only_noted() -> None:
 
 
 def test_without_a_scaler_the_first_bad_gradient_is_an_error() -> None:
-    assert told(findings_of([(2.0, 1.0), (2.1, NAN)], scaler_patience=1)) == [(2, 2, "non_finite", "error")]
+    assert summary(findings_of([(2.0, 1.0), (2.1, NAN)], scaler_patience=1)) == [
+        (2, 2, "non_finite", "error")
+    ]
 
 
 def test_a_nan_loss_with_a_gradient_of_zero_harms_nothing_unless_it_goes_on() -> None:
-    assert told(findings_of([(2.0, 1.0), (NAN, 0.0), (2.0, 1.0)])) == [(2, 2, "non_finite", "note")]
-    assert told(findings_of([(2.0, 1.0)] + [(NAN, 0.0)] * 3))[-1][2:] == ("non_finite", "error")
+    assert summary(findings_of([(2.0, 1.0), (NAN, 0.0), (2.0, 1.0)])) == [(2, 2, "non_finite", "note")]
+    assert summary(findings_of([(2.0, 1.0)] + [(NAN, 0.0)] * 3))[-1][2:] == ("non_finite", "error")
 
 
 def test_an_evaluation_loss_that_is_not_finite_is_an_error_once_per_set() -> None:
@@ -104,7 +106,7 @@ def test_an_evaluation_loss_that_is_not_finite_is_an_error_once_per_set() -> Non
     found = [
         rule.observe_eval(1, NAN),
         rule.observe_eval(2, NAN),
-        rule.observe_eval(2, NAN, metric="eval_web_loss"),
+        rule.observe_eval(2, NAN, metric_key="eval_web_loss"),
     ]
     assert [finding and finding.metric for finding in found] == ["eval_loss", None, "eval_web_loss"]
     assert rule.observe_eval(3, 2.0) is None

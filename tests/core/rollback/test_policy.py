@@ -1,4 +1,4 @@
-"""When a run goes back, how far, how often, and when it is given up."""
+"""When a run is rolled back, how far, how often, and when it stops instead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.rollback.policy import ROLLBACK_REPEATED, Decision, RollbackPolicy, Target
+from hf_divguard.core.rollback.policy import Decision, RollbackPolicy, Target
 
 EVERY_20 = [Target(step, step) for step in range(20, 401, 20)]
 
@@ -78,7 +78,7 @@ def test_a_fault_that_was_only_trained_through_goes_back_to_the_same_state() -> 
     """Once the fault has passed, the state from before it is as good as it was, and the rate stays."""
     policy = RollbackPolicy(max_rollbacks=2)
     fail(policy, 201, 210)
-    decision = fail(policy, 212, 240, kind=ROLLBACK_REPEATED)
+    decision = fail(policy, 212, 240, kind="rollback_repeated")
     assert decision.target is not None
     assert (decision.target.step, decision.lr_factor) == (180, 1.0)
     assert not policy.may_try_again()
@@ -169,6 +169,6 @@ def test_a_memory_that_cannot_be_read_is_refused_and_changes_nothing(broken: dic
     fail(policy, 201, 210)
     before = policy.state_dict()
     memory = {**before, **broken} if broken else {}
-    with pytest.raises(ValueError, match="memory of rollbacks cannot be read"):
+    with pytest.raises(ValueError, match="state of RollbackPolicy"):
         policy.load_state_dict(memory)
     assert policy.state_dict() == before

@@ -1,4 +1,4 @@
-"""Whether a run that went back is as good again as before."""
+"""Whether a run has recovered after a rollback."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_after_rollback(after: list[float], before: int = 100) -> RecoveryCheck
 def test_the_last_losses_decide_and_a_bad_stretch_is_remembered(
     after: list[float], recovered: bool, ever_bad: bool
 ) -> None:
-    """Nine values have to be good at the end; nine bad ones at any time are told."""
+    """Nine values have to be good at the end; nine bad ones at any time are reported."""
     check = check_after_rollback(after)
     assert check.has_recovered() is recovered
     assert check.was_ever_bad() is ever_bad
@@ -68,7 +68,7 @@ def test_what_came_after_the_target_is_no_measure() -> None:
     assert 2.0 < limit < 2.3
 
 
-def test_ordinary_noise_is_not_taken_for_a_fault() -> None:
+def test_noise_alone_is_not_reported_as_a_fault() -> None:
     """Of 300 healthy cool-downs fewer than one in fifty is judged bad."""
     wrong = 0
     for seed in range(300):
@@ -106,5 +106,5 @@ def test_the_memory_survives_json_with_nan_in_it() -> None:
 
 def test_a_memory_that_cannot_be_read_is_refused() -> None:
     """With a sentence."""
-    with pytest.raises(ValueError, match="memory of losses cannot be read"):
+    with pytest.raises(ValueError, match="The state of RecoveryCheck must hold"):
         RecoveryCheck().load_state_dict({"limit": 2.0})

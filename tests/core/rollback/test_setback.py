@@ -1,4 +1,4 @@
-"""A fall so deep that going back is better than waiting."""
+"""A loss of progress so large that a rollback is better than waiting."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def learnt(seed: int = 0, steps: int = 200, noise: float = 0.1) -> list[float]:
     return [2.0 + 4.0 * 0.97**step + random.gauss(0.0, noise) for step in range(steps)]
 
 
-def test_a_deep_fall_is_found_within_20_steps_although_it_heals() -> None:
+def test_a_large_loss_of_progress_is_found_within_20_steps_although_it_recovers() -> None:
     """The loss comes back by itself, but the state from before it is better now."""
-    healing = [5.5 - 0.05 * step for step in range(60)]
-    assert first_setback(learnt() + healing) == (218, 201)
+    recovering = [5.5 - 0.05 * step for step in range(60)]
+    assert first_setback(learnt() + recovering) == (218, 201)
 
 
 @pytest.mark.parametrize(
     "after",
     [[9.0] * 15 + [2.0] * 40, [3.0] * 60, [9.0, 2.0] * 30, [math.nan] * 40],
-    ids=["heals within 15 steps", "a quarter lost", "every other value", "nan"],
+    ids=["recovers within 15 steps", "a quarter lost", "every other value", "nan"],
 )
 def test_what_is_short_shallow_or_not_a_number_is_no_setback(after: list[float]) -> None:
     """Those are left to the detectors."""
@@ -80,5 +80,5 @@ def test_after_a_rollback_the_diverged_stretch_is_forgotten() -> None:
 
 def test_a_memory_that_cannot_be_read_is_refused() -> None:
     """With a sentence."""
-    with pytest.raises(ValueError, match="memory of setbacks cannot be read"):
+    with pytest.raises(ValueError, match="The state of SetbackCheck must hold"):
         SetbackCheck().load_state_dict({"first": "none"})

@@ -16,10 +16,10 @@ from hf_divguard.core.rollback.triggers import RollbackTriggers
 class Run:
     """A run of 200 healthy losses, and what comes after them."""
 
-    def __init__(self, *, minds_setbacks: bool = True, max_rollbacks: int = 3) -> None:
+    def __init__(self, *, watches_setbacks: bool = True, max_rollbacks: int = 3) -> None:
         random.seed(0)
         self.policy = RollbackPolicy(max_rollbacks=max_rollbacks, cooldown_steps=30)
-        self.watch = RollbackTriggers(self.policy, minds_setbacks=minds_setbacks)
+        self.watch = RollbackTriggers(self.policy, watches_setbacks=watches_setbacks)
         self.step = 0
         self.feed([2.0 + 4.0 * 0.97**step + random.gauss(0.0, 0.05) for step in range(200)])
 
@@ -50,9 +50,9 @@ class Run:
 
 def test_a_setback_is_asked_to_be_undone_where_rolling_back_is_what_is_done() -> None:
     """And only there."""
-    healing = [5.5 - 0.05 * step for step in range(30)]
-    assert Run().feed(healing)[0] == (218, "setback")
-    assert Run(minds_setbacks=False).feed(healing) == []
+    recovering = [5.5 - 0.05 * step for step in range(30)]
+    assert Run().feed(recovering)[0] == (218, "setback")
+    assert Run(watches_setbacks=False).feed(recovering) == []
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_where_training_ends_in_a_cooldown_it_is_judged_there() -> None:
     assert run.feed([9.0] * 12, ends=True) == [(222, "not_recovered")]
 
 
-def test_a_run_that_healed_by_itself_is_not_given_up_for_it() -> None:
-    """With no attempt left the healed state is kept."""
+def test_a_run_that_recovered_by_itself_is_not_stopped_for_it() -> None:
+    """With no attempt left the recovered state is kept."""
     run = Run(max_rollbacks=1)
     run.feed([9.0] * 10)
     run.rewind()
     assert run.feed([9.0] * 15 + [2.0] * 25) == []
 
 
-def test_a_setback_that_no_detector_calls_a_divergence_is_undone_once_and_then_left_to_heal() -> None:
+def test_a_setback_that_no_detector_calls_a_divergence_is_undone_once_and_then_left_to_recover() -> None:
     """Data that became harder must not end a run that learns them."""
     run = Run()
     run.feed([5.0] * 20)
@@ -96,7 +96,7 @@ def test_a_setback_that_no_detector_calls_a_divergence_is_undone_once_and_then_l
     assert run.feed([5.0] * 100) == []
 
 
-def test_a_setback_whose_fault_breaks_the_restored_state_anew_is_not_left_to_heal() -> None:
+def test_a_setback_whose_fault_breaks_the_restored_state_again_is_not_left_to_recover() -> None:
     """The first loss after the rollback is as good as ever: it is not the data that became harder."""
     run = Run()
     run.feed([5.0] * 20)
@@ -114,16 +114,16 @@ def test_whether_the_fault_is_still_there_is_known_during_the_cooldown(loss: flo
     assert run.watch.sees_the_fault() is (loss == 9.0)
 
 
-@pytest.mark.parametrize("minds", [True, False])
-def test_unclipped_gradients_a_hundred_times_the_usual_are_asked_to_be_undone_once(minds: bool) -> None:
+@pytest.mark.parametrize("watches", [True, False])
+def test_unclipped_gradients_a_hundred_times_the_baseline_are_asked_to_be_undone_once(watches: bool) -> None:
     """A hundred steps of them are one explosion."""
-    watch = RollbackTriggers(RollbackPolicy(), minds_setbacks=True, minds_explosions=minds)
+    watch = RollbackTriggers(RollbackPolicy(), watches_setbacks=True, watches_gradients=watches)
     asked = []
     for step in range(1, 301):
         watch.observe(step, 2.0, 1.0 if step <= 100 else 500.0)
         finding = watch.judge(step, is_last=False)
         asked += [] if finding is None else [(step, finding.onset_step, finding.kind, finding.severity)]
-    assert asked == ([(103, 101, "grad_explosion", "error")] if minds else [])
+    assert asked == ([(103, 101, "grad_explosion", "error")] if watches else [])
 
 
 def test_the_memory_survives_json_in_the_middle_of_a_cooldown() -> None:
@@ -132,7 +132,7 @@ def test_the_memory_survives_json_in_the_middle_of_a_cooldown() -> None:
     run.feed([9.0] * 10)
     run.rewind()
     run.feed([9.0] * 10)
-    other = RollbackTriggers(run.policy, minds_setbacks=True)
+    other = RollbackTriggers(run.policy, watches_setbacks=True)
     other.load_state_dict(json.loads(json.dumps(run.watch.state_dict())))
     run.watch = other
     assert run.feed([9.0] * 30) == [(241, "not_recovered")]
@@ -140,10 +140,10 @@ def test_the_memory_survives_json_in_the_middle_of_a_cooldown() -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [{}, {"recovery": {}, "setback": {}, "gradients": {}, "exploded": [], "may_heal": False}],
+    [{}, {"recovery": {}, "setback": {}, "gradients": {}, "exploded": [], "may_recover": False}],
     ids=["empty", "hollow"],
 )
 def test_a_memory_that_cannot_be_read_is_refused(broken: dict[str, Any]) -> None:
     """With a sentence."""
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"The state of .* must hold"):
         Run().watch.load_state_dict(broken)
