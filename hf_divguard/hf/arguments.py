@@ -53,7 +53,7 @@ def _require_bool(name: str, value: Any) -> None:
 def _require_whole(name: str, value: Any, unit: str, *, at_least: int, instead: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(
-            f"`{name}` must be an integer number of {unit}, at least {at_least}, got {value!r}.{instead}"
+            f"`{name}` must be a whole number of {unit}, at least {at_least}, got {value!r}.{instead}"
         )
 
 
@@ -92,18 +92,18 @@ class DivGuardArgumentsMixin(_Host):
     stock one.
 
     Raises:
-    ValueError: At construction, for values out of range and for options that
-        contradict each other; the sentence says what to change.
+        ValueError: At construction, for values out of range and for options that
+            contradict each other; the sentence says what to change.
 
     Example:
-    >>> from dataclasses import dataclass
-    >>> from transformers import Seq2SeqTrainingArguments
-    >>> @dataclass
-    ... class MyArguments(DivGuardArgumentsMixin, Seq2SeqTrainingArguments):
-    ...     pass
-    >>> args = MyArguments("out", save_steps=7, eval_on_save=True, load_best_model_at_end=True, use_cpu=True)
-    >>> args.save_steps, str(args.eval_strategy.value), args.load_best_model_at_end
-    (7, 'no', True)
+        >>> from dataclasses import dataclass
+        >>> from transformers import Seq2SeqTrainingArguments
+        >>> @dataclass
+        ... class MyArguments(DivGuardArgumentsMixin, Seq2SeqTrainingArguments):
+        ...     pass
+        >>> args = MyArguments("out", save_steps=7, eval_on_save=True, load_best_model_at_end=True, use_cpu=True)
+        >>> args.save_steps, str(args.eval_strategy.value), args.load_best_model_at_end
+        (7, 'no', True)
     """
 
     preserve_best_model: bool = field(
@@ -344,7 +344,8 @@ class DivGuardArgumentsMixin(_Host):
             )
         elif self.divguard_detector_kwargs or self.divguard_metric_key:
             raise ValueError(
-                "`divguard_detector_kwargs` and `divguard_metric_key` belong to a detector, but `divguard_detector` "
+                "`divguard_detector_kwargs` and `divguard_metric_key` are settings of a detector, but "
+                "`divguard_detector` "
                 "is 'none'. Set it to one of adaptive, ema, window, nonfinite."
             )
 

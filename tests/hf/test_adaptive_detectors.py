@@ -89,7 +89,7 @@ def finding(severity: str, step: int = 1, kind: str = "jump", metric: str = "los
 class ScriptedRule:
     """A rule that finds what it was told to find."""
 
-    metric = "loss"
+    metric_key = "loss"
     scaler_patience = 17
 
     def __init__(self, script: dict[int, Finding], evaluations: dict[str, Finding] | None = None) -> None:
@@ -103,9 +103,9 @@ class ScriptedRule:
         self.seen.append((step, value))
         return self.script.get(step)
 
-    def observe_eval(self, step: int, value: float, *, metric: str = "eval_loss") -> Finding | None:
-        self.seen_evaluations.append((step, metric))
-        return self.evaluations.get(metric)
+    def observe_eval(self, step: int, value: float, *, metric_key: str = "eval_loss") -> Finding | None:
+        self.seen_evaluations.append((step, metric_key))
+        return self.evaluations.get(metric_key)
 
     def start_grace(self, n_values: int | None = None) -> None:
         self.graces += 1

@@ -96,7 +96,7 @@ def test_each_name_makes_its_detector_with_the_metric_it_is_made_for(
         ({"divguard_detector_kwargs": {"short_alpha": 2.0}}, "`short_alpha` must be"),
         ({"divguard_action": "explode"}, "`divguard_action` must be one of .*'warn', 'stop', 'abort'"),
         ({"divguard_detector": "emma"}, "`divguard_detector` must be one of .*'adaptive'"),
-        ({"divguard_check_steps": 0}, "`divguard_check_steps` must be an integer number .* at least 1"),
+        ({"divguard_check_steps": 0}, "`divguard_check_steps` must be a whole number .* at least 1"),
         ({"divguard_detector": "none"}, "are settings of a detector, but `divguard_detector` is 'none'"),
     ],
     ids=str,
@@ -165,7 +165,7 @@ def test_detectors_passed_as_callbacks_work_beside_a_flag(make_trainer: Callable
     passed = [
         NonFiniteDetector(action="warn"),
         NonFiniteDetector(action="warn"),
-        DualTimeScaleDivergenceDetector(0.9, 0.01, threshold=-5.0, action="warn", metric_key="loss"),
+        DualTimeScaleDivergenceDetector(0.9, 0.01, threshold=1e-9, action="warn", metric_key="loss"),
     ]
     trainer = make_trainer(
         callbacks=passed, divguard_detector="nonfinite", divguard_action="abort", max_steps=6
