@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_divguard import NonFiniteDetector
 from hf_divguard.core.findings import Finding
-from tests.conftest import TokenRows, tiny_model
+from tests.tiny import TokenRows, tiny_model
 
 QUICK = {"divguard_check_steps": 1, "divguard_cooldown_steps": 4, "max_steps": 24, "save_steps": 4}
 """Options of a short run that looks at every step."""

@@ -19,7 +19,7 @@ from hf_divguard import (
     NonFiniteDetector,
 )
 from hf_divguard.hf.detector_choice import make_detector
-from tests.conftest import TokenRows, base_arguments, same_weights, tiny_model, weights
+from tests.tiny import TokenRows, base_arguments, same_weights, tiny_model, weights
 
 FLAGS: dict[str, Any] = {
     "divguard_detector": "ema",

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_divguard import DivGuardTrainer, NonFiniteDetector
 from hf_divguard.hf.loss_tap import LossTap, StepValues
-from tests.conftest import TokenRows, base_arguments, tiny_model
+from tests.tiny import TokenRows, base_arguments, tiny_model
 
 
 class Recorder(NonFiniteDetector):
