@@ -62,7 +62,7 @@ class LargeGradients(TrainerCallback):
 
 
 class ScriptedRule:
-    """A rule that finds something at the steps it is told, with the onset it is told."""
+    """A rule that finds something at given steps, each with the onset that is given for it."""
 
     def __init__(self, onsets: dict[int, int]) -> None:
         self.onsets = onsets
@@ -130,7 +130,7 @@ class Stream(IterableDataset):
     Args:
         order: Number of the batch for each step.
         batch: Rows per batch.
-        wrong: Steps whose labels are drawn by lot.
+        wrong: Steps with random labels.
     """
 
     def __init__(self, order: list[int], batch: int = 4, wrong: range = range(0)) -> None:
