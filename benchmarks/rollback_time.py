@@ -2,11 +2,11 @@
 
 Pairs of runs of the same small model, in turns. In place, from disk and from memory, it is the time between the end
 of the step that is found bad and the end of the next one. Left and entered again, training stops at that step, and
-``train(resume_from_checkpoint=...)`` of the same trainer begins anew from the same checkpoint in the same process: a new
-process would have to import everything and build the model too. What a step itself takes is in both.
+``train(resume_from_checkpoint=...)`` of the same trainer resumes from the same checkpoint in the same process: a new
+process would also have to import everything and build the model. Both include the time of a step itself.
 
-    python benchmarks/rollback_time.py            # writes docs/recovery/time.md
-    python benchmarks/rollback_time.py --short    # for continuous integration
+    python -m benchmarks.rollback_time            # writes docs/recovery/time.md
+    python -m benchmarks.rollback_time --short    # for continuous integration
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,56 +27,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import torch
 import transformers
-from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
-from hf_divguard import DivergenceDetector, DivGuardTrainer, DivGuardTrainingArguments, Finding
+from benchmarks.machine import machine
+from hf_divguard import DivergenceDetector, DivGuardTrainer, DivGuardTrainingArguments
+from tests.hf.faults import ScriptedRule
+from tests.tiny import RandomRows, base_arguments
 
 BAD_STEP = 30
 LAST_STEP = 34
 TARGET_STEP = 20
-
-
-class Tokens(Dataset):
-    """Rows of tokens."""
-
-    def __init__(self, rows: int = 1024) -> None:
-        self.rows = torch.randint(0, 512, (rows, 32), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
-class FoundAt:
-    """A rule that finds one step bad, with an onset just after the checkpoint that is gone back to."""
-
-    def observe(self, step: int, value: float) -> Finding | None:
-        """Return the finding of the bad step."""
-        if step != BAD_STEP:
-            return None
-        return Finding(
-            step=step,
-            onset_step=TARGET_STEP + 2,
-            kind="jump",
-            severity="error",
-            metric="loss",
-            value=value,
-            limit=0.0,
-            message="`loss` is said to be bad.",
-        )
-
-    def reset(self) -> None:
-        """Have no memory."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Have no memory."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have no memory."""
 
 
 class Clock(TrainerCallback):
@@ -113,21 +72,15 @@ def small_model(hidden: int) -> LlamaForCausalLM:
 def make_trainer(folder: Path, action: str, hidden: int, clock: Clock, **options: Any) -> DivGuardTrainer:
     """Return a trainer of the small model."""
     set_seed(0)
-    args = DivGuardTrainingArguments(
-        str(folder),
-        max_steps=LAST_STEP,
-        per_device_train_batch_size=8,
-        logging_steps=1,
-        save_steps=TARGET_STEP,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **options,
-    )
-    detector = DivergenceDetector(FoundAt(), action=action)
+    common = {"max_steps": LAST_STEP, "per_device_train_batch_size": 8, "save_steps": TARGET_STEP}
+    args = DivGuardTrainingArguments(**base_arguments(folder, learning_rate=5e-5, **common, **options))
+    # The onset is just after the checkpoint that is restored.
+    detector = DivergenceDetector(ScriptedRule({BAD_STEP: TARGET_STEP + 2}), action=action)
     trainer = DivGuardTrainer(
-        model=small_model(hidden), args=args, train_dataset=Tokens(), callbacks=[clock, detector]
+        model=small_model(hidden),
+        args=args,
+        train_dataset=RandomRows(1024, 32, vocabulary=512),
+        callbacks=[clock, detector],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -209,9 +162,7 @@ def main() -> int:
             row("the rollback alone, from disk", seconds["disk alone"], again),
             row("the rollback alone, from memory", seconds["memory alone"], again),
             "",
-            f"{pairs} pairs, a model of {weights:,} weights. {platform.machine()} with {os.cpu_count()} cores "
-            f"({platform.system()}), one thread, Python {platform.python_version()}, PyTorch {torch.__version__}, "
-            f"Transformers {transformers.__version__}.",
+            f"{pairs} pairs, a model of {weights:,} weights, one thread. {machine()}",
             "",
         ]
     )

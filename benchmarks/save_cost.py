@@ -1,13 +1,13 @@
 """What a safe save costs: the time of our save over that of the stock Trainer's.
 
-Both save checkpoints of the same size in turn, in one process; each pair gives one ratio, and
-the order within the pairs alternates. Processor time, which the load of the machine and of its
-disk touches less, is given beside the time by the clock. What the one save left to be written to the disk is written
-before the other is timed. A save is all that the Trainer does for it, the deletion of the
-checkpoint before included (``save_total_limit=1``).
+Both save checkpoints of the same size in turn, in one process. Each pair gives one ratio, and the
+order within the pairs alternates. Processor time depends less on the load of the machine and its
+disk, so it is given beside the time by the clock. Before a save is timed, all data of the other
+one is written to the disk (``os.sync``). A save is all that the Trainer does for it, the deletion
+of the previous checkpoint included (``save_total_limit=1``).
 
-    python benchmarks/save_cost.py                  # 10 MB and 500 MB, some minutes
-    python benchmarks/save_cost.py --sizes 10 --pairs 10
+    python -m benchmarks.save_cost                  # 10 MB and 500 MB, some minutes
+    python -m benchmarks.save_cost --sizes 10 --pairs 10
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ os.environ.update(
 import argparse
 import gc
 import logging
-import platform
 import shutil
 import statistics
 import tempfile
@@ -34,10 +33,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-import hf_divguard
+from benchmarks.machine import machine
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
+from tests.tiny import RandomRows, base_arguments, gpt2
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -54,46 +54,19 @@ SHAPES = {10: (128, 4), 50: (256, 5), 500: (640, 8)}
 """Width and layers of a GPT-2 whose checkpoint, optimizer included, has about so many megabytes."""
 
 
-class Row(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = torch.arange(8)
-        return {"input_ids": row, "labels": row}
-
-
 def make_saver(run_dir: Path, size: int, options: dict[str, Any] | None) -> Any:
     """Return a Trainer that has trained one step, so that it has all the state there is to save."""
     width, layers = SHAPES[size]
-    common = {
-        "output_dir": str(run_dir),
-        "max_steps": 1,
-        "save_strategy": "no",
-        "save_total_limit": 1,
-        "per_device_train_batch_size": 4,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "logging_strategy": "no",
-    }
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=256,
-            n_positions=8,
-            n_embd=width,
-            n_layer=layers,
-            n_head=4,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+    common = base_arguments(
+        run_dir, max_steps=1, save_strategy="no", save_total_limit=1, logging_strategy="no"
     )
+    model = gpt2(vocabulary=256, length=8, width=width, layers=layers, heads=4, dropout=0.1)
+    rows = RandomRows(4, 8, vocabulary=256)
     if options is None:
-        trainer: Any = Trainer(model=model, args=TrainingArguments(**common), train_dataset=Row())
+        trainer: Any = Trainer(model=model, args=TrainingArguments(**common), train_dataset=rows)
     else:
         args = DivGuardTrainingArguments(**common, **options)
-        trainer = DivGuardTrainer(model=model, args=args, train_dataset=Row())
+        trainer = DivGuardTrainer(model=model, args=args, train_dataset=rows)
     trainer.train()
     # As many entries as a run of some length has logged: `trainer_state.json` is part of a checkpoint.
     trainer.state.log_history = [
@@ -184,8 +157,7 @@ def main() -> None:
         lines += ["| " + " | ".join(row) + " |" for row in rows]
     text = "\n".join(
         [
-            f"transformers {transformers.__version__}, torch {torch.__version__}, hf_divguard {hf_divguard.__version__}, "
-            f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores.",
+            machine(),
             "",
             *lines,
             "",

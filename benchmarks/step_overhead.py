@@ -1,12 +1,12 @@
 """What guarding costs per training step: time against the stock Trainer on a tiny model.
 
-    python benchmarks/step_overhead.py [--short] [--repeats N] [--blocks N] [--output docs/overhead.md]
+    python -m benchmarks.step_overhead [--short] [--repeats N] [--blocks N] [--output docs/overhead.md]
 
 Two runs of the same model, one of the stock Trainer and one of the setting that is measured, take
-turns in this process: ten steps of the one, ten steps of the other. Whatever else the machine does
-meets both alike. Each block of ten steps holds one log and one look at the losses; the first
-blocks, saves and evaluations are not counted. Stock runs against stock runs (the control) tell how
-much of a ratio is chance.
+turns in this process: ten steps of the one, ten steps of the other. Other load of the machine affects
+both alike. Each block of ten steps holds one log and one check of the losses; the first blocks,
+saves and evaluations are not counted. Stock runs against stock runs (the control) show how much
+of a ratio is chance.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -30,15 +29,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import torch
 import transformers
-from hf_divguard.hf.loss_tap import LossTap
-from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.machine import machine
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
 from hf_divguard.core.detection.adaptive import AdaptiveRule
+from hf_divguard.hf.losses import StepLosses
+from tests.tiny import RandomRows, base_arguments, gpt2
 
 BLOCK = 10
-"""Steps of a turn: one log and one look at the losses each."""
+"""Steps of a turn: one log and one check of the losses each."""
 
 WARM_UP_BLOCKS = 2
 """Turns before the clock starts."""
@@ -76,19 +76,6 @@ SETTINGS = [
 ]
 
 
-class Tokens(Dataset):
-    """Random rows; what is learnt does not matter here."""
-
-    def __init__(self, rows: int, length: int) -> None:
-        self.rows = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
 class Turns(TrainerCallback):
     """Hands over to the other run after every block, and notes what each block took.
 
@@ -115,30 +102,20 @@ class Turns(TrainerCallback):
 
 
 def make_trainer(guarded: bool, options: dict[str, Any], steps: int, folder: str, turns: Turns) -> Any:
-    transformers.set_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-        )
-    )
-    arguments = {
-        "output_dir": folder,
+    common = {
         "max_steps": steps,
         "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
         "logging_steps": BLOCK,
         "learning_rate": 1e-4,
         "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **options,
     }
+    arguments = base_arguments(folder, **{**common, **options})
     trainer = (DivGuardTrainer if guarded else Trainer)(
-        model=model,
+        model=gpt2(vocabulary=64, length=32, width=64, layers=2, heads=2, dropout=0.1),
         args=(DivGuardTrainingArguments if guarded else TrainingArguments)(**arguments),
-        train_dataset=Tokens(512, 32),
-        eval_dataset=Tokens(16, 32),
+        train_dataset=RandomRows(512, 32, vocabulary=64),
+        eval_dataset=RandomRows(16, 32, vocabulary=64),
         callbacks=[turns],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -209,17 +186,18 @@ def interval(ratios: list[float]) -> str:
 
 
 def direct_microseconds(steps: int = 2000) -> tuple[float, float]:
-    """Return the CPU time per step of the tap (with a look every ten steps) and of the adaptive rule, by themselves."""
-    tap, rule, loss, norm = LossTap(BLOCK, 1), AdaptiveRule(), torch.tensor(2.0), torch.tensor(0.5)
+    """Return the CPU microseconds per step of the losses (delivered every ten steps) and of the adaptive rule."""
+    losses, rule, loss, norm = StepLosses(BLOCK, 1), AdaptiveRule(), torch.tensor(2.0), torch.tensor(0.5)
+    losses.is_collecting = True
     noise = random.Random(0)
     values = [2.0 + noise.gauss(0.0, 0.1) for _ in range(steps)]
 
-    def tap_steps() -> None:
+    def loss_steps() -> None:
         for step in range(1, steps + 1):
-            tap.add_micro_batch(loss)
-            tap.end_step(step, norm)
+            losses.micro_batches.append(loss.detach().clone())
+            losses.close_step(step, norm)
             if step % BLOCK == 0:
-                tap.drain(step)
+                losses.drain(step)
 
     def rule_steps() -> None:
         rule.reset()
@@ -234,14 +212,14 @@ def direct_microseconds(steps: int = 2000) -> tuple[float, float]:
             times.append(time.thread_time() - began)
         return min(times) / steps * 1e6
 
-    return best_of_five(tap_steps), best_of_five(rule_steps)
+    return best_of_five(loss_steps), best_of_five(rule_steps)
 
 
 def page(results: list[dict[str, Any]], repeats: int, blocks: int) -> str:
     """Return the page of the documentation."""
     stock_ms = statistics.median(STOCK_MS)
-    tap, rule = direct_microseconds()
-    share = (tap + rule) / stock_ms / 10
+    collecting, rule = direct_microseconds()
+    share = (collecting + rule) / stock_ms / 10
     rows = "\n".join(
         f"| {row['name']} | {interval(row['cpu'])} | {interval(row['wall'])} |" for row in results
     )
@@ -254,18 +232,17 @@ with itself and shows what is chance.
 |---|---|---|
 {rows}
 
-Two runs take turns in one process, {BLOCK} steps each, so that whatever else the machine does meets both alike. A
+Two runs take turns in one process, {BLOCK} steps each, so that other load of the machine affects both alike. A
 race is {blocks} such turns; its ratio is the median over them. A row is the median of {repeats} races, and in brackets
 the interval that holds that median in 95 of 100 resamplings of the races. Saves and evaluations are not in it.
 
 A stock step takes {stock_ms:.1f} ms of CPU time here (a GPT-2 of 0.1 million parameters, batches of 8 rows of 32
-tokens, a log every {BLOCK} steps), so 0.01 is {stock_ms * 10:.0f} microseconds. In a loop by themselves the tap takes
-{tap:.0f} microseconds of a step and the adaptive rule {rule:.0f}: {share:.1f} % of this step,
-less than the races can tell from chance. A model of use has far longer steps, in which the same microseconds
-disappear.
+tokens, a log every {BLOCK} steps), so 0.01 is {stock_ms * 10:.0f} microseconds. In a loop of their own, collecting the
+losses takes {collecting:.0f} microseconds of a step and the adaptive rule {rule:.0f}: {share:.1f} % of this step, less
+than the races can distinguish from chance. Larger models have far longer steps, in which the same microseconds
+do not show.
 
-Measured on {platform.machine()} with {os.cpu_count()} cores shared with other work, one thread: Python
-{platform.python_version()}, PyTorch {torch.__version__}, Transformers {transformers.__version__}.
+Measured with one thread, on a machine shared with other work. {machine()}
 
 How often the CPU waits for the device needs no measurement: `tests/hf/test_losses.py` counts it. It is as often as
 the stock Trainer does, and one transfer more for each check of the losses: every `divguard_check_steps` steps, and before

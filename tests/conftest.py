@@ -18,14 +18,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.tiny import (  # noqa: F401
-    TokenRows,
-    base_arguments,
-    checkpoint_steps,
-    same_weights,
-    tiny_model,
-    weights,
-)
+from tests.tiny import TokenRows, base_arguments, checkpoint_steps, tiny_model
 
 torch.set_num_threads(1)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from hf_divguard.errors import DIVERGED_EXIT_CODE, TrainingDivergedError, exit_on_divergence
+from tests.processes import run_python
 
 
 def test_a_diverged_script_ends_with_a_code_of_its_own_and_the_sentence_on_stderr() -> None:
@@ -17,7 +15,7 @@ def test_a_diverged_script_ends_with_a_code_of_its_own_and_the_sentence_on_stder
         "with exit_on_divergence():\n"
         "    raise TrainingDivergedError('Training was given up at step 590.')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = run_python("-c", script)
     assert done.returncode == DIVERGED_EXIT_CODE == 79
     assert done.stderr == "Training was given up at step 590.\n"
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import checkpoint_steps
+from tests.processes import run_python
+from tests.tiny import checkpoint_steps
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run_example(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run an example in a process of its own."""
-    command = [sys.executable, "-W", "ignore", str(EXAMPLES / name), *flags]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    done = run_python("-W", "ignore", EXAMPLES / name, *flags, cwd=cwd, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from hf_divguard.core.detection.registry import make_rule
 from hf_divguard.errors import HistoryError
 from hf_divguard.replays import ReplayedFindings, replay
 from tests import curves
+from tests.processes import run_python
 
 JUMP = curves.jump(0, height=4.0)
 
@@ -208,7 +207,8 @@ def test_a_replay_needs_neither_torch_nor_transformers() -> None:
         "import sys; from hf_divguard.replays import replay; replay({'loss': [2.0, 1.9]}); "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
 

@@ -14,13 +14,12 @@ VOCABULARY = 16
 LENGTH = 8
 
 
-class TokenRows(Dataset):
-    """Rows of token ids that a language model can learn: each row counts upwards."""
+class RandomRows(Dataset):
+    """Rows of random token ids, for runs in which nothing has to be learnt."""
 
-    def __init__(self, rows: int = 32, seed: int = 0) -> None:
+    def __init__(self, rows: int, length: int, *, vocabulary: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(0, VOCABULARY, (rows, 1), generator=generator)
-        self.rows = (starts + torch.arange(LENGTH)) % VOCABULARY
+        self.rows = torch.randint(0, vocabulary, (rows, length), generator=generator)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -29,16 +28,26 @@ class TokenRows(Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def tiny_model(seed: int = 0, dropout: float = 0.0) -> GPT2LMHeadModel:
-    """Return a language model of some thousand parameters."""
+class TokenRows(RandomRows):
+    """Rows of token ids that a language model can learn: each row counts upwards."""
+
+    def __init__(self, rows: int = 32, seed: int = 0) -> None:
+        super().__init__(rows, 1, vocabulary=VOCABULARY, seed=seed)
+        self.rows = (self.rows + torch.arange(LENGTH)) % VOCABULARY
+
+
+def gpt2(
+    *, vocabulary: int, length: int, width: int, layers: int, heads: int, dropout: float = 0.0, seed: int = 0
+) -> GPT2LMHeadModel:
+    """Return a GPT-2 made from a config, the same at every call."""
     set_seed(seed)
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=LENGTH,
-            n_embd=8,
-            n_layer=1,
-            n_head=1,
+            vocab_size=vocabulary,
+            n_positions=length,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=dropout,
@@ -46,6 +55,11 @@ def tiny_model(seed: int = 0, dropout: float = 0.0) -> GPT2LMHeadModel:
             eos_token_id=0,
         )
     )
+
+
+def tiny_model(seed: int = 0, dropout: float = 0.0) -> GPT2LMHeadModel:
+    """Return a language model of some thousand parameters for :class:`TokenRows`."""
+    return gpt2(vocabulary=VOCABULARY, length=LENGTH, width=8, layers=1, heads=1, dropout=dropout, seed=seed)
 
 
 def base_arguments(output_dir: Any, **options: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_divguard import NonFiniteDetector
 from hf_divguard.core.findings import Finding
-from tests.conftest import TokenRows, tiny_model
+from tests.tiny import TokenRows, tiny_model
 
 QUICK = {"divguard_check_steps": 1, "divguard_cooldown_steps": 4, "max_steps": 24, "save_steps": 4}
 """Options of a short run that looks at every step."""
@@ -62,7 +62,7 @@ class LargeGradients(TrainerCallback):
 
 
 class ScriptedRule:
-    """A rule that finds something at the steps it is told, with the onset it is told."""
+    """A rule that finds something at given steps, each with the onset that is given for it."""
 
     def __init__(self, onsets: dict[int, int]) -> None:
         self.onsets = onsets
@@ -130,7 +130,7 @@ class Stream(IterableDataset):
     Args:
         order: Number of the batch for each step.
         batch: Rows per batch.
-        wrong: Steps whose labels are drawn by lot.
+        wrong: Steps with random labels.
     """
 
     def __init__(self, order: list[int], batch: int = 4, wrong: range = range(0)) -> None:

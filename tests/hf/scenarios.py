@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import math
 import os
 import random
@@ -13,25 +12,23 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 
-import hf_divguard.hf.checkpoint_writer as checkpoint_writer
-from hf_divguard import CheckpointSaveError, DivGuardTrainer, DivGuardTrainingArguments
-from tests.conftest import TokenRows, base_arguments, tiny_model
-
-logging.basicConfig(format="%(name)s %(levelname)s %(message)s")
-logging.getLogger("hf_divguard").setLevel(logging.INFO)
-transformers.logging.set_verbosity_error()
+from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
+from hf_divguard.storage.failpoints import watch_failpoints
+from hf_divguard.storage.names import STAGING_NAME
+from tests.processes import kill_at, kill_self
+from tests.tiny import TokenRows, base_arguments, tiny_model
 
 
 def trainer_of(output_dir: str, *, compute_metrics: Any = None, callbacks: Any = None, **options: Any) -> Any:
     options.setdefault("eval_on_save", True)
     if "RANK" in os.environ:
         options.setdefault("ddp_backend", "gloo")
-        load_on_plain_cpu()
     if options.pop("repair_each_node", False):
         write_the_model_on_each_node()
     return DivGuardTrainer(
@@ -42,18 +39,6 @@ def trainer_of(output_dir: str, *, compute_metrics: Any = None, callbacks: Any =
         compute_metrics=compute_metrics,
         callbacks=callbacks,
     )
-
-
-def load_on_plain_cpu() -> None:
-    """Let Transformers before 5.20 resume on several CPU processes: it asks for "cpu:0", which torch refuses."""
-    load = torch.load
-
-    def load_to_cpu(*args: Any, **kwargs: Any) -> Any:
-        if str(kwargs.get("map_location")).startswith("cpu"):
-            kwargs["map_location"] = "cpu"
-        return load(*args, **kwargs)
-
-    torch.load = load_to_cpu
 
 
 def write_the_model_on_each_node() -> None:
@@ -68,8 +53,7 @@ def report(trainer: Any) -> dict[str, Any]:
         "step": trainer.state.global_step,
         "weights": total,
         "best": [entry.step for entry in trainer.best_checkpoints()],
-        "mode": trainer._run.checkpoints.save_mode,
-        "ledger": sorted(record.step for record in trainer._run.checkpoints.ledger.records),
+        "evaluated": sorted(entry.step for entry in trainer.best_checkpoints(1000)),
     }
 
 
@@ -81,7 +65,12 @@ def own_folder(output_dir: str, rank: int) -> str:
 
 
 def train(
-    rank: int, output_dir: str, resume: Any = None, own: bool = False, **options: Any
+    rank: int,
+    output_dir: str,
+    resume: Any = None,
+    own: bool = False,
+    at_moment: Callable[[str], None] = lambda moment: None,
+    **options: Any,
 ) -> dict[str, Any]:
     trainer = trainer_of(own_folder(output_dir, rank) if own else output_dir, **options)
     started = []
@@ -90,9 +79,18 @@ def train(
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             started.append(state.global_step)
 
+    modes = set()
+
+    def listen(moment: str) -> None:
+        at_moment(moment)
+        if moment == "save begun":
+            is_staged = os.path.isdir(os.path.join(trainer.args.output_dir, STAGING_NAME))
+            modes.add("staged" if is_staged else "in_place")
+
     trainer.add_callback(NoteStart())
-    trainer.train(resume_from_checkpoint=resume)
-    return {**report(trainer), "started": started[0]}
+    with watch_failpoints(listen):
+        trainer.train(resume_from_checkpoint=resume)
+    return {**report(trainer), "started": started[0], "modes": sorted(modes)}
 
 
 def train_with_delays(rank: int, output_dir: str, **options: Any) -> dict[str, Any]:
@@ -151,16 +149,16 @@ def train_where_folders_cannot_be_flushed(rank: int, output_dir: str, **options:
 # ---- errors on one rank
 
 
-def fail_to_publish(rank: int, output_dir: str, at_step: int, on_rank: int, **options: Any) -> dict[str, Any]:
-    real = checkpoint_writer.publish
+def fail_to_seal(rank: int, output_dir: str, at_save: int, on_rank: int, **options: Any) -> dict[str, Any]:
+    """Let the ``at_save``-th save fail on rank ``on_rank`` before its checkpoint is published."""
+    moments = []
 
-    def publish(run_dir: Any, step: int, **kwargs: Any) -> Any:
-        if rank == on_rank and step == at_step:
+    def fail(moment: str) -> None:
+        moments.append(moment)
+        if rank == on_rank and moment == "manifest written" and moments.count(moment) == at_save:
             raise OSError(errno.EIO, "an injected error")
-        return real(run_dir, step, **kwargs)
 
-    checkpoint_writer.publish = publish
-    return train(rank, output_dir, **options)
+    return train(rank, output_dir, at_moment=fail, **options)
 
 
 def fail_to_write(rank: int, output_dir: str, at_call: int, on_rank: int, **options: Any) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def die_while_writing(
         if "rng_state" in str(path):
             calls.append(path)
             if rank == on_rank and len(calls) == at_call:
-                os.kill(os.getpid(), signal.SIGKILL)
+                kill_self()
         real(value, path, *args, **kwargs)
 
     torch.save = save
@@ -239,7 +237,7 @@ def train_with_a_limit_on_file_sizes(
 def stop_by_sigterm(
     rank: int, output_dir: str, at_step: int, event: str = "on_step_end", resume: Any = None, **options: Any
 ) -> dict[str, Any]:
-    """Train until the host's own save on SIGTERM has ended the run; say what stood on disk meanwhile."""
+    """Train until the host's own save on SIGTERM has ended the run; return what was on disk meanwhile."""
     from transformers.trainer_jit_checkpoint import CheckpointManager
 
     # The timer of the host waits for SIGKILL first; here the moment of the save must be certain.
@@ -271,48 +269,31 @@ def stop_by_sigterm(
     trainer = trainer_of(output_dir, enable_jit_checkpoint=True, **options)
     trainer.callback_handler.callbacks.insert(0, Terminate())
     seen: list[list[str]] = []
-    real = checkpoint_writer.build_manifest
 
-    def look(*args: Any, **kwargs: Any) -> Any:
-        seen.append(sorted(os.listdir(output_dir)))
-        return real(*args, **kwargs)
+    def look(moment: str) -> None:
+        if moment == "host wrote":
+            seen.append(sorted(os.listdir(output_dir)))
 
-    checkpoint_writer.build_manifest = look
-    trainer.train(resume_from_checkpoint=resume)
+    with watch_failpoints(look):
+        trainer.train(resume_from_checkpoint=resume)
     return {**report(trainer), "seen": seen[-1] if seen else None}
 
 
-def kill_during_a_second_save(rank: int, output_dir: str, save_mode: str, moment: str) -> None:
-    """Save the same step twice and die by SIGKILL at a ``moment`` of the second save."""
+def kill_during_a_second_save(rank: int, output_dir: str, save_mode: str, moment: str | None) -> None:
+    """Save the same step twice and die by SIGKILL at a ``moment`` of the second save; ``None``: right after it."""
     trainer = trainer_of(output_dir, max_steps=2, save_total_limit=1, divguard_save_mode=save_mode)
     saves = []
     guarded = type(trainer)._save_checkpoint
-
-    def die(*args: Any, **kwargs: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
     class Twice(transformers.TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if saves:
                 return
             saves.append(1)
-            if moment == "write":
-                torch.save = die
-            elif moment == "between the renames":
-                real = os.rename
-
-                def rename(source: Any, target: Any) -> None:
-                    real(source, target)
-                    if "_divguard_replaced" in str(target):
-                        die()
-
-                os.rename = rename
-            guarded(trainer, trainer.model, None)
-            if moment == "after":
-                die()
+            with kill_at(moment):
+                guarded(trainer, trainer.model, None)
+            if moment is None:
+                kill_self()
 
     trainer.add_callback(Twice())
     trainer.train()
-
-
-assert CheckpointSaveError  # the name under which errors are expected

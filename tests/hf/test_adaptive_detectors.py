@@ -21,7 +21,7 @@ from hf_divguard import (
 from hf_divguard.core.findings import Finding
 from hf_divguard.hf.resume_conditions import changed_conditions
 from hf_divguard.storage.sidecar import read_sidecar
-from tests.conftest import TokenRows, base_arguments, checkpoint_steps, tiny_model
+from tests.tiny import TokenRows, base_arguments, checkpoint_steps, tiny_model
 
 NAN = float("nan")
 

@@ -21,7 +21,7 @@ from hf_divguard import (
     best_checkpoints,
     find_checkpoints,
 )
-from tests.conftest import AskAt, MetricByStep, ScriptedMetric, TokenRows, tiny_model, weights
+from tests.conftest import AskAt, MetricByStep, ScriptedMetric
 from tests.hf.faults import (
     QUICK,
     AtRollback,
@@ -33,6 +33,7 @@ from tests.hf.faults import (
     nan_run,
     saved_weights,
 )
+from tests.tiny import TokenRows, tiny_model, weights
 
 MakeTrainer = Callable[..., Any]
 

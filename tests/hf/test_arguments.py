@@ -392,7 +392,7 @@ def test_eval_on_save_without_an_eval_dataset_is_refused(make_trainer: Any) -> N
 def test_a_metric_that_several_eval_datasets_cannot_produce_is_refused_with_likely_names(
     make_trainer: Any,
 ) -> None:
-    from tests.conftest import TokenRows
+    from tests.tiny import TokenRows
 
     several = {"news": TokenRows(4), "books": TokenRows(4)}
     with pytest.raises(ValueError, match=r"'news_loss', 'books_loss'"):

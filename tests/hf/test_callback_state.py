@@ -19,7 +19,8 @@ from hf_divguard import (
     DualTimeScaleDivergenceDetector,
     DualWindowDivergenceDetector,
 )
-from tests.conftest import AskAt, MetricByStep, Recorder, TokenRows
+from tests.conftest import AskAt, MetricByStep, Recorder
+from tests.tiny import TokenRows
 
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 

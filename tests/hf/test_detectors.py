@@ -21,7 +21,8 @@ from hf_divguard import (
     DualTimeScaleDivergenceDetector,
     DualWindowDivergenceDetector,
 )
-from tests.conftest import AskAt, MetricByStep, Recorder, TokenRows, checkpoint_steps
+from tests.conftest import AskAt, MetricByStep, Recorder
+from tests.tiny import TokenRows, checkpoint_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 

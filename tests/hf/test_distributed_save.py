@@ -15,7 +15,8 @@ import pytest
 from hf_divguard.storage.checkpoints import find_checkpoints, verify_checkpoint
 from hf_divguard.storage.manifest import read_manifest
 from hf_divguard.storage.names import MANIFEST_NAME
-from tests.conftest import checkpoint_steps
+from tests.hf import scenarios
+from tests.tiny import checkpoint_steps
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -32,7 +33,9 @@ def test_fifty_saves_with_random_delays_give_fifty_whole_checkpoints(
     ranks: int, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     options = {"max_steps": 50, "save_steps": 1, "eval_on_save": False, "divguard_save_mode": "staged"}
-    outcomes = run_ranks("train_with_delays", ranks, output_dir=tmp_path / "out", timeout=300, **options)
+    outcomes = run_ranks(
+        scenarios.train_with_delays, ranks, output_dir=tmp_path / "out", timeout=300, **options
+    )
     for outcome in outcomes:
         assert outcome.check()["step"] == 50
     assert complete_steps(tmp_path / "out") == list(range(1, 51))
@@ -50,8 +53,10 @@ def test_fifty_saves_with_random_delays_give_fifty_whole_checkpoints(
 def test_a_missing_file_of_any_rank_is_named(
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    for outcome in run_ranks("train", 2, output_dir=tmp_path / "out", max_steps=2, divguard_save_mode=mode):
-        assert outcome.check()["mode"] == mode
+    for outcome in run_ranks(
+        scenarios.train, 2, output_dir=tmp_path / "out", max_steps=2, divguard_save_mode=mode
+    ):
+        assert outcome.check()["modes"] == [mode]
     whole = tmp_path / "out" / "checkpoint-2"
     names = sorted(read_manifest(whole).files)
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json", "model.safetensors"} <= set(names)
@@ -65,15 +70,19 @@ def test_a_missing_file_of_any_rank_is_named(
 
 
 ERRORS = {
-    "in publishing on rank 0": ("fail_to_publish", {"at_step": 4, "on_rank": 0}, "rank 0"),
-    "in writing on rank 1": ("fail_to_write", {"at_call": 2, "on_rank": 1}, "rank 1"),
-    "in writing on rank 0": ("fail_to_write", {"at_call": 2, "on_rank": 0}, "rank 0"),
+    "in sealing on rank 0": (scenarios.fail_to_seal, {"at_save": 2, "on_rank": 0}, "rank 0"),
+    "in writing on rank 1": (scenarios.fail_to_write, {"at_call": 2, "on_rank": 1}, "rank 1"),
+    "in writing on rank 0": (scenarios.fail_to_write, {"at_call": 2, "on_rank": 0}, "rank 0"),
 }
 
 
 @pytest.mark.parametrize(("scenario", "where", "named"), ERRORS.values(), ids=ERRORS)
 def test_an_error_on_one_rank_ends_all_ranks_with_the_same_error(
-    scenario: str, where: dict[str, int], named: str, run_ranks: Callable[..., Any], tmp_path: Path
+    scenario: Callable[..., Any],
+    where: dict[str, int],
+    named: str,
+    run_ranks: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     outcomes = run_ranks(scenario, 2, output_dir=tmp_path / "out", timeout=60, **where)
     assert len({outcome.error for outcome in outcomes}) == 1
@@ -89,7 +98,7 @@ def test_an_error_on_one_rank_ends_all_ranks_with_the_same_error(
 
 def test_after_an_error_all_ranks_go_on_if_asked_to(run_ranks: Callable[..., Any], tmp_path: Path) -> None:
     outcomes = run_ranks(
-        "fail_to_write",
+        scenarios.fail_to_write,
         2,
         output_dir=tmp_path / "out",
         at_call=2,
@@ -99,7 +108,7 @@ def test_after_an_error_all_ranks_go_on_if_asked_to(run_ranks: Callable[..., Any
     )
     first, second = (outcome.check() for outcome in outcomes)
     assert first == second
-    assert first["ledger"] == [2, 6, 8]
+    assert first["evaluated"] == [2, 6, 8]
     assert complete_steps(tmp_path / "out") == [2, 6, 8]
 
 
@@ -107,13 +116,13 @@ def test_a_rank_that_dies_leaves_no_checkpoint_that_counts(
     run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     first, second = run_ranks(
-        "die_while_writing", 2, output_dir=tmp_path / "out", at_call=2, on_rank=1, timeout=60
+        scenarios.die_while_writing, 2, output_dir=tmp_path / "out", at_call=2, on_rank=1, timeout=60
     )
     assert second.error == "it ended with -9"
     assert first.error is not None
     assert first.seconds < 30
     assert complete_steps(tmp_path / "out") == [2]
-    for outcome in run_ranks("train", 2, output_dir=tmp_path / "out", resume=True):
+    for outcome in run_ranks(scenarios.train, 2, output_dir=tmp_path / "out", resume=True):
         assert outcome.check()["started"] == 2
     assert complete_steps(tmp_path / "out") == [2, 4, 6, 8]
 
@@ -123,7 +132,7 @@ def test_a_nan_metric_on_one_rank_leaves_the_same_folders_for_all(
     on_rank: int, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     outcomes = run_ranks(
-        "rank_with_a_nan",
+        scenarios.rank_with_a_nan,
         2,
         nodes=True,
         output_dir=tmp_path / "out",
@@ -136,7 +145,7 @@ def test_a_nan_metric_on_one_rank_leaves_the_same_folders_for_all(
     first, second = (outcome.check() for outcome in outcomes)
     assert first == second
     assert checkpoint_steps(tmp_path / "out" / "node0") == checkpoint_steps(tmp_path / "out" / "node1")
-    assert checkpoint_steps(tmp_path / "out" / "node0") == set(first["ledger"])
+    assert checkpoint_steps(tmp_path / "out" / "node0") == set(first["evaluated"])
 
 
 # ---- ranks with folders of their own
@@ -148,7 +157,7 @@ EACH_NODE = {"save_on_each_node": True, "repair_each_node": True}
 def nodes(run_ranks: Callable[..., Any], tmp_path: Path) -> Path:
     """Two nodes without a shared disk, each with complete checkpoints 6 and 8."""
     outcomes = run_ranks(
-        "train", 2, nodes=True, output_dir=tmp_path, own=True, save_total_limit=2, **EACH_NODE
+        scenarios.train, 2, nodes=True, output_dir=tmp_path, own=True, save_total_limit=2, **EACH_NODE
     )
     for outcome in outcomes:
         outcome.check()
@@ -157,7 +166,7 @@ def nodes(run_ranks: Callable[..., Any], tmp_path: Path) -> Path:
 
 def resume(run_ranks: Callable[..., Any], folder: Path) -> list[Any]:
     return run_ranks(
-        "train", 2, nodes=True, output_dir=folder, own=True, resume=True, max_steps=10, **EACH_NODE
+        scenarios.train, 2, nodes=True, output_dir=folder, own=True, resume=True, max_steps=10, **EACH_NODE
     )
 
 
@@ -196,11 +205,11 @@ def test_nodes_without_a_common_step_refuse_with_the_same_error(
 def test_a_checkpoint_that_was_named_and_is_broken_on_one_rank_is_refused_by_all(
     run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    for outcome in run_ranks("train", 2, output_dir=tmp_path / "out", max_steps=2):
+    for outcome in run_ranks(scenarios.train, 2, output_dir=tmp_path / "out", max_steps=2):
         outcome.check()
     named = tmp_path / "out" / "checkpoint-2"
     (named / "rng_state_1.pth").unlink()
-    first, second = run_ranks("train", 2, output_dir=tmp_path / "out", resume=str(named))
+    first, second = run_ranks(scenarios.train, 2, output_dir=tmp_path / "out", resume=str(named))
     assert first.error == second.error
     assert first.error.startswith("CheckpointError: ")
     assert "`rng_state_1.pth` (random state of rank 1) is missing" in first.error
@@ -210,14 +219,14 @@ def test_ranks_with_own_folders_but_no_model_in_each_are_told_so(
     run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     options = {"output_dir": tmp_path, "own": True, "nodes": True, "max_steps": 4}
-    for outcome in run_ranks("train", 2, **options):
+    for outcome in run_ranks(scenarios.train, 2, **options):
         outcome.check()
     assert complete_steps(tmp_path / "node0") == [2, 4]
     assert sorted(read_manifest(tmp_path / "node1" / "checkpoint-4").files) == [
         "divguard_state.json",
         "rng_state_1.pth",
     ]
-    first, second = run_ranks("train", 2, resume=True, **options)
+    first, second = run_ranks(scenarios.train, 2, resume=True, **options)
     assert first.error == second.error
     assert "save_on_each_node=True" in first.error
 
@@ -225,7 +234,7 @@ def test_ranks_with_own_folders_but_no_model_in_each_are_told_so(
 def test_saving_on_each_node_into_one_shared_folder_gives_whole_checkpoints(
     run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    outcomes = run_ranks("train", 2, nodes=True, output_dir=tmp_path / "out", save_on_each_node=True)
+    outcomes = run_ranks(scenarios.train, 2, nodes=True, output_dir=tmp_path / "out", save_on_each_node=True)
     for outcome in outcomes:
         outcome.check()
     assert complete_steps(tmp_path / "out") == [2, 4, 6, 8]
@@ -241,12 +250,12 @@ def test_where_folders_cannot_be_renamed_checkpoints_are_written_in_place(
     ranks: int, code: int, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     options = {"output_dir": tmp_path / "out", "code": code, "save_total_limit": 2}
-    for outcome in run_ranks("train_where_renaming_folders_fails", ranks, **options):
-        assert outcome.check()["mode"] == "in_place"
+    for outcome in run_ranks(scenarios.train_where_renaming_folders_fails, ranks, **options):
+        assert outcome.check()["modes"] == ["in_place"]
     assert complete_steps(tmp_path / "out") == [6, 8]
     assert leftovers(tmp_path / "out") == []
     for outcome in run_ranks(
-        "train_where_renaming_folders_fails", ranks, resume=True, max_steps=10, **options
+        scenarios.train_where_renaming_folders_fails, ranks, resume=True, max_steps=10, **options
     ):
         assert outcome.check()["started"] == 8
 
@@ -256,7 +265,7 @@ def test_a_folder_that_cannot_be_flushed_does_not_stop_a_save(
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     outcome = run_ranks(
-        "train_where_folders_cannot_be_flushed", output_dir=tmp_path / "out", divguard_save_mode=mode
+        scenarios.train_where_folders_cannot_be_flushed, output_dir=tmp_path / "out", divguard_save_mode=mode
     )
     assert outcome[0].check()["files_flushed"] >= 4 * 9
     assert complete_steps(tmp_path / "out") == [2, 4, 6, 8]
@@ -265,9 +274,9 @@ def test_a_folder_that_cannot_be_flushed_does_not_stop_a_save(
 def test_two_ranks_train_to_the_same_weights_with_and_without_a_cut(
     run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    whole = run_ranks("train", 2, output_dir=tmp_path / "whole")
-    run_ranks("die_while_writing", 2, output_dir=tmp_path / "cut", at_call=3, on_rank=0, timeout=60)
-    cut = run_ranks("train", 2, output_dir=tmp_path / "cut", resume=True)
+    whole = run_ranks(scenarios.train, 2, output_dir=tmp_path / "whole")
+    run_ranks(scenarios.die_while_writing, 2, output_dir=tmp_path / "cut", at_call=3, on_rank=0, timeout=60)
+    cut = run_ranks(scenarios.train, 2, output_dir=tmp_path / "cut", resume=True)
     assert [outcome.check()["started"] for outcome in cut] == [4, 4]
     assert len({outcome.check()["weights"] for outcome in (*whole, *cut)}) == 1
     states = [

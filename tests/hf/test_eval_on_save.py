@@ -12,7 +12,8 @@ import pytest
 from transformers import EarlyStoppingCallback
 
 from hf_divguard import DivGuardTrainer, DualTimeScaleDivergenceDetector, MetricNotFoundError
-from tests.conftest import AskAt, MetricByStep, Recorder, TokenRows, checkpoint_steps
+from tests.conftest import AskAt, MetricByStep, Recorder
+from tests.tiny import TokenRows, checkpoint_steps
 
 QUIET = {"logging_strategy": "no"}
 

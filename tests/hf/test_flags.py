@@ -19,7 +19,7 @@ from hf_divguard import (
     NonFiniteDetector,
 )
 from hf_divguard.hf.detectors_by_name import make_detector
-from tests.conftest import TokenRows, base_arguments, same_weights, tiny_model, weights
+from tests.tiny import TokenRows, base_arguments, same_weights, tiny_model, weights
 
 FLAGS: dict[str, Any] = {
     "divguard_detector": "ema",
@@ -165,7 +165,9 @@ def test_detectors_passed_as_callbacks_work_beside_a_flag(make_trainer: Callable
     passed = [
         NonFiniteDetector(action="warn"),
         NonFiniteDetector(action="warn"),
-        DualTimeScaleDivergenceDetector(0.9, 0.01, threshold=1e-9, action="warn", metric_key="loss"),
+        DualTimeScaleDivergenceDetector(
+            0.9, 0.01, threshold=1e-9, action="warn", metric_key="loss", greater_is_better=True
+        ),
     ]
     trainer = make_trainer(
         callbacks=passed, divguard_detector="nonfinite", divguard_action="abort", max_steps=6

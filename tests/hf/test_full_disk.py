@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from hf_divguard import CheckpointSaveError
 from hf_divguard.storage.checkpoints import find_checkpoints, verify_checkpoint
+from tests.hf import scenarios
 
 GUARDED = {"eval_on_save": True, "max_steps": 8}
 
@@ -42,7 +43,7 @@ def disk(folder: Path, kilobytes: int) -> Iterator[Path]:
 def kilobytes(tmp_path_factory: pytest.TempPathFactory) -> int:
     """The room that one checkpoint takes on such a disk, in kilobytes."""
     from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
-    from tests.conftest import TokenRows, base_arguments, tiny_model
+    from tests.tiny import TokenRows, base_arguments, tiny_model
 
     folder = tmp_path_factory.mktemp("measured")
     args = DivGuardTrainingArguments(**base_arguments(folder, **{**GUARDED, "max_steps": 2}))
@@ -159,7 +160,7 @@ def test_a_limit_on_the_size_of_files_leaves_the_older_checkpoints(
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     outcome = run_ranks(
-        "train_with_a_limit_on_file_sizes",
+        scenarios.train_with_a_limit_on_file_sizes,
         output_dir=tmp_path / "out",
         from_step=4,
         largest=4096,

@@ -14,6 +14,7 @@ from hf_divguard.storage.checkpoints import find_checkpoints, verify_checkpoint
 from hf_divguard.storage.manifest import read_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, SIDECAR_NAME
 from hf_divguard.storage.sidecar import read_sidecar
+from tests.hf import scenarios
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers.trainer_jit_checkpoint") is None,
@@ -27,7 +28,9 @@ MODES = pytest.mark.parametrize("mode", ["staged", "in_place"])
 def test_sigterm_ends_in_a_published_checkpoint(
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
-    outcome = run_ranks("stop_by_sigterm", output_dir=tmp_path / "out", at_step=3, divguard_save_mode=mode)[0]
+    outcome = run_ranks(
+        scenarios.stop_by_sigterm, output_dir=tmp_path / "out", at_step=3, divguard_save_mode=mode
+    )[0]
     assert outcome.check()["step"] == 3
     folder = tmp_path / "out" / "checkpoint-3"
     verdict = verify_checkpoint(folder)
@@ -37,7 +40,7 @@ def test_sigterm_ends_in_a_published_checkpoint(
     assert SIDECAR_NAME in read_manifest(folder).files
     assert read_sidecar(folder).metric is None  # this step was not evaluated
     assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint-2", "checkpoint-3"]
-    again = run_ranks("train", output_dir=tmp_path / "out", resume=True)[0]
+    again = run_ranks(scenarios.train, output_dir=tmp_path / "out", resume=True)[0]
     assert again.check()["started"] == 3
 
 
@@ -45,7 +48,7 @@ def test_staged_the_folder_with_the_hosts_marker_alone_is_gone_while_the_checkpo
     run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     outcome = run_ranks(
-        "stop_by_sigterm", output_dir=tmp_path / "out", at_step=3, divguard_save_mode="staged"
+        scenarios.stop_by_sigterm, output_dir=tmp_path / "out", at_step=3, divguard_save_mode="staged"
     )[0]
     assert outcome.check()["seen"] == ["_divguard_staging", "checkpoint-2"]
 
@@ -56,7 +59,7 @@ def test_sigterm_right_after_a_save_leaves_that_step_complete(
     limit: int, mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     outcome = run_ranks(
-        "stop_by_sigterm",
+        scenarios.stop_by_sigterm,
         output_dir=tmp_path / "out",
         at_step=4,
         event="on_step_begin",
@@ -69,7 +72,7 @@ def test_sigterm_right_after_a_save_leaves_that_step_complete(
     assert verify_checkpoint(folder).resumable
     assert not (folder / INCOMPLETE_NAME).exists()
     assert all(info.verdict.status == "complete" for info in find_checkpoints(tmp_path / "out"))
-    again = run_ranks("train", output_dir=tmp_path / "out", resume=True, max_steps=6)[0]
+    again = run_ranks(scenarios.train, output_dir=tmp_path / "out", resume=True, max_steps=6)[0]
     assert again.check()["started"] >= 4
 
 
@@ -78,9 +81,9 @@ def test_sigterm_right_after_a_resume_leaves_the_checkpoint_it_came_from_complet
     mode: str, run_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     options = {"output_dir": tmp_path / "out", "divguard_save_mode": mode, "save_total_limit": 1}
-    run_ranks("train", max_steps=4, **options)[0].check()
+    run_ranks(scenarios.train, max_steps=4, **options)[0].check()
     stopped = run_ranks(
-        "stop_by_sigterm", at_step=4, event="on_step_begin", resume=True, max_steps=8, **options
+        scenarios.stop_by_sigterm, at_step=4, event="on_step_begin", resume=True, max_steps=8, **options
     )[0]
     stopped.check()
     assert os.listdir(tmp_path / "out")[0].startswith("checkpoint-")

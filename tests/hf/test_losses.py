@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArgu
 from hf_divguard import DivGuardMixin, DivGuardTrainer, NonFiniteDetector
 from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.hf.losses import StepLosses
-from tests.conftest import TokenRows, base_arguments, tiny_model
+from tests.tiny import TokenRows, base_arguments, tiny_model
 
 
 class Recorder(NonFiniteDetector):

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.hf.watched_ranks import FAULT_STEP
+from tests.processes import run_python
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank of one torchrun says of every run."""
+    """How every run ended on each rank of one torchrun."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    # A free port, and an address that needs no look-up of the machine's name.
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    done = subprocess.run(
-        [*command, "-m", "tests.hf.watched_ranks", str(folder)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-m", "tests.hf.watched_ranks", folder, ranks=2, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -39,26 +25,26 @@ pytestmark = pytest.mark.slow  # one start of torchrun, some twelve seconds
 RUNS = [("loss", "stop"), ("loss", "abort"), ("gradient", "stop"), ("gradient", "abort")]
 
 
-@pytest.mark.parametrize(("spoils", "action"), RUNS)
+@pytest.mark.parametrize(("makes_nan", "action"), RUNS)
 def test_nan_on_one_rank_ends_both_at_the_check_that_follows(
-    spoils: str, action: str, on_two_ranks: list[dict[str, Any]]
+    makes_nan: str, action: str, on_two_ranks: list[dict[str, Any]]
 ) -> None:
     for rank in on_two_ranks:
-        run = rank[f"{spoils} {action}"]
+        run = rank[f"{makes_nan} {action}"]
         assert run["found_step"] == FAULT_STEP
         assert run["step"] == 15  # looked at before the save that is due there
-        assert run["found_metric"] == {"loss": "loss", "gradient": "grad_norm"}[spoils]
+        assert run["found_metric"] == {"loss": "loss", "gradient": "grad_norm"}[makes_nan]
         assert run["checkpoints"] == ([5, 10, 15] if action == "stop" else [5, 10])
 
 
-@pytest.mark.parametrize(("spoils", "action"), RUNS)
+@pytest.mark.parametrize(("makes_nan", "action"), RUNS)
 def test_both_ranks_leave_within_ten_seconds_of_the_fault(
-    spoils: str, action: str, on_two_ranks: list[dict[str, Any]]
+    makes_nan: str, action: str, on_two_ranks: list[dict[str, Any]]
 ) -> None:
-    first, second = (rank[f"{spoils} {action}"] for rank in on_two_ranks)
-    assert first["spoilt_at"] is None
-    assert 0 < first["left_at"] - second["spoilt_at"] < 10
-    assert 0 < second["left_at"] - second["spoilt_at"] < 10
+    first, second = (rank[f"{makes_nan} {action}"] for rank in on_two_ranks)
+    assert first["fault_at"] is None
+    assert 0 < first["left_at"] - second["fault_at"] < 10
+    assert 0 < second["left_at"] - second["fault_at"] < 10
 
 
 @pytest.mark.parametrize("average_tokens", [True, False], ids=["mean over all tokens", "mean of means"])

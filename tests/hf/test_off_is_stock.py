@@ -16,7 +16,8 @@ from hf_divguard import (
     DualWindowDivergenceDetector,
     verify_checkpoint,
 )
-from tests.conftest import Recorder, same_weights, weights
+from tests.conftest import Recorder
+from tests.tiny import same_weights, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 

@@ -20,7 +20,8 @@ from hf_divguard import (
     DivGuardTrainingArguments,
     NoCompleteCheckpointError,
 )
-from tests.conftest import AskAt, MetricByStep, Recorder, checkpoint_steps
+from tests.conftest import AskAt, MetricByStep, Recorder
+from tests.tiny import checkpoint_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 

@@ -11,8 +11,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from hf_divguard import NonFiniteDetector
-from tests.conftest import tiny_model
 from tests.hf.faults import NaNBatch, RatesUsed
+from tests.tiny import tiny_model
 
 MakeTrainer = Callable[..., Any]
 

@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 from hf_divguard import CheckpointError, DivergenceDetector, NonFiniteDetector, TrainingDivergedError
 from hf_divguard.hf.host import TransformersHost
 from hf_divguard.hf.restore import load_weights, weights_kept_on_error
-from tests.conftest import same_weights, tiny_model, weights
 from tests.hf.faults import NaNBatch, ScriptedRule
+from tests.tiny import same_weights, tiny_model, weights
 
 MakeTrainer = Callable[..., Any]
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,8 @@ from hf_divguard import (
     DualTimeScaleDivergenceDetector,
     DualWindowDivergenceDetector,
 )
-from tests.conftest import TokenRows, base_arguments, same_weights, tiny_model, weights
+from tests.processes import kill_self
+from tests.tiny import TokenRows, base_arguments, same_weights, tiny_model, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 
@@ -202,36 +200,24 @@ class KillAt(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_self()
 
 
-def main(folder: str, kill_at: str) -> None:
-    trainer = make_run(Path(folder), ema("loss", "warn"), KillAt(int(kill_at)), save_steps=2)
-    trainer.train()
+def train_until_killed(rank: int, folder: str, at_step: int) -> None:
+    make_run(Path(folder), ema("loss", "warn"), KillAt(at_step), save_steps=2).train()
 
 
-@pytest.mark.slow
-def test_a_process_killed_after_a_save_resumes_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_process_killed_after_a_save_resumes_as_if_nothing_had_happened(
+    run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
     whole_detector, detector = ema("loss", "warn"), ema("loss", "warn")
     whole = make_run(tmp_path / "whole", whole_detector, save_steps=2)
     whole.train()
-    root = Path(__file__).parents[2]
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.hf.test_resume_exact", str(tmp_path / "killed"), "6"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (killed,) = run_ranks(train_until_killed, folder=tmp_path / "killed", at_step=6)
+    assert killed.error == "it ended with -9", killed.log
     resumed = make_run(tmp_path / "killed", detector, save_steps=2)
     resumed.train(resume_from_checkpoint=True)
     assert whole_detector.findings
     assert told(detector) == [entry for entry in told(whole_detector) if entry[0] > 6]
     assert logs_of(resumed) == logs_of(whole)
     assert same_weights(weights(resumed.model), weights(whole.model))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -17,15 +17,8 @@ from hypothesis import strategies as st
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
-from tests.conftest import (
-    AskAt,
-    MetricByStep,
-    Recorder,
-    TokenRows,
-    base_arguments,
-    checkpoint_steps,
-    tiny_model,
-)
+from tests.conftest import AskAt, MetricByStep, Recorder
+from tests.tiny import TokenRows, base_arguments, checkpoint_steps, tiny_model
 
 # The stock Trainer doubts the times of folders that are made within a second.
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")

@@ -24,7 +24,7 @@ from hf_divguard import (
     find_checkpoints,
     latest_complete_checkpoint,
 )
-from tests.conftest import ScriptedMetric, checkpoint_steps, same_weights, tiny_model, weights
+from tests.conftest import ScriptedMetric
 from tests.hf.faults import (
     QUICK,
     AtRollback,
@@ -40,6 +40,7 @@ from tests.hf.faults import (
     same_state,
     saved_weights,
 )
+from tests.tiny import checkpoint_steps, same_weights, tiny_model, weights
 
 MakeTrainer = Callable[..., Any]
 

@@ -3,55 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_divguard import find_checkpoints
-from tests.hf.rolled_back import MOMENTS
+from tests.hf import rollback_runs
+from tests.hf.rollback_runs import MOMENTS
 
-pytestmark = pytest.mark.slow  # every process imports torch anew
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_module(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run ``tests.hf.rolled_back`` in a process of its own, or in the processes of a launcher."""
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.hf.rolled_back", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
+pytestmark = pytest.mark.slow
 
 # ---- two ranks
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank says of every case."""
+def two_ranks(
+    run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """How every case ended on each rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    # A free port, and an address that needs no look-up of the machine's name.
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d")
-    launcher += ("--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
-    done = run_module(str(folder), launcher=launcher)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    outcomes = run_ranks(rollback_runs.roll_back_on_ranks, 2, folder=folder, timeout=300)
+    return [outcome.check() for outcome in outcomes]
 
 
 CASES = ["disk", "memory", "accumulation", "one bad rank", "rate", "resumed"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_ranks_tell_the_same_events_and_end_with_the_same_weights(
+def test_both_ranks_have_the_same_events_and_end_with_the_same_weights(
     two_ranks: list[dict[str, Any]], case: str
 ) -> None:
     """One decision, one target, one state."""
@@ -76,7 +57,9 @@ def test_a_rolled_back_run_of_two_ranks_learns_on(two_ranks: list[dict[str, Any]
     assert two_ranks[0]["rate"]["loss_at_the_end"] < two_ranks[0]["rate"]["loss_before"]
 
 
-def test_a_resume_of_two_ranks_ends_as_the_run_that_went_through(two_ranks: list[dict[str, Any]]) -> None:
+def test_a_resume_of_two_ranks_ends_as_the_run_without_an_interruption(
+    two_ranks: list[dict[str, Any]],
+) -> None:
     """Same events, same weights."""
     assert two_ranks[0]["resumed"] == two_ranks[0]["disk"]
 
@@ -85,26 +68,23 @@ def test_a_resume_of_two_ranks_ends_as_the_run_that_went_through(two_ranks: list
 
 
 @pytest.fixture(scope="module")
-def never_killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What comes of the run if nobody kills it."""
-    folder = tmp_path_factory.mktemp("never_killed")
-    done = run_module(str(folder))
-    assert done.returncode == 0, done.stderr[-6000:]
-    return dict(json.loads((folder / "told.json").read_text()))
+def never_killed(run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """How the run ends if nothing kills it."""
+    (outcome,) = run_ranks(rollback_runs.train_or_resume, folder=tmp_path_factory.mktemp("never_killed"))
+    return dict(outcome.check())
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_during_a_rollback_and_resumed_it_is_the_run_that_was_never_killed(
-    moment: str, tmp_path: Path, never_killed: dict[str, Any]
+    moment: str, run_ranks: Callable[..., Any], tmp_path: Path, never_killed: dict[str, Any]
 ) -> None:
-    """Same events, same counter, same weights; and what was left behind is a complete checkpoint."""
-    killed = run_module(str(tmp_path), moment)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-6000:]
-    left = [info for info in find_checkpoints(tmp_path / "out") if info.verdict.status == "complete"]
-    assert left[-1].verdict.resumable
-    resumed = run_module(str(tmp_path))
-    assert resumed.returncode == 0, resumed.stderr[-6000:]
-    assert json.loads((tmp_path / "told.json").read_text()) == never_killed
-    lines = (tmp_path / "out" / "divguard" / "events.jsonl").read_text().splitlines()
+    """Same events, same counter, same weights; and the newest complete checkpoint can be resumed."""
+    (killed,) = run_ranks(rollback_runs.train_or_resume, folder=tmp_path, moment=moment)
+    assert killed.error == "it ended with -9", killed.log
+    complete = [info for info in find_checkpoints(tmp_path) if info.verdict.status == "complete"]
+    assert complete[-1].verdict.resumable
+    (resumed,) = run_ranks(rollback_runs.train_or_resume, folder=tmp_path)
+    assert resumed.check() == never_killed
+    lines = (tmp_path / "divguard" / "events.jsonl").read_text().splitlines()
     in_file = [(event["event"], event["number"], event["step"]) for event in map(json.loads, lines)]
     assert in_file == [(event["event"], event["number"], event["step"]) for event in never_killed["events"]]

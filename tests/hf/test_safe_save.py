@@ -17,8 +17,9 @@ from hf_divguard.storage.checkpoints import find_checkpoints, verify_checkpoint
 from hf_divguard.storage.manifest import read_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.quarantine import quarantine
-from tests.conftest import same_weights, tiny_model, weights
+from tests.hf import scenarios
 from tests.storage.conftest import damages, tree
+from tests.tiny import same_weights, tiny_model, weights
 
 GUARDED = {"eval_on_save": True, "max_steps": 6}
 
@@ -44,7 +45,7 @@ def start_of(make_trainer: Callable[..., Any], folder: Path, resume: Any = True,
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders with the checkpoints 2, 4 and 6: ``guarded``, with ``checksums``, and of the ``stock`` Trainer."""
     from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
-    from tests.conftest import TokenRows, base_arguments
+    from tests.tiny import TokenRows, base_arguments
 
     root = tmp_path_factory.mktemp("saved")
     data = {"train_dataset": TokenRows(), "eval_dataset": TokenRows(rows=8, seed=1)}
@@ -427,20 +428,27 @@ def test_a_folder_that_cannot_be_deleted_does_not_end_the_run(
 @pytest.mark.parametrize(
     ("mode", "moment"),
     [
-        ("staged", "write"),
-        ("staged", "between the renames"),
-        ("staged", "after"),
-        ("in_place", "write"),
-        ("in_place", "after"),
+        ("staged", "host wrote"),
+        ("staged", "manifest written"),
+        ("staged", "old checkpoint moved aside"),
+        ("staged", "checkpoint published"),
+        ("staged", None),
+        ("in_place", "host wrote"),
+        ("in_place", None),
     ],
 )
 def test_saving_a_step_again_never_leaves_the_run_without_a_checkpoint(
-    mode: str, moment: str, run_ranks: Callable[..., Any], make_trainer: Callable[..., Any], tmp_path: Path
+    mode: str,
+    moment: str | None,
+    run_ranks: Callable[..., Any],
+    make_trainer: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     outcome = run_ranks(
-        "kill_during_a_second_save", output_dir=tmp_path / "out", save_mode=mode, moment=moment
+        scenarios.kill_during_a_second_save, output_dir=tmp_path / "out", save_mode=mode, moment=moment
     )
-    expected = None if (moment, mode) == ("write", "in_place") else "it ended with -9"
+    # In place the step is not written again.
+    expected = None if (moment, mode) == ("host wrote", "in_place") else "it ended with -9"
     assert outcome[0].error == expected, outcome[0].log
     assert start_of(make_trainer, tmp_path / "out", max_steps=4) == 2
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import checkpoint_steps
+from tests.hf import scenarios
+from tests.tiny import checkpoint_steps
 
 BEST = {"preserve_best_model": True, "save_total_limit": 1}
 
@@ -20,10 +21,16 @@ def test_a_nan_metric_on_one_rank_only_leaves_the_folders_that_rank_0_decides_on
 ) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": strategy}
     both = run_ranks(
-        "rank_with_a_nan", 2, output_dir=tmp_path / "both", on_rank=on_rank, timeout=90, **BEST, **options
+        scenarios.rank_with_a_nan,
+        2,
+        output_dir=tmp_path / "both",
+        on_rank=on_rank,
+        timeout=90,
+        **BEST,
+        **options,
     )
     (alone,) = run_ranks(
-        "rank_with_a_nan",
+        scenarios.rank_with_a_nan,
         output_dir=tmp_path / "alone",
         on_rank=0 if on_rank == 0 else -1,
         **BEST,
@@ -50,7 +57,7 @@ def test_both_ranks_stop_at_the_same_step(
     first, second = (
         outcome.check()
         for outcome in run_ranks(
-            "train",
+            scenarios.train,
             2,
             output_dir=tmp_path / "out",
             timeout=90,
@@ -75,7 +82,7 @@ def test_a_nan_metric_on_one_rank_only_stops_both_at_the_same_step(
     run_ranks: Callable[..., Any], tmp_path: Path, on_rank: int, action: str
 ) -> None:
     outcomes = run_ranks(
-        "rank_with_a_nan",
+        scenarios.rank_with_a_nan,
         2,
         output_dir=tmp_path / "out",
         on_rank=on_rank,

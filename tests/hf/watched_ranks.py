@@ -1,4 +1,4 @@
-"""What ``test_nan_ranks`` has torchrun do on two ranks: runs with a fault on one rank only; writes what came of each."""
+"""Runs with a fault on one rank of two, for ``test_nan_ranks`` under torchrun; writes how each of them ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers
 from torch.utils.data import Dataset
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDetector
-from tests.conftest import TokenRows, base_arguments, checkpoint_steps, tiny_model
+from tests.tiny import TokenRows, base_arguments, checkpoint_steps, tiny_model
 
 FAULT_STEP = 13
 
@@ -50,26 +50,26 @@ class NoteTimes(transformers.TrainerCallback):
 class OneBadRank(DivGuardTrainer):
     """Makes the loss, or a gradient, of rank 1 NaN at one step."""
 
-    spoils = "loss"
-    spoilt_at: float | None = None
+    makes_nan = "loss"
+    fault_at: float | None = None
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 0 and self.spoils == "gradient":
-            next(model.parameters()).register_hook(self.spoil)
+        if self.state.global_step == 0 and self.makes_nan == "gradient":
+            next(model.parameters()).register_hook(self.put_nan)
         return super().training_step(model, *args, **kwargs)
 
-    def spoil(self, value: torch.Tensor) -> torch.Tensor:
+    def put_nan(self, value: torch.Tensor) -> torch.Tensor:
         if self.state.global_step + 1 != FAULT_STEP or self.args.process_index != 1:
             return value
-        self.spoilt_at = time.time()
+        self.fault_at = time.time()
         return value * math.nan
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        return self.spoil(loss) if self.spoils == "loss" and self.model.training else loss
+        return self.put_nan(loss) if self.makes_nan == "loss" and self.model.training else loss
 
 
-def run_with_a_fault(output_dir: Path, spoils: str, detector: str, action: str) -> dict[str, Any]:
+def run_with_a_fault(output_dir: Path, makes_nan: str, detector: str, action: str) -> dict[str, Any]:
     options = {"max_steps": 60, "logging_steps": 100, "save_steps": 5, "eval_strategy": "no"}
     trainer = OneBadRank(
         model=tiny_model(),
@@ -81,7 +81,7 @@ def run_with_a_fault(output_dir: Path, spoils: str, detector: str, action: str) 
         train_dataset=TokenRows(),
         callbacks=[times := NoteTimes()],
     )
-    trainer.spoils = spoils
+    trainer.makes_nan = makes_nan
     trainer.train()
     dist.barrier()
     found = getattr(trainer.state, "divguard_finding", None)
@@ -89,14 +89,14 @@ def run_with_a_fault(output_dir: Path, spoils: str, detector: str, action: str) 
         "step": trainer.state.global_step,
         "found_step": found.step if found else None,
         "found_metric": found.metric if found else None,
-        "spoilt_at": trainer.spoilt_at,
+        "fault_at": trainer.fault_at,
         "left_at": times.left_at,
         "checkpoints": sorted(checkpoint_steps(output_dir)),
     }
 
 
 class Recorder(NonFiniteDetector):
-    """Keeps what it is shown."""
+    """Keeps the losses that it gets."""
 
     def __init__(self) -> None:
         super().__init__(action="warn")
@@ -108,7 +108,7 @@ class Recorder(NonFiniteDetector):
 
 
 class ByHand(DivGuardTrainer):
-    """Adds up the losses of the tokens of each micro-batch of this rank on its own."""
+    """Adds up the losses of the tokens of each micro-batch of this rank itself."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -155,14 +155,14 @@ def run_by_hand(output_dir: Path, average_tokens: bool) -> dict[str, Any]:
 
 
 def results(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for spoils, detector, action in (
+    for makes_nan, detector, action in (
         ("loss", "nonfinite", "stop"),
         ("loss", "adaptive", "abort"),
         ("gradient", "adaptive", "stop"),
         ("gradient", "nonfinite", "abort"),
     ):
-        name = f"{spoils} {action}"
-        yield name, run_with_a_fault(folder / name, spoils, detector, action)
+        name = f"{makes_nan} {action}"
+        yield name, run_with_a_fault(folder / name, makes_nan, detector, action)
     for average in (True, False):
         yield f"by hand {average}", run_by_hand(folder / "by hand", average)
 

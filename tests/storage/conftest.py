@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +13,14 @@ import pytest
 from hf_divguard.storage.checkpoints import Verdict
 from hf_divguard.storage.manifest import build_manifest, write_manifest
 from hf_divguard.storage.sidecar import CheckpointRecord, Sidecar, write_sidecar
+from tests.processes import run_python
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the runs ``full``, ``only_model`` and ``adapter``, checkpoints 2 and 4 in each."""
     root = tmp_path_factory.mktemp("trained")
-    script = Path(__file__).with_name("train_tiny.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(root)], capture_output=True, text=True, timeout=300
-    )
+    done = run_python("-W", "ignore", "-m", "tests.storage.train_tiny", root)
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 
