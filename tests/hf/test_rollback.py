@@ -788,7 +788,7 @@ def test_engines_that_own_the_optimizer_are_refused_before_the_first_step(
     setattr(trainer, attribute, True)
     with pytest.raises(ValueError, match=said) as caught:
         trainer.train()
-    assert "Use the action 'stop' and restart" in str(caught.value)
+    assert "Set the action to 'stop', and resume from the checkpoint" in str(caught.value)
     assert "DistributedDataParallel" in str(caught.value)
 
 
