@@ -1,11 +1,13 @@
-"""The walls of the house: arrows point down, and only the floor of the host knows torch and transformers."""
+"""The layers of the package: imports point down, and only ``hf`` knows torch and transformers."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +26,16 @@ ALLOWED = {
 HOST = ("torch", "transformers", "accelerate", "safetensors", "peft", "datasets", "numpy")
 
 
-def imported_modules(source: str) -> Iterator[str]:
-    """Yield every module that ``source`` imports, in functions and for type checkers too."""
-    for node in ast.walk(ast.parse(source)):
+def imported_modules(source: str, *, when_running: bool = False) -> Iterator[str]:
+    """Yield every module that ``source`` imports, in functions too, and unless ``when_running`` for type checkers."""
+    tree = ast.parse(source)
+    if when_running:
+        tree.body = [
+            node
+            for node in tree.body
+            if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -63,7 +72,7 @@ def test_every_import_points_down() -> None:
     [
         ("core/rule.py", "import torch"),
         ("core/rule.py", "from hf_divguard.storage.names import MANIFEST_NAME"),
-        ("core/rule.py", "from ..storage import layout"),
+        ("core/rule.py", "from ..storage import names"),
         ("core/deep/rule.py", "def late():\n    import numpy.linalg"),
         ("storage/files.py", "from hf_divguard.hf.trainer import DivGuardTrainer"),
         ("storage/files.py", "import safetensors"),
@@ -91,3 +100,110 @@ def test_imports_that_point_down_are_not_noticed(tmp_path: Path) -> None:
         (tmp_path / where).parent.mkdir(exist_ok=True)
         (tmp_path / where).write_text(line, encoding="utf-8")
     assert breaches(tmp_path) == []
+
+
+# ---- inside hf
+
+HF = "hf_divguard.hf."
+COMPONENTS = ("losses", "evaluation", "saving", "rollback", "callbacks", "detectors", "reports")
+"""The parts that a run brings together. None of them knows the trainer or the run."""
+
+PRIVATE_MEMBER = re.compile(r"(?:trainer|host)\._[a-z]|super\(\)\._[a-z]")
+CONTROL_SWITCH = re.compile(r"control\.should_[a-z_]+ *(?:=[^=]|\|=)")
+MAY_NAME_PRIVATE_MEMBERS = {"hf/host.py", "hf/trainer.py"}
+MAY_SET_CONTROL = {"hf/control.py"}
+
+
+def sources(package: Path) -> Iterator[tuple[str, str]]:
+    """Yield the path of every module, relative to the package, and its source."""
+    for path in sorted(package.rglob("*.py")):
+        yield path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")
+
+
+def components_that_know_the_run(package: Path) -> list[str]:
+    """Return the modules below the run that import the trainer or the run."""
+    above = (HF + "trainer", HF + "run")
+    return [
+        name
+        for name, source in sources(package)
+        if name.startswith("hf/") and name not in ("hf/trainer.py", "hf/run.py")
+        for module in imported_modules(source, when_running=True)
+        if module in above
+    ]
+
+
+def matches_outside(package: Path, pattern: re.Pattern[str], allowed: set[str]) -> list[str]:
+    """Return the modules with code that matches ``pattern`` and are not ``allowed`` to."""
+    return [name for name, source in sources(package) if name not in allowed and pattern.search(source)]
+
+
+def names_of_hf_in_core(package: Path) -> list[str]:
+    """Return the classes of ``hf`` that a module of ``core`` names, with the module."""
+    classes = {
+        node.name
+        for name, source in sources(package)
+        if name.startswith("hf/")
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef)
+    }
+    return [
+        f"{name} names {word}"
+        for name, source in sources(package)
+        if name.startswith("core/")
+        for word in sorted(set(re.findall(r"[A-Za-z_]+", source)) & classes)
+    ]
+
+
+def test_components_know_neither_trainer_nor_run() -> None:
+    assert components_that_know_the_run(PACKAGE) == []
+
+
+def test_private_members_of_the_host_are_named_in_two_files() -> None:
+    assert matches_outside(PACKAGE, PRIVATE_MEMBER, MAY_NAME_PRIVATE_MEMBERS) == []
+
+
+def test_the_control_is_set_in_one_file() -> None:
+    assert matches_outside(PACKAGE, CONTROL_SWITCH, MAY_SET_CONTROL) == []
+
+
+def test_the_core_knows_no_name_of_hf() -> None:
+    assert names_of_hf_in_core(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "line", "check"),
+    [
+        ("hf/saving.py", "from hf_divguard.hf.run import GuardedRun", components_that_know_the_run),
+        ("hf/rollback.py", "def f():\n    import hf_divguard.hf.trainer", components_that_know_the_run),
+        (
+            "hf/saving.py",
+            "step = host._globalstep_last_logged",
+            lambda package: matches_outside(package, PRIVATE_MEMBER, MAY_NAME_PRIVATE_MEMBERS),
+        ),
+        (
+            "hf/losses.py",
+            "super()._save_checkpoint(model)",
+            lambda package: matches_outside(package, PRIVATE_MEMBER, MAY_NAME_PRIVATE_MEMBERS),
+        ),
+        (
+            "hf/detectors.py",
+            "control.should_save = False",
+            lambda package: matches_outside(package, CONTROL_SWITCH, MAY_SET_CONTROL),
+        ),
+        (
+            "core/registry.py",
+            '"""Used by Guard."""',
+            lambda package: names_of_hf_in_core(package),
+        ),
+    ],
+    ids=["run", "trainer", "private member", "private override", "control", "name of hf"],
+)
+def test_a_breach_inside_hf_is_noticed(tmp_path: Path, where: str, line: str, check: Any) -> None:
+    """Each of the checks above can fail."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "guard.py").write_text("class Guard:\n    pass\n", encoding="utf-8")
+    assert check(tmp_path) == []
+    path = tmp_path / where
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(line, encoding="utf-8")
+    assert len(check(tmp_path)) == 1

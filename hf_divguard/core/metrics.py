@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-__all__ = ["HIGHER_IS_BETTER", "LOWER_IS_BETTER", "greater_is_better", "with_eval_prefix"]
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "LOWER_IS_BETTER",
+    "evaluation_loss_key",
+    "greater_is_better",
+    "with_eval_prefix",
+]
 
 LOWER_IS_BETTER = frozenset(
     "loss nll perplexity ppl bpb bpc bits_per_byte wer cer ter mer wil error err errors mse rmse mae mape "
@@ -56,3 +63,18 @@ def greater_is_better(name: str) -> bool | None:
         if ending in HIGHER_IS_BETTER:
             return True
     return None
+
+
+def evaluation_loss_key(metrics: dict[str, Any]) -> str:
+    """Return the key of the loss in what one evaluation gave: ``eval_loss``, or ``eval_<set>_loss`` of its set.
+
+    The prefix is known by the running time that every evaluation reports.
+
+    Example:
+        >>> evaluation_loss_key({"eval_web_loss": 2.0, "eval_web_mlm_loss": 9.0, "eval_web_runtime": 0.5})
+        'eval_web_loss'
+    """
+    for key in metrics:
+        if key.startswith("eval_") and key.endswith("_runtime"):
+            return key.removesuffix("_runtime") + "_loss"
+    return "eval_loss"

@@ -1,14 +1,161 @@
-"""The detectors that need no threshold: the adaptive one, and the one for values that are not finite."""
+"""The detectors that take raw losses and need no threshold: the adaptive one, and the one for non-finite values."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 from typing import Any
 
 from hf_divguard.core.detection.adaptive import AdaptiveRule
+from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.core.detection.nonfinite import NonFiniteRule
-from hf_divguard.hf.detectors import RawLossDetector
+from hf_divguard.core.findings import Finding
+from hf_divguard.core.metrics import evaluation_loss_key
+from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.detectors import DivergenceDetector
+from hf_divguard.hf.resume_conditions import changed_conditions, conditions_of
+from hf_divguard.hf.watched_key import is_world_zero
 
-__all__ = ["AdaptiveDivergenceDetector", "NonFiniteDetector"]
+__all__ = ["AdaptiveDivergenceDetector", "NonFiniteDetector", "RawLossDetector"]
+
+logger = logging.getLogger(__name__)
+
+
+class RawLossDetector(DivergenceDetector):
+    """A detector whose rule takes the training loss with the gradient norm, and evaluation losses.
+
+    Under ``DivGuardTrainer`` it is fed the unfiltered loss of every optimizer step; under
+    the stock Trainer what is logged, and it says at the start what it cannot see there.
+
+    Args:
+        rule: An ``AdaptiveRule`` or ``NonFiniteRule``.
+        action: ``"warn"``, ``"stop"``, ``"abort"`` or ``"rollback"``.
+        metric_key: Key of the training loss in logs.
+        name: Name of the memory in checkpoints.
+    """
+
+    rule: AdaptiveRule | NonFiniteRule
+
+    def __init__(
+        self,
+        rule: AdaptiveRule | NonFiniteRule,
+        *,
+        action: str = "stop",
+        metric_key: str = "loss",
+        name: str | None = None,
+    ) -> None:
+        self.takes_raw_losses = False
+        self._scaler_patience = rule.scaler_patience
+        self._tells_sets_apart = "metric_key" in inspect.signature(rule.observe_eval).parameters
+        self._conditions: dict[str, Any] | None = None
+        super().__init__(rule, action=action, metric_key=metric_key, name=name)
+
+    def use_raw_losses(self, *, has_loss_scaler: bool) -> None:
+        """Take losses from the trainer instead of from logs.
+
+        Args:
+            has_loss_scaler: Whether a scaler searches its scale by overflowing. Without one
+                a single non-finite gradient has gone into the weights.
+        """
+        self.takes_raw_losses = self.metric_key == "loss"
+        self.rule.scaler_patience = self._scaler_patience if has_loss_scaler else 1
+
+    def use_logs(self) -> None:
+        """Take losses from logs again."""
+        self.takes_raw_losses = False
+        self.rule.scaler_patience = self._scaler_patience
+
+    # ---- memory
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory of the rule, and under which conditions the run trains."""
+        return {**super().state_dict(), "conditions": self._conditions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a memory; judge no rise for a while if the run goes on under other conditions.
+
+        A run that resumes as it was gives the same losses as if it had never been cut, and is
+        judged the same. After a change of the learning rate, the batch size or the number of
+        ranks, or without the optimizer's state, a loss is often higher for a while.
+
+        Raises:
+            ValueError: If the memory does not fit the rule.
+        """
+        state_dict = dict(state_dict)
+        before = state_dict.pop("conditions", None)
+        super().load_state_dict(state_dict)
+        changes = changed_conditions(before, self._conditions)
+        start_grace = getattr(self.rule, "start_grace", None)
+        if changes and start_grace is not None:
+            start_grace()
+            logger.info(
+                "%s judges no rise of the loss for a while after this resume: %s.", self._label, changes
+            )
+
+    # ---- the host's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start clean, and say what cannot be seen from logs alone."""
+        self._conditions = (
+            conditions_of(args, on_logs=not self.takes_raw_losses) if args is not None else None
+        )
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.metric_key != "loss" or self.takes_raw_losses or args is None or not is_world_zero(state):
+            return
+        unseen = []
+        steps: Any = getattr(state, "logging_steps", None) or getattr(args, "logging_steps", 1)
+        strategy = getattr(args.logging_strategy, "value", args.logging_strategy)
+        if strategy == "no":
+            unseen.append("any training loss (`logging_strategy` is 'no')")
+        elif strategy != "steps" or steps > 1:
+            span = "an epoch" if strategy == "epoch" else f"{steps:g} steps"
+            unseen.append(f"single steps (a log is the mean of {span})")
+        if strategy != "no" and getattr(args, "logging_nan_inf_filter", False):
+            unseen.append("NaN losses that `logging_nan_inf_filter` hides, except by their gradient norm")
+        if unseen:
+            logger.warning(
+                "%s works on logs here and cannot see: %s. `DivGuardTrainer` shows it every step.",
+                self._label,
+                "; ".join(unseen),
+            )
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Feed a log, unless the raw losses come from the trainer."""
+        if self.takes_raw_losses:
+            self._after_log(state, logs)
+            return
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Feed the evaluation loss, that of each evaluation set by itself."""
+        if self.metric_key.startswith("eval_"):
+            super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+            return
+        key = evaluation_loss_key(metrics or {})
+        value = (metrics or {}).get(key)
+        step = self._step(state)
+        if self._has_ended or not isinstance(value, (int, float)) or outcome_of(state).is_muted(step):
+            return
+        at = self._count if step is None else step
+        if self._tells_sets_apart:
+            finding = self.rule.observe_eval(at, float(value), metric_key=key)
+        elif key == "eval_loss":
+            finding = self.rule.observe_eval(at, float(value))
+        else:
+            return
+        if finding is not None:
+            self._handle(finding, args, state, control)
+
+    def _observe_step(self, values: StepValues) -> Finding | None:
+        return self.rule.observe(values.step, values.loss, values.grad_norm)
+
+    def _observe(self, step: int, value: float, logs: dict[str, Any]) -> Finding | None:
+        norm = logs.get("grad_norm") if self.metric_key == "loss" else None
+        return self.rule.observe(step, value, float(norm) if isinstance(norm, (int, float)) else None)
 
 
 class AdaptiveDivergenceDetector(RawLossDetector):

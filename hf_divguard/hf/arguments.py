@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
 
 from hf_divguard.core.detection.registry import make_rule
 from hf_divguard.core.metrics import greater_is_better, with_eval_prefix
 from hf_divguard.core.outcome import Action
+from hf_divguard.hf.argument_checks import (
+    check_ranking_has_evaluations,
+    check_something_is_saved,
+    json_object,
+    optional_bool,
+    require_bool,
+    require_choice,
+    require_whole,
+)
 
 __all__ = [
     "DetectorName",
     "DivGuardArgumentsMixin",
     "DivGuardTrainingArguments",
     "SaveMode",
-    "check_evaluation_data",
     "options_of",
 ]
 
@@ -28,52 +34,6 @@ logger = logging.getLogger(__name__)
 
 DetectorName = Literal["adaptive", "ema", "window", "nonfinite", "none"]
 SaveMode = Literal["auto", "staged", "in_place", "off"]
-
-_TRUE = {"true", "yes", "1", "t", "y"}
-_FALSE = {"false", "no", "0", "f", "n"}
-
-
-def _optional_bool(name: str, value: Any) -> bool | None:
-    """Return true, false or none as written on a command line or in a file."""
-    word = str(value).strip().lower()
-    if value is None or word in {"none", "null", ""}:
-        return None
-    if word in _TRUE:
-        return True
-    if word in _FALSE:
-        return False
-    raise ValueError(f"`{name}` must be true, false or none, got {value!r}.")
-
-
-def _require_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be true or false, got {value!r} of type {type(value).__name__}.")
-
-
-def _require_whole(name: str, value: Any, unit: str, *, at_least: int, instead: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(
-            f"`{name}` must be a whole number of {unit}, at least {at_least}, got {value!r}.{instead}"
-        )
-
-
-def _json_object(name: str, value: Any) -> dict[str, Any] | None:
-    """Return settings that were given as a mapping or, on a command line, as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError as error:
-            raise ValueError(
-                f"`{name}` must be a JSON object like '{{\"threshold\": 1.0}}', got {value!r}: {error}."
-            ) from None
-    if value is None or (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
-        return value
-    raise ValueError(f"`{name}` must be a JSON object or a dict of settings, got {value!r}.")
-
-
-def _require_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"`{name}` must be one of {list(get_args(choices))}, got {value!r}.")
 
 
 # To a type checker the mixin is the class of arguments it will be mixed into.
@@ -267,9 +227,9 @@ class DivGuardArgumentsMixin(_Host):
             if lift_alignment:
                 self.load_best_model_at_end = True
         if self.eval_on_save:
-            self._check_something_is_saved()
+            check_something_is_saved(self)
         if self.preserve_best_model:
-            self._check_ranking_has_evaluations()
+            check_ranking_has_evaluations(self)
 
     @property
     def divguard_greater_is_better(self) -> bool | None:
@@ -305,37 +265,35 @@ class DivGuardArgumentsMixin(_Host):
             "divguard_fsync",
             "divguard_restore_rng",
         ):
-            _require_bool(name, getattr(self, name))
-        self.best_model_greater_is_better = _optional_bool(  # type: ignore[assignment]
+            require_bool(name, getattr(self, name))
+        self.best_model_greater_is_better = optional_bool(  # type: ignore[assignment]
             "best_model_greater_is_better", self.best_model_greater_is_better
         )
         if not isinstance(self.best_model_metric, str) or not self.best_model_metric.strip():
             raise ValueError(
                 f"`best_model_metric` must be the name of an evaluation metric, got {self.best_model_metric!r}."
             )
-        _require_whole(
+        require_whole(
             "preserve_n_best",
             self.preserve_n_best,
             "checkpoints",
             at_least=1,
             instead=" To keep no best checkpoint, set `preserve_best_model=False`.",
         )
-        _require_choice("divguard_save_mode", self.divguard_save_mode, SaveMode)
-        _require_choice("divguard_on_save_error", self.divguard_on_save_error, Literal["raise", "continue"])
-        _require_choice("divguard_detector", self.divguard_detector, DetectorName)
-        _require_choice("divguard_action", self.divguard_action, Action)
-        _require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)
-        _require_whole("divguard_max_rollbacks", self.divguard_max_rollbacks, "rollbacks", at_least=1)
+        require_choice("divguard_save_mode", self.divguard_save_mode, SaveMode)
+        require_choice("divguard_on_save_error", self.divguard_on_save_error, Literal["raise", "continue"])
+        require_choice("divguard_detector", self.divguard_detector, DetectorName)
+        require_choice("divguard_action", self.divguard_action, Action)
+        require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)
+        require_whole("divguard_max_rollbacks", self.divguard_max_rollbacks, "rollbacks", at_least=1)
         for name in ("cooldown_steps", "rollback_margin_steps", "rewarm_steps", "snapshot_steps"):
-            _require_whole(
+            require_whole(
                 f"divguard_{name}", getattr(self, f"divguard_{name}"), "optimizer steps", at_least=0
             )
         factor = self.divguard_rollback_lr_factor
         if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0.0 < factor <= 1.0:
             raise ValueError(f"`divguard_rollback_lr_factor` must be above 0 and at most 1, got {factor!r}.")
-        self.divguard_detector_kwargs = _json_object(
-            "divguard_detector_kwargs", self.divguard_detector_kwargs
-        )
+        self.divguard_detector_kwargs = json_object("divguard_detector_kwargs", self.divguard_detector_kwargs)
         if self.divguard_detector != "none":
             make_rule(
                 self.divguard_detector,
@@ -381,56 +339,6 @@ class DivGuardArgumentsMixin(_Host):
                 host.greater_is_better = self.divguard_greater_is_better
             else:
                 host.greater_is_better = not host.metric_for_best_model.endswith("loss")
-
-    def _check_something_is_saved(self) -> None:
-        if self.save_strategy == "best" and self.eval_strategy == "no":
-            raise ValueError(
-                "`save_strategy` is 'best', which saves when an evaluation is better than all before, but "
-                "`eval_strategy` is 'no': nothing would ever be saved. Set `eval_strategy` to 'steps' or 'epoch'."
-            )
-
-    def _check_ranking_has_evaluations(self) -> None:
-        if self.eval_on_save:
-            return
-        host: Any = self
-        eval_strategy = str(getattr(host.eval_strategy, "value", host.eval_strategy))
-        save_strategy = str(getattr(host.save_strategy, "value", host.save_strategy))
-        if eval_strategy == "no":
-            raise ValueError(
-                "`preserve_best_model=True` ranks checkpoints by evaluations, but `eval_strategy` is 'no' and "
-                "`eval_on_save` is off. Set `eval_on_save=True` to evaluate before every save."
-            )
-        apart = save_strategy in ("steps", "epoch") and save_strategy != eval_strategy
-        if save_strategy == eval_strategy == "steps" and host.save_steps >= 1 and host.eval_steps >= 1:
-            apart = host.save_steps % host.eval_steps != 0
-        if apart:
-            logger.warning(
-                "Checkpoints are ranked only where an evaluation falls on the very step of a save; with "
-                "eval_strategy=%s (eval_steps=%s) and save_strategy=%s (save_steps=%s) some saves have none and can "
-                "never be best. Set `eval_on_save=True` to evaluate before every save.",
-                eval_strategy,
-                self.eval_steps,
-                save_strategy,
-                self.save_steps,
-            )
-
-
-def check_evaluation_data(options: Any, eval_dataset: Any) -> None:
-    """Raise ``ValueError`` if an option needs an evaluation data set, or a metric, that cannot come."""
-    if options.eval_on_save and eval_dataset is None:
-        raise ValueError(
-            "`eval_on_save=True` evaluates before every save, but there is no `eval_dataset`. Pass one to the "
-            "trainer, or set `eval_on_save=False`."
-        )
-    if options.preserve_best_model and isinstance(eval_dataset, Mapping):
-        metric = options.divguard_ranking_key.removeprefix("eval_")
-        if not any(metric.startswith(f"{name}_") for name in eval_dataset):
-            likely = [f"{name}_{metric}" for name in eval_dataset]
-            raise ValueError(
-                f"`best_model_metric={options.best_model_metric!r}` names no metric of the evaluation sets "
-                f"{list(eval_dataset)}: with several sets each metric carries the name of its set. Set it to one "
-                f"of {likely}."
-            )
 
 
 def options_of(args: Any) -> Any:

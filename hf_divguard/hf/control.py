@@ -19,6 +19,7 @@ __all__ = [
     "apply",
     "cancel_end",
     "enforce_abort",
+    "mark_run_output",
     "merge_over_ranks",
     "outcome_of",
     "request_evaluation_before_save",
@@ -99,6 +100,13 @@ def outcome_of(state: Any) -> RunOutcome:
         if isinstance(state, TrainerState):
             state.__class__ = _guarded(type(state))
     return held
+
+
+def mark_run_output(state: Any, logs: dict[str, Any] | None) -> None:
+    """Write into the final log, which is also the run's output, that the run did not finish normally."""
+    if logs and "train_runtime" in logs and outcome_of(state).finding is not None:
+        logs["divguard/finished"] = 0
+        logs["divguard/stopped_at_step"] = state.global_step
 
 
 # ---- on the control

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -22,7 +22,6 @@ __all__ = [
     "HAS_ROTATE_METHOD",
     "Host",
     "SaveInProgress",
-    "TransformersHost",
     "rewrite_best",
     "rotate_as_host",
     "save_limit",
@@ -66,84 +65,8 @@ def save_limit(args: Any, limit: int | None) -> Iterator[None]:
         args.save_total_limit = before
 
 
-class Host(Protocol):
-    """What the guards use of a trainer. ``tests/hf/fake_host.py`` has an implementation without one."""
-
-    last_logged_step: int
-    """Step of the last training log."""
-    total_loss: float
-    """Sum of the losses of the logged steps of this ``train()`` call."""
-
-    @property
-    def args(self) -> Any:
-        """The ``TrainingArguments``."""
-
-    @property
-    def state(self) -> Any:
-        """The ``TrainerState``."""
-
-    @property
-    def control(self) -> Any:
-        """The ``TrainerControl``, as the callbacks left it."""
-
-    @property
-    def callbacks(self) -> list[Any]:
-        """The live list of callbacks, in the order in which they are called."""
-
-    @property
-    def model(self) -> Any:
-        """The model as the user gave it, not wrapped for several processes."""
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer."""
-
-    @property
-    def scheduler(self) -> Any:
-        """The schedule of the learning rate."""
-
-    @property
-    def scaler(self) -> Any:
-        """The gradient scaler of fp16 training, or ``None``."""
-
-    @property
-    def scales_losses(self) -> bool:
-        """Whether a loss scaler is at work: the host's own, or in fp16 that of an engine."""
-
-    @property
-    def engine_without_rollback(self) -> str | None:
-        """Why weights and optimizer cannot be restored inside the loop; ``None`` if they can."""
-
-    def log(self, logs: dict[str, float]) -> None:
-        """Log through the host, so that every tracker gets it."""
-
-    def add_to_running_loss(self, amount: float) -> float:
-        """Add to the losses that wait for the next log; return what must be added at the end of a step."""
-
-    def load_weights(self, checkpoint: str) -> None:
-        """Load the weights as the host does, without its warnings on missing keys."""
-
-    def load_scaler(self, checkpoint: str) -> None:
-        """Load the state of the gradient scaler."""
-
-    def load_random_states(self, checkpoint: str) -> None:
-        """Load the states of the random number generators."""
-
-    def saving_to(self, folder: str | None) -> contextlib.AbstractContextManager[SaveInProgress]:
-        """Have the host's save write into ``folder``, rotate nothing and upload nothing."""
-
-    def push(self, checkpoint: str) -> Any:
-        """Upload a finished checkpoint; return the job, or ``None``."""
-
-    def rotate(self, run_dir: str) -> None:
-        """Call the trainer's ``_rotate_checkpoints``."""
-
-    def rewrite_best(self, path: str) -> None:
-        """Bring what a ``trainer_state.json`` says of the best checkpoint up to the present state."""
-
-
-class TransformersHost:
-    """The host of a real ``Trainer``.
+class Host:
+    """What the guards use of a ``Trainer``. ``tests/hf/fake_host.py`` has one without a trainer.
 
     Args:
         trainer: The trainer.
@@ -156,44 +79,54 @@ class TransformersHost:
 
     @property
     def args(self) -> Any:
+        """The ``TrainingArguments``."""
         return self._trainer.args
 
     @property
     def state(self) -> Any:
+        """The ``TrainerState``."""
         return self._trainer.state
 
     @property
     def control(self) -> Any:
+        """The ``TrainerControl``, as the callbacks left it."""
         return self._trainer.control
 
     @property
     def callbacks(self) -> list[Any]:
+        """The live list of callbacks, in the order in which they are called."""
         return self._trainer.callback_handler.callbacks
 
     @property
     def model(self) -> Any:
+        """The model as the user gave it, not wrapped for several processes."""
         return self._trainer.model
 
     @property
     def optimizer(self) -> Any:
+        """The optimizer."""
         return self._trainer.optimizer
 
     @property
     def scheduler(self) -> Any:
+        """The schedule of the learning rate."""
         return self._trainer.lr_scheduler
 
     @property
     def scaler(self) -> Any:
+        """The gradient scaler of fp16 training, or ``None``."""
         return getattr(self._trainer.accelerator, "scaler", None)
 
     @property
     def scales_losses(self) -> bool:
+        """Whether a loss scaler is at work: the host's own, or in fp16 that of an engine."""
         return (
             self.scaler is not None or getattr(self._trainer.accelerator, "mixed_precision", "no") == "fp16"
         )
 
     @property
     def engine_without_rollback(self) -> str | None:
+        """Why weights and optimizer cannot be restored inside the loop; ``None`` if they can."""
         trainer = self._trainer
         if getattr(trainer, "is_deepspeed_enabled", False):
             return "DeepSpeed, whose engine owns the optimizer"
@@ -214,10 +147,12 @@ class TransformersHost:
     # ---- logs
 
     def log(self, logs: dict[str, float]) -> None:
+        """Log through the host, so that every tracker gets it."""
         self._trainer.log(logs)
 
     @property
     def last_logged_step(self) -> int:
+        """Step of the last training log."""
         return self._trainer._globalstep_last_logged
 
     @last_logged_step.setter
@@ -226,6 +161,7 @@ class TransformersHost:
 
     @property
     def total_loss(self) -> float:
+        """Sum of the losses of the logged steps of this ``train()`` call."""
         return float(self._trainer._total_loss_scalar)
 
     @total_loss.setter
@@ -233,6 +169,7 @@ class TransformersHost:
         self._trainer._total_loss_scalar = total
 
     def add_to_running_loss(self, amount: float) -> float:
+        """Add to the losses that wait for the next log; return what must be added at the end of a step."""
         running = getattr(self._trainer, "_tr_loss", None)
         if not isinstance(running, torch.Tensor):
             return amount  # until 5.0 the sum is a local variable of the host's loop
@@ -242,6 +179,7 @@ class TransformersHost:
     # ---- loading
 
     def load_weights(self, checkpoint: str) -> None:
+        """Load the weights as the host does, without its warnings on missing keys."""
         # The host warns of the second name of tied weights too, which no file holds. The caller checks for itself.
         self._trainer._issue_warnings_after_load = lambda *args, **kwargs: None  # shadows the method
         try:
@@ -250,15 +188,18 @@ class TransformersHost:
             del self._trainer._issue_warnings_after_load
 
     def load_scaler(self, checkpoint: str) -> None:
+        """Load the state of the gradient scaler."""
         self._trainer._load_scaler(checkpoint)
 
     def load_random_states(self, checkpoint: str) -> None:
+        """Load the states of the random number generators."""
         self._trainer._load_rng_state(checkpoint)
 
     # ---- saving
 
     @contextlib.contextmanager
     def saving_to(self, folder: str | None) -> Iterator[SaveInProgress]:
+        """Have the host's save write into ``folder``, rotate nothing and upload nothing."""
         trainer, state = self._trainer, self._trainer.state
         saving = SaveInProgress(folder, trainer.args.save_total_limit)
         # The host would look for the best checkpoint beside the folder it writes to, behind a barrier that a rank
@@ -273,13 +214,21 @@ class TransformersHost:
             state.best_global_step = best_step
 
     def push(self, checkpoint: str) -> Any:
+        """Upload a finished checkpoint; return the job, or ``None``."""
         self._trainer._push_from_checkpoint(checkpoint)
         return getattr(self._trainer, "push_in_progress", None)
 
     def rotate(self, run_dir: str) -> None:
+        """Call the trainer's ``_rotate_checkpoints``."""
         self._trainer._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
 
+    def rotate_after_own_save(self, run_dir: str) -> None:
+        """Call ``_rotate_checkpoints`` after a save of the host's own, where the host does not do so itself."""
+        if not HAS_ROTATE_METHOD and self._trainer.args.should_save:
+            self.rotate(run_dir)
+
     def rewrite_best(self, path: str) -> None:
+        """Bring what a ``trainer_state.json`` says of the best checkpoint up to the present state."""
         rewrite_best(self._trainer.state, path)
 
 

@@ -105,9 +105,15 @@ class StepLosses:
         return True
 
     def deliver(self, host: Host) -> None:
-        """Deliver what was collected so far. All ranks call it at the same step."""
+        """Deliver what was collected so far. All ranks call it at the same step.
+
+        A save outside of the end of a step, as on SIGTERM, closes the step that was just taken.
+        """
         if not self.is_collecting:
             return
+        if host.state.global_step > self._last_step:
+            self.close_step(host.state.global_step, None)
+            self._last_step = host.state.global_step
         values = self.drain(host.state.global_step)
         if values:
             for listener in self._listeners:

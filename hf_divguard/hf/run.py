@@ -74,9 +74,12 @@ class GuardedRun:
     # ---- life cycle
 
     def __enter__(self) -> GuardedRun:
-        with contextlib.ExitStack() as stack:
-            self._start(stack)
-            self._stack = stack.pop_all()
+        self._stack = contextlib.ExitStack()
+        try:
+            self._start(self._stack)
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -242,6 +245,7 @@ class GuardedRun:
             return
         if not self.checkpoints.is_active:
             write()
+            self.host.rotate_after_own_save(self._run_dir)
             return
         if rollback is not None:
             rollback.save_pending = False

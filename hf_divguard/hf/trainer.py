@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.arguments import check_evaluation_data, options_of
+from hf_divguard.hf.argument_checks import check_evaluation_data
+from hf_divguard.hf.arguments import options_of
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors_by_name import make_detector
 from hf_divguard.hf.host import (
     HAS_FINALIZE,
     HAS_ROTATE_METHOD,
+    Host,
     SaveInProgress,
-    TransformersHost,
     rotate_as_host,
     save_limit,
 )
@@ -128,20 +129,12 @@ class DivGuardMixin(_Host):
             greater_is_better=self._options.divguard_greater_is_better,
         )
 
-    def add_callback(self, callback: Any) -> None:
-        """Add a callback, as the stock Trainer does; during training the guards stay the last ones."""
-        super().add_callback(callback)
-        callbacks, run = self.callback_handler.callbacks, self._run
-        if run is not None and run.is_training and callbacks[-1] is not run.events:
-            callbacks.remove(run.events)
-            callbacks.append(run.events)
-
     # ---- the host's seams
 
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Entered again when `auto_find_batch_size` tries a smaller batch: everything starts from scratch.
         run = GuardedRun(
-            TransformersHost(self),
+            Host(self),
             self._options,
             run_dir=self._get_output_dir(kwargs.get("trial")),
             resumed_from=kwargs.get("resume_from_checkpoint"),
@@ -157,8 +150,9 @@ class DivGuardMixin(_Host):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch, as the stock Trainer does, and take its loss for the detectors."""
         run = self._run
-        if run is not None and run.is_training and self.callback_handler.callbacks[-1] is not run.events:
-            run.callbacks.put_last(run.events)
+        callbacks = self.callback_handler.callbacks
+        if run is not None and run.is_training and callbacks[-1] is not run.events:
+            run.callbacks.put_last(run.events)  # another callback has added one after ours
         loss = super().training_step(*args, **kwargs)
         if run is not None and run.losses.is_collecting:
             # A copy: a compiled model may reuse the memory of its output for the next batch.

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import transformers
 
-from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
+from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDetector
 from hf_divguard.storage.failpoints import watch_failpoints
 from hf_divguard.storage.names import STAGING_NAME
 from tests.processes import kill_at, kill_self
-from tests.tiny import TokenRows, base_arguments, tiny_model
+from tests.tiny import TokenRows, base_arguments, checkpoint_steps, tiny_model
 
 
 def trainer_of(output_dir: str, *, compute_metrics: Any = None, callbacks: Any = None, **options: Any) -> Any:
@@ -234,11 +234,8 @@ def train_with_a_limit_on_file_sizes(
     return report(trainer)
 
 
-def stop_by_sigterm(
-    rank: int, output_dir: str, at_step: int, event: str = "on_step_end", resume: Any = None, **options: Any
-) -> dict[str, Any]:
-    """Train until the host's own save on SIGTERM has ended the run; return what was on disk meanwhile."""
-    from transformers.trainer_jit_checkpoint import CheckpointManager
+def terminated_at(at_step: int, event: str, trainer: Any) -> Any:
+    """Return ``trainer``, which gets SIGTERM at ``event`` of ``at_step`` and saves at once."""
 
     # The timer of the host waits for SIGKILL first; here the moment of the save must be certain.
     class AtOnce:
@@ -249,7 +246,6 @@ def stop_by_sigterm(
             self._function()
 
     threading.Timer = AtOnce  # type: ignore[assignment, misc]
-    assert CheckpointManager
 
     class Terminate(transformers.TrainerCallback):
         """Stands before the host's callback, so that it acts on the same event."""
@@ -266,8 +262,36 @@ def stop_by_sigterm(
             if event == "on_step_end":
                 self._send(state)
 
-    trainer = trainer_of(output_dir, enable_jit_checkpoint=True, **options)
     trainer.callback_handler.callbacks.insert(0, Terminate())
+    return trainer
+
+
+def losses_before_sigterm(rank: int, output_dir: str, at_step: int) -> dict[str, Any]:
+    """Train until SIGTERM; return which checkpoints were saved and of which steps a detector has got losses."""
+    steps: list[int] = []
+
+    class Watch(NonFiniteDetector):
+        def on_raw_losses(self, values: list[Any], *args: Any) -> None:
+            steps.extend(entry.step for entry in values)
+
+    options = {
+        "save_strategy": "no",
+        "eval_on_save": False,
+        "logging_steps": 100,
+        "divguard_check_steps": 100,
+    }
+    trainer = trainer_of(
+        output_dir, enable_jit_checkpoint=True, callbacks=[Watch(action="warn")], max_steps=20, **options
+    )
+    terminated_at(at_step, "on_step_end", trainer).train()
+    return {"saved": sorted(checkpoint_steps(output_dir)), "losses": steps[: steps.index(at_step) + 1]}
+
+
+def stop_by_sigterm(
+    rank: int, output_dir: str, at_step: int, event: str = "on_step_end", resume: Any = None, **options: Any
+) -> dict[str, Any]:
+    """Train until the host's own save on SIGTERM has ended the run; return what was on disk meanwhile."""
+    trainer = terminated_at(at_step, event, trainer_of(output_dir, enable_jit_checkpoint=True, **options))
     seen: list[list[str]] = []
 
     def look(moment: str) -> None:

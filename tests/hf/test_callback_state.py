@@ -419,7 +419,7 @@ def test_a_smaller_batch_after_running_out_of_memory_starts_clean(make_trainer: 
     assert counts.state == {"steps": [1, 2, 3, 4, 5]}
     assert window.state_dict()["long_buffer"] == [log["loss"] for log in recorder.logs if "loss" in log][3:]
     assert [entry.step for entry in sorted(trainer.best_checkpoints(9), key=lambda e: e.step)] == [2, 4, 5]
-    assert not [c for c in trainer.callback_handler.callbacks if type(c).__module__.endswith("hf.run")]
+    assert not [c for c in trainer.callback_handler.callbacks if type(c).__module__.endswith("hf.run_events")]
 
 
 def test_a_detector_may_go_from_our_trainer_to_the_stock_one(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from hf_divguard import CheckpointError, DivergenceDetector, NonFiniteDetector, TrainingDivergedError
-from hf_divguard.hf.host import TransformersHost
+from hf_divguard.hf.host import Host
 from hf_divguard.hf.restore import load_weights, weights_kept_on_error
 from tests.hf.faults import NaNBatch, ScriptedRule
 from tests.tiny import same_weights, tiny_model, weights
@@ -117,7 +117,7 @@ def test_generators_are_where_they_were_after_a_load_under_other_names(
     trainer.train()
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    load_weights(TransformersHost(trainer), str(tmp_path / "out" / "checkpoint-4"))
+    load_weights(Host(trainer), str(tmp_path / "out" / "checkpoint-4"))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -183,7 +183,7 @@ def test_a_model_that_from_pretrained_cannot_build_is_refused_by_the_names_it_la
     del tensors["transformer.ln_f.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"`transformer\.ln_f\.weight`") as caught:
-        load_weights(TransformersHost(trainer), str(path.parent))
+        load_weights(Host(trainer), str(path.parent))
     assert "needed" in str(caught.value.__cause__)
 
 
@@ -239,7 +239,7 @@ def test_a_file_that_lacks_a_trained_weight_is_refused_and_nothing_is_changed(
         pytest.raises(CheckpointError, match=r"checkpoint-4 .*`transformer\.ln_f\.weight`"),
         weights_kept_on_error(trainer.model),
     ):
-        load_weights(TransformersHost(trainer), str(path.parent))
+        load_weights(Host(trainer), str(path.parent))
     assert same_weights(everything(trainer.model), before)
 
 

@@ -1,0 +1,75 @@
+"""The log key that a detector watches: warns if it cannot come, or does not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+__all__ = ["WatchedKey", "is_world_zero"]
+
+logger = logging.getLogger(__name__)
+
+# Rounds of logs (or evaluations) without the watched key after which the user is warned. An evaluation with
+# several data sets is one round; the first train log may lack a key that later ones have.
+_ROUNDS_BEFORE_MISSING = 3
+
+
+def is_world_zero(state: Any) -> bool:
+    """Return whether this process logs for the run; without a state it does."""
+    return bool(getattr(state, "is_world_process_zero", True))
+
+
+class WatchedKey:
+    """Watches whether one log key comes.
+
+    Args:
+        label: Name of the detector, for messages.
+        key: The log key.
+    """
+
+    def __init__(self, label: str, key: str) -> None:
+        self._label = label
+        self._key = key
+        self.was_seen = False
+        self._has_warned = False
+        self._rounds: set[int] = set()
+
+    def warn_if_nothing_evaluates(self, args: Any, state: Any) -> None:
+        """At the start, warn if the key is one of an evaluation and nothing evaluates."""
+        strategy = getattr(args, "eval_strategy", None)
+        evaluates = getattr(strategy, "value", strategy) != "no" or getattr(args, "eval_on_save", False)
+        if args is None or not self._key.startswith("eval_") or evaluates or not is_world_zero(state):
+            return
+        logger.warning(
+            "%s watches `%s`, but `eval_strategy` is 'no': unless something else evaluates, nothing is guarded. "
+            "Set `eval_strategy`, or watch `loss`.",
+            self._label,
+            self._key,
+        )
+
+    def is_missing_in(self, state: Any, values: dict[str, Any]) -> None:
+        """Note a log, or an evaluation, without the key; warn after the third."""
+        if self.was_seen or self._has_warned:
+            return
+        step = getattr(state, "global_step", None)
+        self._rounds.add(len(self._rounds) if step is None else step)
+        if len(self._rounds) >= _ROUNDS_BEFORE_MISSING:
+            self._warn(state, values)
+
+    def warn_if_it_never_came(self, state: Any) -> None:
+        """At the end, warn if the key was missing all the time."""
+        if not self.was_seen and self._rounds and not self._has_warned:
+            self._warn(state, {})
+
+    def _warn(self, state: Any, values: dict[str, Any]) -> None:
+        self._has_warned = True
+        if is_world_zero(state):
+            there = f" Keys that are there: {sorted(values)}." if values else ""
+            logger.warning(
+                "%s watches `%s`, but that key has not come in %d rounds of logs: nothing is being guarded.%s "
+                "Set `metric_key` to one of the logged keys.",
+                self._label,
+                self._key,
+                len(self._rounds),
+                there,
+            )
