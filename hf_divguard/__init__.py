@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hf_divguard.hf.trainer import DivGuardMixin, DivGuardTrainer
     from hf_divguard.replays import replay
     from hf_divguard.storage.checkpoints import (
+        Checkpoint,
+        Verdict,
         best_checkpoints,
         find_checkpoints,
         latest_complete_checkpoint,
@@ -44,6 +46,7 @@ _HOME = {
     "replay": "replays",
     "NonFiniteDetector": "hf.adaptive_detectors",
     "AdaptiveDivergenceDetector": "hf.adaptive_detectors",
+    "Checkpoint": "storage.checkpoints",
     "CheckpointError": "errors",
     "CheckpointSaveError": "errors",
     "DivGuardArgumentsMixin": "hf.arguments",
@@ -59,6 +62,7 @@ _HOME = {
     "MetricNotFoundError": "errors",
     "NoCompleteCheckpointError": "errors",
     "TrainingDivergedError": "errors",
+    "Verdict": "storage.checkpoints",
     "best_checkpoints": "storage.checkpoints",
     "find_checkpoints": "storage.checkpoints",
     "latest_complete_checkpoint": "storage.checkpoints",
@@ -67,6 +71,7 @@ _HOME = {
 
 __all__ = [
     "AdaptiveDivergenceDetector",
+    "Checkpoint",
     "CheckpointError",
     "CheckpointSaveError",
     "DivGuardArgumentsMixin",
@@ -83,6 +88,7 @@ __all__ = [
     "NoCompleteCheckpointError",
     "NonFiniteDetector",
     "TrainingDivergedError",
+    "Verdict",
     "__version__",
     "best_checkpoints",
     "exit_on_divergence",

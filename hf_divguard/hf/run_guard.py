@@ -14,7 +14,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_divguard.core.metrics import with_eval_prefix
-from hf_divguard.core.retention import CheckpointRecord, is_better
+from hf_divguard.core.retention import is_better
 from hf_divguard.errors import CheckpointSaveError, MetricNotFoundError
 from hf_divguard.hf.actions import saves_checkpoints, spoilt_note
 from hf_divguard.hf.agreement import agree_on_what_follows
@@ -36,9 +36,10 @@ from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.running_loss import RUNNING_LOSS, RunningLoss
 from hf_divguard.hf.stop_advice import STOPPED_BY, at_the_end, on_resume, what_stopped
 from hf_divguard.storage.deletion import delete_checkpoint
-from hf_divguard.storage.ledger import CheckpointLedger, describe
+from hf_divguard.storage.ledger import CheckpointLedger
 from hf_divguard.storage.names import checkpoint_step
-from hf_divguard.storage.sidecar import Sidecar
+from hf_divguard.storage.sidecar import Sidecar, fit_callbacks
+from hf_divguard.storage.survey import describe
 
 __all__ = ["RunGuard"]
 
@@ -371,7 +372,7 @@ class RunGuard(TrainerCallback):
         self.ledger.add(step, metric)
         spoilt = spoilt_note(state)
         if spoilt is not None:
-            self.ledger.leave_behind(step - 1)
+            self.ledger.quarantine_after(step - 1)
         best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
         if self.points_to_saved and not self.preserves and self.has_evaluated(step):
             note_best(self._ranks.broadcast(self._metrics))
@@ -428,7 +429,6 @@ class RunGuard(TrainerCallback):
 
     def _sidecar(self, step: int, running_loss: dict[str, Any] | None) -> Sidecar:
         assert self._saver is not None
-        record = self.ledger.records[-1]
         memories = {} if self.rollback is None else {ROLLBACK_MEMORY: self.rollback}
         states = collect_states({**self._callbacks, **memories})
         if running_loss is not None:
@@ -436,17 +436,14 @@ class RunGuard(TrainerCallback):
         stopped_by = what_stopped(self._trainer.state)
         if stopped_by is not None:
             states[STOPPED_BY] = stopped_by
-        return Sidecar(
-            step=step,
-            run_id=self.ledger.run_id,
-            sequence=record.sequence,
+        kept, problems = fit_callbacks(states)
+        for problem in problems:
+            logger.warning("%s", problem)
+        return self.ledger.sidecar(
+            step,
             metric_name=self.ranking_key,
-            metric=record.metric,
             greater_is_better=self._options.divguard_greater_is_better,
-            records=tuple(
-                CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records
-            ),
-            callbacks=states,
+            callbacks=kept,
             manifest_expected=self._saver.mode != "off",
         )
 
@@ -487,12 +484,13 @@ class RunGuard(TrainerCallback):
             self.ledger.forget(step)
             if not self._saver.leads:
                 continue
-            path = self.ledger.path(step)
+            path = self.ledger.folder(step)
             try:
                 logger.info("Deleting older checkpoint %s (save_total_limit, preserve_n_best).", path)
                 delete_checkpoint(path, self.run_dir)
             except (OSError, ValueError) as error:
                 logger.warning("Checkpoint %s could not be deleted (%s); training goes on.", path, error)
+                self.ledger.deletion_failed(step)
 
     # ---- end of training
 

@@ -15,7 +15,7 @@ from hf_divguard.hf.detector_choice import make_detector
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.resume import choose_for_all
 from hf_divguard.hf.run_guard import RunGuard
-from hf_divguard.storage.ledger import RankedCheckpoint
+from hf_divguard.storage.checkpoints import Checkpoint
 
 __all__ = ["DivGuardMixin", "DivGuardTrainer"]
 
@@ -95,7 +95,7 @@ class DivGuardMixin(_Host):
 
     # ---- public
 
-    def best_checkpoints(self, n: int | None = None) -> list[RankedCheckpoint]:
+    def best_checkpoints(self, n: int | None = None) -> list[Checkpoint]:
         """Return the best checkpoints of this run, best first.
 
         Args:

@@ -1,4 +1,12 @@
-"""Named moments of a save, a deletion, a rollback or a resume, at which a test can interrupt the process."""
+"""Named moments of a save, a deletion, a rollback or a resume, at which a test can interrupt the process.
+
+The moments of storage, in the order of a save: ``sidecar written``, ``checkpoint flushed``,
+``manifest written``, ``old checkpoint moved aside``, ``checkpoint published``, ``old checkpoint
+removed``. Of a deletion: ``deletion renamed``, ``checkpoint deleted``. Of a mark: ``note written``
+(after each of two files), then ``checkpoint quarantined``, ``checkpoint marked as suspect`` or
+``suspect cleared``. Of a start: ``unfinished checkpoint removed``, ``old checkpoint restored``. Of the
+events: ``events written``.
+"""
 
 from __future__ import annotations
 
