@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from hf_divguard.hf.trainer import DivGuardMixin, DivGuardTrainer
     from hf_divguard.replays import replay
     from hf_divguard.storage.checkpoints import (
+        Checkpoint,
+        Verdict,
         best_checkpoints,
         find_checkpoints,
         latest_complete_checkpoint,
@@ -41,6 +43,7 @@ _HOME = {
     "replay": "replays",
     "NonFiniteDetector": "hf.adaptive_detectors",
     "AdaptiveDivergenceDetector": "hf.adaptive_detectors",
+    "Checkpoint": "storage.checkpoints",
     "CheckpointError": "errors",
     "CheckpointSaveError": "errors",
     "DivGuardArgumentsMixin": "hf.arguments",
@@ -56,6 +59,7 @@ _HOME = {
     "MetricNotFoundError": "errors",
     "NoCompleteCheckpointError": "errors",
     "TrainingDivergedError": "errors",
+    "Verdict": "storage.checkpoints",
     "best_checkpoints": "storage.checkpoints",
     "find_checkpoints": "storage.checkpoints",
     "latest_complete_checkpoint": "storage.checkpoints",
@@ -64,6 +68,7 @@ _HOME = {
 
 __all__ = [
     "AdaptiveDivergenceDetector",
+    "Checkpoint",
     "CheckpointError",
     "CheckpointSaveError",
     "DivGuardArgumentsMixin",
@@ -80,6 +85,7 @@ __all__ = [
     "NoCompleteCheckpointError",
     "NonFiniteDetector",
     "TrainingDivergedError",
+    "Verdict",
     "__version__",
     "best_checkpoints",
     "exit_on_divergence",

@@ -29,10 +29,11 @@ from hf_divguard.storage.jsonio import write_bytes_atomic
 from hf_divguard.storage.manifest import (
     ManifestError,
     build_manifest,
-    check_manifest,
     read_manifest,
     write_manifest,
 )
+from hf_divguard.storage.manifest_check import check_manifest
+from hf_divguard.storage.manifest_check import check_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, TEMPORARY_PREFIX, checkpoint_name, checkpoint_step
 from hf_divguard.storage.sidecar import Sidecar, write_sidecar
 from hf_divguard.storage.staging import (

@@ -350,7 +350,7 @@ class Rollback:
 
     def _quarantine_after(self, last_good: int, onset_step: int, what_then: str, finding: Finding) -> None:
         """Quarantine what was saved after the step ``last_good``, so that no resume takes it."""
-        for step in self._ledger.leave_behind(last_good):
+        for step in self._ledger.quarantine_after(last_good):
             if not self._leads:
                 continue
             path = self._ledger.path(step)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.retention import CheckpointRecord
 from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.hf.checkpoint_writer import CheckpointWriter
 from hf_divguard.hf.host import Host
@@ -19,7 +18,7 @@ from hf_divguard.storage.deletion import delete_checkpoint
 from hf_divguard.storage.ledger import CheckpointLedger
 from hf_divguard.storage.names import checkpoint_step
 from hf_divguard.storage.quarantine import quarantine_note
-from hf_divguard.storage.sidecar import Sidecar
+from hf_divguard.storage.sidecar import Sidecar, fit_callbacks
 
 __all__ = ["Checkpoints"]
 
@@ -121,7 +120,7 @@ class Checkpoints:
         best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
         self.ledger.add(step, metric)
         if note is not None:
-            self.ledger.leave_behind(step - 1)
+            self.ledger.quarantine_after(step - 1)
         note_best()
         pushes: list[str] = []
 
@@ -172,18 +171,14 @@ class Checkpoints:
 
     def _sidecar(self, step: int, callback_states: dict[str, Any]) -> Sidecar:
         assert self._writer is not None
-        record = self.ledger.records[-1]
-        return Sidecar(
-            step=step,
-            run_id=self.ledger.run_id,
-            sequence=record.sequence,
+        kept, problems = fit_callbacks(callback_states)
+        for problem in problems:
+            logger.warning("%s", problem)
+        return self.ledger.sidecar(
+            step,
             metric_name=self._metric_key,
-            metric=record.metric,
             greater_is_better=self._direction,
-            records=tuple(
-                CheckpointRecord(r.step, r.sequence, r.metric, r.in_lineage) for r in self.ledger.records
-            ),
-            callbacks=callback_states,
+            callbacks=kept,
             manifest_expected=self._writer.mode != "off",
         )
 
@@ -217,7 +212,7 @@ class Checkpoints:
             self._pushes.pop(step, None)
             self.ledger.forget(step)
             if self.leads:
-                self._delete(self.ledger.path(step))
+                self._delete(step)
 
     def _surplus(self) -> list[int]:
         limit = self._host.args.save_total_limit
@@ -228,9 +223,11 @@ class Checkpoints:
             limit, checkpoint_step(os.path.basename(best)) if best else None
         )
 
-    def _delete(self, path: str) -> None:
+    def _delete(self, step: int) -> None:
+        path = self.ledger.folder(step)
         try:
             logger.info("Deleting older checkpoint %s (save_total_limit, preserve_n_best).", path)
             delete_checkpoint(path, self.ledger.run_dir)
         except (OSError, ValueError) as error:
             logger.warning("Checkpoint %s could not be deleted (%s); training goes on.", path, error)
+            self.ledger.deletion_failed(step)

@@ -1,4 +1,4 @@
-"""Deleting a checkpoint so that, cut short anywhere, no half of it counts as a checkpoint."""
+"""Deleting a checkpoint so that, interrupted anywhere, no part of it counts as a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import stat
 import time
 from pathlib import Path
 
+from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.names import (
     DELETING_PREFIX,
     MANIFEST_NAME,
@@ -30,10 +31,10 @@ def delete_checkpoint(path: str | os.PathLike[str], output_dir: str | os.PathLik
     """Delete the checkpoint in the folder ``path``, which stands directly in ``output_dir``.
 
     The folder is first renamed to a name that no reader takes for a checkpoint, which happens
-    at once or not at all; ``staging.recover`` finishes a removal that was cut short. Where
+    at once or not at all; ``staging.recover`` finishes a deletion that was interrupted. Where
     folders cannot be renamed, the files go one by one in an order that keeps the rest from
     counting: the manifest, then ``trainer_state.json``, without which neither the Trainer nor
-    we take the folder for whole, and the sidecar, which says that a manifest is missing, last.
+    we take the folder for complete, and the sidecar, which says that a manifest is missing, last.
 
     A folder that is gone already is fine. Files that vanish meanwhile, and folders that are
     not empty or busy for a moment, are tried again.
@@ -44,7 +45,7 @@ def delete_checkpoint(path: str | os.PathLike[str], output_dir: str | os.PathLik
 
     Raises:
         ValueError: If ``path`` is not such a folder: another name, another place, a symbolic
-            link or a file. Nothing has been touched then.
+            link (what it leads to belongs to someone else) or a file. Nothing has been touched then.
         OSError: If something is left that cannot be removed.
 
     Example:
@@ -58,15 +59,18 @@ def delete_checkpoint(path: str | os.PathLike[str], output_dir: str | os.PathLik
     folder = _checked(Path(path), Path(output_dir))
     if folder is None:
         return
-    doomed = folder.with_name(f"{DELETING_PREFIX}{checkpoint_step(folder.name)}")
+    target = folder.with_name(f"{DELETING_PREFIX}{checkpoint_step(folder.name)}")
     try:
-        remove_tree(doomed)  # what an earlier removal of the same step left
-        os.rename(folder, doomed)
+        remove_tree(target)  # what an earlier removal of the same step left
+        os.rename(folder, target)
     except FileNotFoundError:
         return
     except OSError:
-        doomed = folder
-    remove_tree(doomed)
+        target = folder
+    else:
+        failpoint("deletion renamed")
+    remove_tree(target)
+    failpoint("checkpoint deleted")
 
 
 def _checked(path: Path, output_dir: Path) -> Path | None:
@@ -83,7 +87,10 @@ def _checked(path: Path, output_dir: Path) -> Path | None:
     except FileNotFoundError:
         return None
     if stat.S_ISLNK(mode):
-        raise ValueError(f"A checkpoint must be a real folder to be deleted, {shown} is a symbolic link.")
+        raise ValueError(
+            f"A checkpoint must be a real folder to be deleted, {shown} is a symbolic link. Linked checkpoints are "
+            "left alone; remove the link yourself."
+        )
     if not stat.S_ISDIR(mode):
         raise ValueError(f"A checkpoint must be a folder to be deleted, {shown} is a file.")
     return folder

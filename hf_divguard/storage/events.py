@@ -1,4 +1,4 @@
-"""The story of a run's incidents: one JSON object a line, newest last."""
+"""The events of a run: one JSON object a line, newest last."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.jsonio import to_strict, write_bytes_atomic
+from hf_divguard.storage.regular_files import read_bytes
 
 __all__ = ["EVENTS_FOLDER", "EVENTS_NAME", "events_path", "read_events", "write_events"]
 
 EVENTS_FOLDER = "divguard"
 EVENTS_NAME = "events.jsonl"
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 16 << 20
 
 
 def events_path(output_dir: str | os.PathLike[str]) -> Path:
@@ -29,13 +31,13 @@ def events_path(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def read_events(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the events of a run, oldest first; broken lines and foreign ones are left out."""
-    path = events_path(output_dir)
+    """Return the events of a run, oldest first; broken lines and foreign ones are left out.
+
+    What is no regular file, or larger than 16 MiB, holds none.
+    """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            return []
-        lines = path.read_bytes().splitlines()
-    except OSError:
+        lines = read_bytes(events_path(output_dir), max_bytes=_MAX_BYTES).splitlines()
+    except (OSError, ValueError):
         return []
     events = []
     for line in lines:
@@ -49,7 +51,7 @@ def read_events(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def write_events(output_dir: str | os.PathLike[str], events: Iterable[dict[str, Any]]) -> None:
-    """Write all events anew: the file is whole at every moment.
+    """Replace the file of events in one step.
 
     Raises:
         OSError: If it cannot be written.
@@ -58,3 +60,4 @@ def write_events(output_dir: str | os.PathLike[str], events: Iterable[dict[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(to_strict(event), allow_nan=False) + "\n" for event in events)
     write_bytes_atomic(path, text.encode())
+    failpoint("events written")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import stat
 from pathlib import Path
+
+from hf_divguard.storage.regular_files import LimitExceeded, list_files
 
 __all__ = ["free_bytes", "require_free_space", "tree_bytes"]
 
@@ -33,31 +34,16 @@ def free_bytes(path: str | os.PathLike[str]) -> int:
 
 
 def tree_bytes(path: str | os.PathLike[str]) -> int:
-    """Return the size in bytes of all regular files in the folder ``path`` and below.
-
-    Symbolic links are not followed. What vanishes or cannot be read meanwhile counts nothing.
+    """Return the size in bytes of all files in the folder ``path`` and below, 0 if it cannot be listed.
 
     Example:
         >>> tree_bytes("no-such-folder")
         0
     """
-    total = 0
-    waiting = [os.fspath(path)]
-    while waiting:
-        try:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    try:
-                        status = entry.stat(follow_symlinks=False)
-                    except OSError:
-                        continue
-                    if stat.S_ISDIR(status.st_mode):
-                        waiting.append(entry.path)
-                    elif stat.S_ISREG(status.st_mode):
-                        total += status.st_size
-        except OSError:
-            continue
-    return total
+    try:
+        return sum(list_files(path, limit=1_000_000)[0].values())
+    except (OSError, LimitExceeded):
+        return 0
 
 
 def require_free_space(path: str | os.PathLike[str], needed_bytes: int) -> None:

@@ -7,65 +7,36 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from hf_divguard.storage.contents import (
-    foreign_layout,
-    has_training_state,
-    judge_contents,
-    problems_sentence,
-    weight_files,
-)
-from hf_divguard.storage.manifest import Manifest, manifest_problems, read_manifest
+from hf_divguard.storage.contents import judge_contents, problems_sentence
+from hf_divguard.storage.layout import foreign_layout, has_training_state, weight_files
+from hf_divguard.storage.manifest import Manifest, read_manifest
+from hf_divguard.storage.manifest_check import check_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME, checkpoint_step
 from hf_divguard.storage.record import Quarantine, RecordError
+from hf_divguard.storage.regular_files import error_words, is_unreadable
 from hf_divguard.storage.sidecar import Sidecar, read_sidecar
+from hf_divguard.storage.verdict import Status, Verdict
 
-__all__ = ["Status", "Verdict", "verify_checkpoint", "verify_with_records"]
+__all__ = ["Status", "Verdict", "verify_checkpoint", "verify_with_record"]
 
-_R = TypeVar("_R")
-
-Status = Literal["complete", "incomplete", "quarantined", "unknown"]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a checkpoint counts, and why.
-
-    Args:
-        status: ``"complete"``, ``"incomplete"``, ``"quarantined"`` (marked as never to be
-            resumed) or ``"unknown"`` (a way of saving that cannot be judged by its files).
-        reason: One sentence for a person.
-        problems: What is wrong, each in words; empty for a complete one.
-        loadable: Whether the model's weights are there and whole.
-        resumable: Whether training can go on from it.
-        has_manifest: Whether it was judged by its manifest.
-        lacks_only_sidecar: Whether it is incomplete for its sidecar alone: training can go on from
-            it at need, but callbacks start anew.
-    """
-
-    status: Status
-    reason: str
-    problems: tuple[str, ...] = ()
-    loadable: bool = False
-    resumable: bool = False
-    has_manifest: bool = False
-    lacks_only_sidecar: bool = False
+_R = TypeVar("_R", Manifest, Sidecar)
 
 
 def verify_checkpoint(path: str | os.PathLike[str], *, checksums: bool | None = None) -> Verdict:
-    """Say whether the checkpoint in the folder ``path`` is complete, and if not, what is wrong.
+    """Return whether the checkpoint in the folder ``path`` is complete, and if not, what is wrong.
 
     A manifest decides if there is one. A checkpoint without one, as the Trainer alone writes
     it, is judged by its contents: the files that belong to it, JSON that parses, safetensors
-    as long as their header says, archives with their end. Nothing is unpickled, no tensor is
-    loaded, and nothing outside the folder is read.
+    as long as their header says, archives with their end. Nothing is unpickled and no tensor is
+    loaded. Links to files are read through.
 
     Args:
         path: The folder. Its name does not matter, but if it is ``checkpoint-<step>``, the
             contents must be of that step.
-        checksums: Whether to read the files whole and compare checksums. ``None`` does so where
-            the manifest has them; ``False`` compares sizes alone; ``True`` also reads the
+        checksums: Whether to read the files completely and compare checksums. ``None`` does so
+            where the manifest has them; ``False`` compares sizes alone; ``True`` also reads the
             archives of a checkpoint without a manifest.
 
     Returns:
@@ -76,33 +47,38 @@ def verify_checkpoint(path: str | os.PathLike[str], *, checksums: bool | None = 
         >>> verdict.status, verdict.reason
         ('incomplete', "There is no folder 'no-such-folder'.")
     """
-    return verify_with_records(path, checksums=checksums)[0]
+    return verify_with_record(path, checksums=checksums)[0]
 
 
-def verify_with_records(
+def verify_with_record(
     path: str | os.PathLike[str], *, checksums: bool | None = None
-) -> tuple[Verdict, Manifest | None, Sidecar | None]:
-    """Return the verdict with the manifest and the sidecar it rests on, where they can be read."""
+) -> tuple[Verdict, Manifest | Sidecar | None]:
+    """Return the verdict with the manifest that it rests on, or the sidecar where there is no manifest."""
     shown = repr(os.fspath(path))
     folder = Path(os.path.abspath(path))
-    found = _Records()
+    record: Manifest | Sidecar | None = None
     try:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
-            verdict = Verdict("incomplete", f"{shown} is a file, not a folder.", ("it is not a folder",))
-        else:
-            found = _read_records(folder)
-            verdict = _judge(folder, found, checksums)
+            problem = "it is not a folder"
+            return Verdict("incomplete", f"{shown} is a file, not a folder.", (problem,)), None
+        found = _read_records(folder)
+        record = found.manifest or found.sidecar
+        return _judge(folder, found, checksums), record
     except (FileNotFoundError, NotADirectoryError):
-        verdict = Verdict("incomplete", f"There is no folder {shown}.", ("the folder is missing",))
+        what = "The link {} leads nowhere." if os.path.islink(path) else "There is no folder {}."
+        return Verdict("incomplete", what.format(shown), ("the folder is missing",)), record
     except (OSError, ValueError) as error:
-        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        verdict = Verdict("incomplete", f"{shown} {problem}.", (f"it {problem}",))
-    return verdict, found.manifest, found.sidecar
+        status: Status = "unreadable" if isinstance(error, OSError) and is_unreadable(error) else "incomplete"
+        problem = f"cannot be read: {error_words(error)}"
+        return Verdict(status, f"{shown} {problem}.", (f"it {problem}",)), record
 
 
 @dataclass(frozen=True, slots=True)
 class _Records:
-    """Our two files in a checkpoint folder, or why one that is there cannot be used."""
+    """Our two files in a checkpoint folder, or why one that is there cannot be used.
+
+    The sidecar is read only where no manifest speaks: the manifest holds all that counts here.
+    """
 
     manifest: Manifest | None = None
     sidecar: Sidecar | None = None
@@ -111,12 +87,14 @@ class _Records:
 
 
 def _read_records(folder: Path) -> _Records:
-    manifest, manifest_error = _read(read_manifest, folder, MANIFEST_NAME)
-    sidecar, sidecar_error = _read(read_sidecar, folder, SIDECAR_NAME)
+    manifest, manifest_error = _read(read_manifest, folder)
+    if manifest is not None:
+        return _Records(manifest)
+    sidecar, sidecar_error = _read(read_sidecar, folder)
     return _Records(manifest, sidecar, manifest_error, sidecar_error)
 
 
-def _read(reader: Callable[[Path], _R], folder: Path, name: str) -> tuple[_R | None, RecordError | None]:
+def _read(reader: Callable[[Path], _R], folder: Path) -> tuple[_R | None, RecordError | None]:
     try:
         return reader(folder), None
     except FileNotFoundError:
@@ -124,68 +102,73 @@ def _read(reader: Callable[[Path], _R], folder: Path, name: str) -> tuple[_R | N
     except RecordError as error:
         return None, error
     except OSError as error:
-        return None, RecordError(f"`{name}` cannot be read: {error.strerror or error}.")
+        if is_unreadable(error):
+            raise
+        return None, RecordError(f"A file of {folder.name} cannot be read: {error_words(error)}.")
 
 
 def _judge(folder: Path, found: _Records, checksums: bool | None) -> Verdict:
     verdict = _judge_files(folder, found, checksums)
-    for record in (found.manifest, found.sidecar):
-        if record is not None and record.quarantine is not None:
-            sentence = _quarantine_sentence(record.quarantine)
-            return replace(verdict, status="quarantined", reason=sentence, resumable=False)
+    record = found.manifest or found.sidecar
+    if record is None:
+        return verdict
+    if record.quarantine is not None:
+        reason = _sentence("It is quarantined: it was saved after a divergence", record.quarantine)
+        return replace(verdict, status="quarantined", reason=reason, resumable=False)
+    is_whole = verdict.status == "complete" or verdict.lacks_only_sidecar
+    if record.suspect is not None and is_whole:
+        reason = _sentence("It is suspect: it was saved under a fault", record.suspect)
+        return replace(verdict, status="suspect", reason=reason)
     return verdict
 
 
-def _quarantine_sentence(note: Quarantine) -> str:
+def _sentence(start: str, note: Quarantine) -> str:
     onset = "" if note["onset_step"] is None else f" (from step {note['onset_step']} on)"
-    return f"It was marked as never to be resumed{onset}: {note['reason']}"
+    return f"{start}{onset}. {note['reason']}"
 
 
 def _judge_files(folder: Path, found: _Records, checksums: bool | None) -> Verdict:
-    for error in (found.manifest_error, found.sidecar_error if found.manifest is None else None):
-        if error is not None:
-            status: Status = "unknown" if error.newer else "incomplete"
-            if error is found.manifest_error:
-                return Verdict(status, str(error), (str(error),))
-            # The sidecar alone, which tells of callbacks: whether the rest is there, its contents say.
-            rest = judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
-            is_marked = os.path.lexists(folder / INCOMPLETE_NAME)
-            can_resume = rest.status == "complete" and rest.resumable and not is_marked
-            return Verdict(status, str(error), (str(error),), rest.loadable, lacks_only_sidecar=can_resume)
-    if os.path.lexists(folder / INCOMPLETE_NAME):
+    if found.manifest_error is not None:
+        problem = str(found.manifest_error)
+        return Verdict("unknown" if found.manifest_error.newer else "incomplete", problem, (problem,))
+    is_marked = os.path.lexists(folder / INCOMPLETE_NAME)
+    if found.sidecar_error is not None:
+        # The sidecar holds the states of callbacks. Whether the rest is there, the contents say.
+        status: Status = "unknown" if found.sidecar_error.newer else "incomplete"
+        rest = judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
+        can_resume = rest.status == "complete" and rest.resumable and not is_marked
+        problem = str(found.sidecar_error)
+        return Verdict(status, problem, (problem,), rest.loadable, lacks_only_sidecar=can_resume)
+    if is_marked:
         problem = f"`{INCOMPLETE_NAME}` says that its save did not finish"
         return Verdict("incomplete", problem + ".", (problem,), has_manifest=found.manifest is not None)
     if found.manifest is not None:
         return _judge_by_manifest(folder, found.manifest, checksums)
     if found.sidecar is not None and found.sidecar.manifest_expected:
-        problem = f"`{MANIFEST_NAME}` is missing: the save or the removal of this checkpoint did not finish"
+        problem = f"`{MANIFEST_NAME}` is missing: the save or the deletion of this checkpoint did not finish"
         return Verdict("incomplete", problem + ".", (problem,))
-    judged = judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
-    return Verdict(judged.status, judged.reason, judged.problems, judged.loadable, judged.resumable)
+    return judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
 
 
 def _judge_by_manifest(folder: Path, manifest: Manifest, checksums: bool | None) -> Verdict:
-    problems = manifest_problems(folder, manifest, checksums=checksums)
+    problems = check_manifest(folder, manifest, checksums=checksums)
     layout = foreign_layout(manifest.files)
     weights = weight_files(manifest.files)
     loadable = (bool(weights) or layout is not None) and problems.keys().isdisjoint(weights)
-    resumable = loadable and (has_training_state(manifest.files) or layout is not None)
+    resumable = loadable and (layout is not None or has_training_state(manifest.files))
     if problems:
         words = tuple(problems.values())
         return Verdict(
             "incomplete",
-            problems_sentence(list(words)),
+            problems_sentence(words),
             words,
             loadable and layout is None,
             has_manifest=True,
             lacks_only_sidecar=resumable and problems.keys() == {SIDECAR_NAME},
         )
-    compared = "size" if checksums is False or not _has_checksums(manifest) else "size and checksum"
+    has_checksums = any(entry.digest is not None for entry in manifest.files.values())
+    compared = "size and checksum" if has_checksums and checksums is not False else "size"
     reason = f"All {len(manifest.files)} files of its manifest are there with their {compared}."
     if not resumable:
-        reason = reason[:-1] + ", but training cannot go on from it: no optimizer's state was saved."
+        reason = reason[:-1] + ", but training cannot resume from it: no optimizer's state was saved."
     return Verdict("complete", reason, (), loadable, resumable, True)
-
-
-def _has_checksums(manifest: Manifest) -> bool:
-    return any(entry.sha256 is not None for entry in manifest.files.values())

@@ -6,14 +6,13 @@ import contextlib
 import json
 import math
 import os
-import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_divguard.storage.names import TEMPORARY_PREFIX
-from hf_divguard.storage.regular_files import flush_folder, open_regular_file
+from hf_divguard.storage.regular_files import flush_folder, read_bytes
 
 __all__ = [
     "encode_json",
@@ -29,109 +28,69 @@ _FLOAT_KEY = "__float__"
 _DICT_KEY = "__dict__"
 _FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-# Python refuses to convert longer integers by default from 4300 digits on; generator states stay far below.
-_MAX_INTEGER_DIGITS = 1300
+# Python refuses to convert integers of more than 4300 digits; states of random generators stay far below.
 _MAX_INTEGER_BITS = 4096
 _MAX_VALUE_DEPTH = 50
 
-# Strings are skipped whole, so that brackets inside them do not count. The pattern matches an
-# unterminated string up to the end of the text: without that, each quote in it would be tried anew.
-_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
-
-def read_json(path: str | os.PathLike[str], *, max_bytes: int, max_depth: int) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, Any]:
     """Read the JSON object in the regular file at ``path``, refusing what a hostile file could do.
 
     Args:
-        path: The file. A symbolic link, a FIFO or a device is refused.
+        path: The file. A FIFO or a device is refused.
         max_bytes: Largest size that is read.
-        max_depth: Deepest nesting of objects and lists that is parsed.
 
     Raises:
         ValueError: If the file is not strict JSON with an object at the top, or breaks a limit.
         OSError: If it is missing or cannot be read.
     """
-    value = parse_json(read_bytes(path, max_bytes=max_bytes), max_depth=max_depth, what=repr(os.fspath(path)))
+    value = parse_json(read_bytes(path, max_bytes=max_bytes), what=repr(os.fspath(path)))
     if not isinstance(value, dict):
         raise ValueError(f"{os.fspath(path)!r} must hold a JSON object, found {_json_type(value)}.")
     return value
 
 
-def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
-    """Return the contents of the regular file at ``path``, at most ``max_bytes`` of them.
-
-    Raises:
-        ValueError: If it is larger, or not a regular file.
-        OSError: If it is missing or cannot be read.
-    """
-    with open(open_regular_file(path), "rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ValueError(f"{os.fspath(path)!r} must have at most {max_bytes} bytes to be read, found more.")
-    return data
-
-
-def parse_json(data: bytes, *, max_depth: int, what: str, allow_nan: bool = False) -> Any:
+def parse_json(data: bytes, *, what: str, allow_nan: bool = False) -> Any:
     """Parse ``data`` as JSON with one value at the top.
 
     Args:
         data: The text, in UTF-8.
-        max_depth: Deepest nesting that is parsed.
         what: What is parsed, for the messages.
-        allow_nan: Accept the tokens ``NaN`` and ``Infinity``, which are not JSON but which
-            ``trainer_state.json`` may hold.
+        allow_nan: Read as Python writes it: the tokens ``NaN`` and ``Infinity`` are accepted,
+            which ``trainer_state.json`` may hold, and a key that is given twice.
 
     Raises:
-        ValueError: If ``data`` is not that.
+        ValueError: If ``data`` is not that, or is nested too deeply for Python.
 
     Example:
-        >>> parse_json(b'{"step": 1}', max_depth=2, what="text")
+        >>> parse_json(b'{"step": 1}', what="text")
         {'step': 1}
-        >>> parse_json(b"[[[]]]", max_depth=2, what="text")
+        >>> parse_json(b"[" * 100_000, what="text")
         Traceback (most recent call last):
         ...
-        ValueError: text must not be nested deeper than 2 levels.
+        ValueError: text must not be nested so deeply.
     """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} must be UTF-8 text, found other bytes at {error.start}.") from None
-    if nesting_depth(text) > max_depth:
-        raise ValueError(f"{what} must not be nested deeper than {max_depth} levels.")
     try:
+        if allow_nan:
+            return json.loads(text)
         return json.loads(
             text,
             object_pairs_hook=_unique_keys,
-            parse_constant=_FLOATS.__getitem__ if allow_nan else _refuse_constant,
-            parse_float=float if allow_nan else _finite_float,
-            parse_int=_short_integer,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
         )
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{what} must be whole JSON: {error.msg} at byte {error.pos} of {len(data)}."
+            f"{what} must be complete JSON: {error.msg} at byte {error.pos} of {len(data)}."
         ) from None
     except RecursionError:
         raise ValueError(f"{what} must not be nested so deeply.") from None
     except ValueError as error:
         raise ValueError(f"{what} must be strict JSON: {error}") from None
-
-
-def nesting_depth(text: str) -> int:
-    """Return how deep the brackets in a JSON text are nested, without parsing it.
-
-    Example:
-        >>> nesting_depth('{"a": [1, "[[["]}')
-        2
-    """
-    depth = deepest = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
-        token = text[match.start()]
-        if token in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif token in "]}":
-            depth -= 1
-    return deepest
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,12 +111,6 @@ def _finite_float(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError("a number is too large for a float.")
     return value
-
-
-def _short_integer(digits: str) -> int:
-    if len(digits) > _MAX_INTEGER_DIGITS:
-        raise ValueError(f"an integer has {len(digits)} digits, at most {_MAX_INTEGER_DIGITS} are read.")
-    return int(digits)
 
 
 def _json_type(value: object) -> str:
@@ -269,9 +222,7 @@ def from_strict(value: Any) -> Any:
     return {key: from_strict(entry) for key, entry in value.items()}
 
 
-def encode_json(
-    data: Mapping[str, Any], *, max_bytes: int | None = None, max_depth: int | None = None
-) -> bytes:
+def encode_json(data: Mapping[str, Any], *, max_bytes: int | None = None) -> bytes:
     """Return ``data`` as strict JSON text that ends in a line feed.
 
     Raises:
@@ -286,13 +237,11 @@ def encode_json(
         raise ValueError(
             f"The JSON text must have at most {max_bytes} bytes to be read again, got {len(text)}."
         )
-    if max_depth is not None and nesting_depth(text) > max_depth:
-        raise ValueError(f"The JSON text must be nested at most {max_depth} levels deep to be read again.")
     return text.encode("ascii")
 
 
 def write_json_atomic(path: str | os.PathLike[str], data: Mapping[str, Any], *, flush: bool = False) -> None:
-    """Write ``data`` to ``path`` so that a reader finds the old file or the whole new one.
+    """Write ``data`` to ``path`` so that a reader finds the old file or the complete new one.
 
     Args:
         path: The file. Its folder must exist.
@@ -307,7 +256,7 @@ def write_json_atomic(path: str | os.PathLike[str], data: Mapping[str, Any], *, 
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes, *, flush: bool = False) -> None:
-    """Write ``data`` to ``path`` so that a reader finds the old file or the whole new one.
+    """Write ``data`` to ``path`` so that a reader finds the old file or the complete new one.
 
     The new file has the mode of one created in the usual way, the user's umask applied.
 

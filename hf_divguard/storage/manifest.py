@@ -5,44 +5,58 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_divguard.errors import CheckpointSaveError
+from hf_divguard.storage.checksums import ALGORITHM, DIGEST_LENGTHS, file_digests
+from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.jsonio import encode_json, read_json, to_strict, write_bytes_atomic
+from hf_divguard.storage.layout import missing_parts
 from hf_divguard.storage.names import (
     INCOMPLETE_NAME,
     MANIFEST_NAME,
     TEMPORARY_PREFIX,
-    checkpoint_step,
 )
-from hf_divguard.storage.record import FORMAT_VERSION, Fields, Quarantine, RecordError, sealed
-from hf_divguard.storage.regular_files import file_sha256, flush_tree, kind_in_words, list_files, named_file
-from hf_divguard.storage.sidecar import WRITER
+from hf_divguard.storage.record import (
+    FORMAT_VERSION,
+    LARGEST_INTEGER,
+    LONGEST_PATH,
+    Fields,
+    Quarantine,
+    RecordError,
+    sealed,
+)
+from hf_divguard.storage.regular_files import (
+    flush_tree,
+    list_files,
+    named_file,
+)
+from hf_divguard.storage.sidecar import WRITER, SidecarError, read_sidecar
 
 __all__ = [
     "FileEntry",
     "Manifest",
     "ManifestError",
     "build_manifest",
-    "check_manifest",
     "encode_manifest",
-    "manifest_problems",
+    "missing_rng_files",
+    "name_problem",
     "read_manifest",
     "remove_manifest",
     "write_manifest",
 ]
 
 _MAX_BYTES = 64 << 20
-_MAX_DEPTH = 8
-_MAX_FILES = 200_000
+_MAX_FILES = 100_000
 _MAX_RANKS = 100_000
-_LONGEST_NAME = 4096
 _MAX_LEVELS = 100
+_DIGEST = re.compile(r"[0-9a-f]*")
+# Almost every name is of this kind, and then no further question is asked.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,200}(?:\.[A-Za-z0-9_-]{1,200}){0,5}", re.ASCII)
 _DRIVE = re.compile(r"[A-Za-z]:")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_RNG_FILE = re.compile(r"rng_state(_[0-9]+)?\.pth")
 
 
 class ManifestError(RecordError):
@@ -51,10 +65,10 @@ class ManifestError(RecordError):
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of a checkpoint: its size in bytes and, if asked for, its SHA-256."""
+    """One file of a checkpoint: its size in bytes and, if asked for, its checksum."""
 
     size: int
-    sha256: str | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +84,10 @@ class Manifest:
         metric: Its value at this very step.
         greater_is_better: Its direction.
         files: Every file by its POSIX path inside the folder, the manifest itself left out.
+        algorithm: The hash function of the checksums.
         ranks: The processes that wrote into this folder: all of them on a shared disk.
         quarantine: Why this checkpoint must never be resumed; ``None`` for a good one.
+        suspect: Why this checkpoint may have been saved under a fault; ``None`` for a good one.
         writer: Name and version of the program that wrote it.
     """
 
@@ -83,8 +99,10 @@ class Manifest:
     metric: float | None = None
     greater_is_better: bool | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
+    algorithm: str = ALGORITHM
     ranks: tuple[int, ...] = (0,)
     quarantine: Quarantine | None = None
+    suspect: Quarantine | None = None
     writer: str = WRITER
 
 
@@ -100,11 +118,14 @@ def build_manifest(
     greater_is_better: bool | None = None,
     checksums: bool = False,
     ranks: Sequence[int] | None = None,
+    weights: bool = False,
+    training_state: bool = False,
 ) -> Manifest:
-    """List what stands in ``folder`` now, as the manifest of a checkpoint that is whole.
+    """List what stands in ``folder`` now, as the manifest of a complete checkpoint.
 
     Call it when every process has finished writing. Our temporary files and the Trainer's
-    marker of an unfinished checkpoint are left out.
+    marker of an unfinished checkpoint are left out. A note in the sidecar that the checkpoint is
+    quarantined or suspect is taken over.
 
     Args:
         folder: The checkpoint folder.
@@ -115,13 +136,15 @@ def build_manifest(
         metric_name: Name of the ranking metric.
         metric: Its value at this step.
         greater_is_better: Its direction.
-        checksums: Read every file and note its SHA-256. Finds changed bytes later, and costs
+        checksums: Read every file and note its checksum. Finds changed bytes later, and costs
             about the time of reading the checkpoint once.
         ranks: The processes that wrote into this folder; ``None`` stands for all.
+        weights: Whether the folder must hold the weights of the model.
+        training_state: Whether it must hold optimizer, scheduler, random states and trainer state.
 
     Raises:
-        CheckpointSaveError: If a process wrote its random state and another did not, or the
-            folder holds something that is not a regular file.
+        CheckpointSaveError: If something that must be there is missing, a process wrote its random
+            state and another did not, or the folder holds something that is not a file.
         OSError: If the folder cannot be read.
 
     Example:
@@ -129,7 +152,7 @@ def build_manifest(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = Path(folder, "trainer_state.json").write_text("{}")
         ...     build_manifest(folder, step=20, run_id="a", sequence=1, world_size=1).files
-        {'trainer_state.json': FileEntry(size=2, sha256=None)}
+        {'trainer_state.json': FileEntry(size=2, digest=None)}
     """
     try:
         sizes, others = list_files(folder, limit=_MAX_FILES)
@@ -140,17 +163,23 @@ def build_manifest(
     for name in (MANIFEST_NAME, INCOMPLETE_NAME):
         sizes.pop(name, None)
     for name in sizes:
-        if (problem := _name_problem(name)) is not None:
+        if (problem := name_problem(name)) is not None:
             raise CheckpointSaveError(f"The file name {name!r} {problem}. Rename it.")
     ranks = tuple(range(world_size)) if ranks is None else tuple(ranks)
-    for name in _missing_rng_files(sizes, world_size, ranks):
+    missing = [
+        *missing_parts(sizes, weights=weights, training_state=training_state),
+        *map(named_file, missing_rng_files(sizes, world_size, ranks)),
+    ]
+    if missing:
         raise CheckpointSaveError(
-            f"{named_file(name)} must be there before a checkpoint is whole; it was not written."
+            f"A checkpoint must hold {missing[0]} before it counts as complete; it was not written, or something "
+            f"removed it from {os.fspath(folder)!r}. Is another process using this folder?"
         )
-    files = {
-        name: FileEntry(size, file_sha256(Path(folder, name)) if checksums else None)
-        for name, size in sizes.items()
-    }
+    digests = file_digests(folder, sizes) if checksums else {}
+    for digest in digests.values():
+        if not isinstance(digest, str):
+            raise digest
+    notes = _notes_of_sidecar(folder)
     return Manifest(
         step=step,
         run_id=run_id,
@@ -159,26 +188,36 @@ def build_manifest(
         metric_name=metric_name,
         metric=metric,
         greater_is_better=greater_is_better,
-        files=files,
+        files={name: FileEntry(size, digests.get(name)) for name, size in sizes.items()},  # type: ignore[arg-type]
         ranks=ranks,
+        quarantine=notes[0],
+        suspect=notes[1],
     )
 
 
-def _missing_rng_files(
-    names: Iterator[str] | dict[str, int] | dict[str, FileEntry], world_size: int, ranks: Sequence[int]
-) -> list[str]:
+def _notes_of_sidecar(folder: str | os.PathLike[str]) -> tuple[Quarantine | None, Quarantine | None]:
+    try:
+        sidecar = read_sidecar(folder)
+    except (FileNotFoundError, SidecarError):
+        return None, None
+    return sidecar.quarantine, sidecar.suspect
+
+
+def missing_rng_files(names: Iterable[str], world_size: int, ranks: Sequence[int]) -> list[str]:
     """Return the RNG files that ``ranks`` should have written, none if no process wrote one."""
-    present = set(names)
-    if not any(re.fullmatch(r"rng_state(_[0-9]+)?\.pth", name) for name in present):
+    present = {name for name in names if name.startswith("rng_state") and _RNG_FILE.fullmatch(name)}
+    if not present:
         return []
     expected = ["rng_state.pth"] if world_size <= 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     return [name for name in expected if name not in present]
 
 
-def _name_problem(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
     """Return why ``name`` must not stand in a manifest, ``None`` for a good one."""
-    if not name or len(name) > _LONGEST_NAME:
-        return f"must have 1 to {_LONGEST_NAME} characters"
+    if _PLAIN_NAME.fullmatch(name) and name != MANIFEST_NAME:
+        return None
+    if not name or len(name) > LONGEST_PATH:
+        return f"must have 1 to {LONGEST_PATH} characters"
     if "\0" in name or "\\" in name or name.startswith("/") or _DRIVE.match(name):
         return "must be a relative path with forward slashes"
     parts = name.split("/")
@@ -209,7 +248,9 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest, *, flush:
     data = encode_manifest(manifest)
     if flush:
         flush_tree(folder)
+        failpoint("checkpoint flushed")
     write_bytes_atomic(Path(folder, MANIFEST_NAME), data, flush=flush)
+    failpoint("manifest written")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -222,11 +263,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "format": FORMAT_VERSION,
         **{name: to_strict(getattr(manifest, name)) for name in Manifest.__slots__ if name != "files"},
         "files": {
-            name: {"size": entry.size, "sha256": entry.sha256} for name, entry in manifest.files.items()
+            name: {"size": entry.size, "digest": entry.digest} for name, entry in manifest.files.items()
         },
     }
     _parse(data)
-    return encode_json(sealed(data), max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
+    return encode_json(sealed(data), max_bytes=_MAX_BYTES)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -239,16 +280,19 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         OSError: If it cannot be read.
     """
     try:
-        return _parse(read_json(Path(folder, MANIFEST_NAME), max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH))
+        return _parse(read_json(Path(folder, MANIFEST_NAME), max_bytes=_MAX_BYTES))
     except ManifestError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(str(error)) from None
 
 
 def _parse(data: dict[str, object]) -> Manifest:
     fields = Fields(data, f"`{MANIFEST_NAME}`", ManifestError)
     fields.check_format()
+    algorithm = fields.text("algorithm")
+    if algorithm not in DIGEST_LENGTHS:
+        fields.refuse("algorithm", f"one of {sorted(DIGEST_LENGTHS)}")
     return Manifest(
         step=fields.integer("step"),
         run_id=fields.text("run_id"),
@@ -258,101 +302,30 @@ def _parse(data: dict[str, object]) -> Manifest:
         metric=fields.number_or_none("metric"),
         greater_is_better=fields.boolean_or_none("greater_is_better"),
         files={
-            name: _parse_entry(name, entry)
+            name: _parse_entry(name, entry, algorithm)
             for name, entry in fields.mapping("files", limit=_MAX_FILES).items()
         },
+        algorithm=algorithm,
         ranks=fields.integers("ranks", limit=_MAX_RANKS),
-        quarantine=fields.quarantine(),
+        quarantine=fields.note("quarantine"),
+        suspect=fields.note("suspect"),
         writer=fields.text("writer"),
     )
 
 
-def _parse_entry(name: str, data: object) -> FileEntry:
-    shown = ascii(name[:80])
-    if (problem := _name_problem(name)) is not None:
-        raise ManifestError(f"The file name {shown} in `{MANIFEST_NAME}` {problem}.")
-    fields = Fields(data, f"the entry {shown} of `{MANIFEST_NAME}`", ManifestError)
-    sha256 = fields.text_or_none("sha256")
-    if sha256 is not None and _SHA256.fullmatch(sha256) is None:
-        fields.refuse("sha256", "64 hexadecimal digits or null")
-    return FileEntry(fields.integer("size"), sha256)
-
-
-def check_manifest(
-    folder: str | os.PathLike[str], manifest: Manifest, *, checksums: bool | None = None
-) -> list[str]:
-    """Compare the files in ``folder`` with ``manifest``; return what is wrong, in words.
-
-    Args:
-        folder: The checkpoint folder.
-        manifest: What it should hold. Files that it does not name are not looked at.
-        checksums: Whether to read the files and compare their SHA-256. ``None`` does so where
-            the manifest has one; ``True`` too; ``False`` compares sizes alone.
-
-    Returns:
-        One sentence part per problem; empty if all is as it should be.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     check_manifest(folder, Manifest(step=20, run_id="a", sequence=1, world_size=1,
-        ...                                     files={"optimizer.pt": FileEntry(size=9)}))
-        ['`optimizer.pt` is missing']
-    """
-    return list(manifest_problems(folder, manifest, checksums=checksums).values())
-
-
-def manifest_problems(
-    folder: str | os.PathLike[str], manifest: Manifest, *, checksums: bool | None = None
-) -> dict[str, str]:
-    """Return what ``check_manifest`` does, by the file that each problem is about."""
-    folder = Path(folder)
-    problems = {
-        name: f"{named_file(name)} is missing, also from the manifest"
-        for name in _missing_rng_files(manifest.files, manifest.world_size, manifest.ranks)
-    }
-    step = checkpoint_step(folder.name)
-    if step is not None and step != manifest.step:
-        problems[MANIFEST_NAME] = f"`{MANIFEST_NAME}` is of step {manifest.step}, not of {folder.name}"
-    real_folders: dict[str, bool] = {"": True}
-    for name, entry in manifest.files.items():
-        if (problem := _file_problem(folder, name, entry, checksums is not False, real_folders)) is not None:
-            problems[name] = f"{named_file(name)} {problem}"
-    return problems
-
-
-def _file_problem(
-    folder: Path, name: str, entry: FileEntry, checksums: bool, real_folders: dict[str, bool]
-) -> str | None:
-    if (problem := _name_problem(name)) is not None:
-        return problem
-    try:
-        if not _is_inside(folder, name.rpartition("/")[0], real_folders):
-            return "stands behind a symbolic link"
-        status = os.lstat(folder / name)
-        if not stat.S_ISREG(status.st_mode):
-            return f"is {kind_in_words(status.st_mode)} instead of a file"
-        if status.st_size != entry.size:
-            words = (
-                "empty" if status.st_size == 0 else "too short" if status.st_size < entry.size else "too long"
-            )
-            return f"is {words}: {status.st_size} bytes instead of {entry.size}"
-        if checksums and entry.sha256 is not None and file_sha256(folder / name) != entry.sha256:
-            return "has other contents than when it was saved: its SHA-256 differs"
-    except (FileNotFoundError, NotADirectoryError):
-        return "is missing"
-    except (OSError, ValueError) as error:
-        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
-    return None
-
-
-def _is_inside(folder: Path, name: str, known: dict[str, bool]) -> bool:
-    """Return whether each part of the sub-folder ``name`` is a real folder and no symbolic link."""
-    if name not in known:
-        known[name] = _is_inside(folder, name.rpartition("/")[0], known) and not stat.S_ISLNK(
-            os.lstat(folder / name).st_mode
-        )
-    return known[name]
+def _parse_entry(name: str, data: object, algorithm: str) -> FileEntry:
+    if (problem := name_problem(name)) is not None:
+        raise ManifestError(f"The file name {name[:80]!a} in `{MANIFEST_NAME}` {problem}.")
+    size = data.get("size") if isinstance(data, dict) else None
+    digest = data.get("digest") if isinstance(data, dict) else None
+    if type(size) is int and 0 <= size <= LARGEST_INTEGER:
+        if digest is None:
+            return FileEntry(size)
+        if isinstance(digest, str) and len(digest) == DIGEST_LENGTHS[algorithm] and _DIGEST.fullmatch(digest):
+            return FileEntry(size, digest)
+    raise ManifestError(
+        f"The entry {name[:80]!a} of `{MANIFEST_NAME}` must hold a size in bytes and a checksum or null."
+    )
 
 
 def remove_manifest(folder: str | os.PathLike[str]) -> None:

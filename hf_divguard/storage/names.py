@@ -77,8 +77,8 @@ def checkpoint_step(name: str) -> int | None:
 def checkpoint_folders(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
     """Return the checkpoint folders directly inside ``output_dir``, by step, lowest first.
 
-    Files, symbolic links and folders of other names are not checkpoints. A missing
-    ``output_dir`` holds none.
+    A symbolic link of such a name is one too, wherever it leads. Files and folders of other
+    names are not. A missing ``output_dir`` holds none.
 
     Raises:
         OSError: If ``output_dir`` is there and cannot be listed.
@@ -88,7 +88,8 @@ def checkpoint_folders(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
             found = {
                 step: Path(entry.path)
                 for entry in entries
-                if (step := checkpoint_step(entry.name)) is not None and entry.is_dir(follow_symlinks=False)
+                if (step := checkpoint_step(entry.name)) is not None
+                and (entry.is_symlink() or entry.is_dir(follow_symlinks=False))
             }
     except (FileNotFoundError, NotADirectoryError):
         return {}

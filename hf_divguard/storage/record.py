@@ -9,7 +9,15 @@ from typing import Any, NoReturn
 
 from hf_divguard.storage.jsonio import from_strict
 
-__all__ = ["FORMAT_VERSION", "LARGEST_INTEGER", "Fields", "Quarantine", "RecordError", "sealed"]
+__all__ = [
+    "FORMAT_VERSION",
+    "LARGEST_INTEGER",
+    "LONGEST_PATH",
+    "Fields",
+    "Quarantine",
+    "RecordError",
+    "sealed",
+]
 
 FORMAT_VERSION = 1
 """Version of the manifest's and the sidecar's form. A reader refuses higher ones."""
@@ -18,7 +26,10 @@ LARGEST_INTEGER = 10**18 - 1
 """Steps, sequence numbers and sizes beyond this are refused; it fits 64 bits."""
 
 Quarantine = dict[str, Any]
-"""Why a checkpoint must never be resumed: ``reason``, ``onset_step``, ``time``."""
+"""Why a checkpoint is quarantined or suspect: ``reason``, ``onset_step``, ``time``."""
+
+LONGEST_PATH = 4096
+"""Paths and file names of more characters are refused."""
 
 _LONGEST_TEXT = 2000
 _SEAL = "digest"
@@ -91,17 +102,23 @@ class Fields:
             raise self._error(f"{self._what} must be as it was written, but its own checksum differs.")
 
     def integer(self, key: str) -> int:
-        """Return the whole number under ``key``."""
+        """Return the integer under ``key``."""
         value = self._data.get(key)
         if type(value) is not int or not 0 <= value <= LARGEST_INTEGER:
-            self.refuse(key, f"a whole number from 0 to {LARGEST_INTEGER}")
+            self.refuse(key, f"an integer from 0 to {LARGEST_INTEGER}")
         return value
 
-    def integers(self, key: str, *, limit: int) -> tuple[int, ...]:
-        """Return the list of whole numbers under ``key``."""
+    def integer_or_none(self, key: str) -> int | None:
+        """Return the integer under ``key``, or ``None``."""
+        return None if self._data.get(key) is None else self.integer(key)
+
+    def integers(self, key: str, *, limit: int, least: int = 0) -> tuple[int, ...]:
+        """Return the list of ``least`` to ``limit`` integers under ``key``."""
         values = self.entries(key, limit=limit)
-        if any(type(value) is not int or not 0 <= value <= LARGEST_INTEGER for value in values):
-            self.refuse(key, f"a list of whole numbers from 0 to {LARGEST_INTEGER}")
+        if len(values) < least or any(
+            type(value) is not int or not 0 <= value <= LARGEST_INTEGER for value in values
+        ):
+            self.refuse(key, f"a list of integers from 0 to {LARGEST_INTEGER}")
         return tuple(values)
 
     def number_or_none(self, key: str) -> float | None:
@@ -128,6 +145,17 @@ class Fields:
         """Return the string under ``key``, or ``None``."""
         return None if self._data.get(key) is None else self.text(key)
 
+    def path(self, key: str) -> str:
+        """Return the path under ``key``: any text without a null character."""
+        value = self._data.get(key)
+        if not isinstance(value, str) or not 0 < len(value) <= LONGEST_PATH or "\0" in value:
+            self.refuse(key, f"a path of at most {LONGEST_PATH} characters")
+        return value
+
+    def path_or_none(self, key: str) -> str | None:
+        """Return the path under ``key``, or ``None``."""
+        return None if self._data.get(key) is None else self.path(key)
+
     def boolean(self, key: str) -> bool:
         """Return true or false under ``key``."""
         value = self._data.get(key)
@@ -153,12 +181,12 @@ class Fields:
             self.refuse(key, f"an object of at most {limit} entries")
         return value
 
-    def quarantine(self) -> Quarantine | None:
-        """Return the quarantine, ``None`` for a checkpoint that has none."""
-        value = self._data.get("quarantine")
+    def note(self, key: str) -> Quarantine | None:
+        """Return the note under ``key`` that a checkpoint is quarantined or suspect, ``None`` without one."""
+        value = self._data.get(key)
         if value is None:
             return None
-        inner = Fields(value, f"`quarantine` of {self._what}", self._error)
+        inner = Fields(value, f"`{key}` of {self._what}", self._error)
         onset_step = value.get("onset_step")
         return {
             "reason": inner.text("reason"),

@@ -1,10 +1,9 @@
-"""Opening, listing, hashing and flushing regular files, without following symbolic links."""
+"""Opening, listing and flushing regular files. Links to files are read through; nothing else is opened."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import stat
@@ -13,24 +12,36 @@ from pathlib import Path
 from hf_divguard.storage.names import TEMPORARY_PREFIX
 
 __all__ = [
-    "file_sha256",
+    "LimitExceeded",
+    "error_words",
     "flush_folder",
     "flush_tree",
+    "is_unreadable",
     "kind_in_words",
     "list_files",
     "named_file",
     "open_regular_file",
+    "read_bytes",
 ]
 
 # Non-blocking, so that a FIFO of an expected name is refused instead of waited for.
 _OPEN_FLAGS = (
-    os.O_RDONLY
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_BINARY", 0)
+    os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 )
-_BLOCK_BYTES = 1 << 20
+_MOST_LEVELS = 40
+# What these say of a path is certain. Any other error (EIO, EACCES, EPERM, ESTALE, ETIMEDOUT...) may pass.
+_CERTAIN = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EMLINK,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.ENXIO,
+    }
+)
 # Files of one rank: the Trainer's random states, DeepSpeed's and torch.distributed.checkpoint's shards.
 _RANK_FILES = (
     (re.compile(r"rng_state_([0-9]{1,6})\.pth"), "random state"),
@@ -39,18 +50,35 @@ _RANK_FILES = (
 )
 
 
+class LimitExceeded(ValueError):
+    """Something is larger than what is read; it is not known whether it is damaged."""
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Return whether ``error`` leaves open what stands at its path, as an input/output error does.
+
+    Example:
+        >>> is_unreadable(OSError(errno.EIO, "")), is_unreadable(FileNotFoundError(errno.ENOENT, ""))
+        (True, False)
+    """
+    return error.errno not in _CERTAIN
+
+
+def error_words(error: Exception) -> str:
+    """Return what the system says of ``error``, without the path."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def open_regular_file(path: str | os.PathLike[str]) -> int:
-    """Open the regular file at ``path`` for reading and return its descriptor.
+    """Open the regular file at ``path``, or the one that it links to, and return its descriptor.
 
     Raises:
-        ValueError: If ``path`` is a symbolic link, a folder, a FIFO or a device.
+        ValueError: If it is a folder, a FIFO or a device.
         OSError: If it is missing or cannot be opened.
     """
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK) or os.path.islink(path):
-            raise ValueError(_not_regular(path, "a symbolic link")) from None
         if error.errno == errno.ENXIO:
             raise ValueError(_not_regular(path, "a socket or device")) from None
         raise
@@ -66,6 +94,26 @@ def open_regular_file(path: str | os.PathLike[str]) -> int:
 
 def _not_regular(path: str | os.PathLike[str], found: str) -> str:
     return f"{os.fspath(path)!r} must be a regular file, found {found}. Remove it."
+
+
+def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
+    """Return the contents of the regular file at ``path``, at most ``max_bytes`` of them.
+
+    Raises:
+        LimitExceeded: If it is larger.
+        ValueError: If it is not a regular file.
+        OSError: If it is missing or cannot be read.
+    """
+    with open(open_regular_file(path), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, max_bytes) + 1)
+        while data and len(data) <= max_bytes and (more := file.read(max_bytes + 1 - len(data))):
+            data += more
+    if len(data) > max_bytes:
+        raise LimitExceeded(
+            f"{os.fspath(path)!r} must have at most {max_bytes} bytes to be read, found more."
+        )
+    return data
 
 
 def kind_in_words(mode: int) -> str:
@@ -102,68 +150,70 @@ def named_file(name: str) -> str:
 def list_files(folder: str | os.PathLike[str], *, limit: int) -> tuple[dict[str, int], dict[str, str]]:
     """List what stands in ``folder`` and its sub-folders, by POSIX path relative to it.
 
-    Our own unfinished temporary files are left out. Symbolic links are listed among the
-    others and never followed.
+    A link to a regular file counts as that file. Links to folders are not entered. Our own
+    unfinished temporary files are left out.
 
     Args:
         folder: The folder to list.
         limit: Largest number of entries that will be listed.
 
     Returns:
-        The size in bytes of each regular file, and what each other thing that is not a
-        folder is, in words.
+        The size in bytes of each file, and what each other thing that is not a folder is, in words.
 
     Raises:
-        ValueError: If there are more than ``limit`` entries.
+        LimitExceeded: If there are more than ``limit`` entries, or more than 40 levels of folders.
         OSError: If a folder cannot be read.
     """
     sizes: dict[str, int] = {}
     others: dict[str, str] = {}
     entries_seen = 0
-    waiting = [("", Path(folder))]
+    waiting = [("", os.fspath(folder), 1)]
     while waiting:
-        prefix, current = waiting.pop()
+        prefix, current, level = waiting.pop()
+        if level > _MOST_LEVELS:
+            raise LimitExceeded(f"{os.fspath(folder)!r} must have at most {_MOST_LEVELS} levels of folders.")
         with os.scandir(current) as entries:
             for entry in entries:
                 entries_seen += 1
                 if entries_seen > limit:
-                    raise ValueError(
+                    raise LimitExceeded(
                         f"{os.fspath(folder)!r} must hold at most {limit} entries to be judged, found more."
                     )
                 name = prefix + entry.name
-                status = entry.stat(follow_symlinks=False)
+                # `DirEntry.stat` carries no size on Windows network drives; `lstat` always does.
+                status = entry.stat(follow_symlinks=False) if os.name == "posix" else os.lstat(entry.path)
                 if stat.S_ISDIR(status.st_mode):
-                    waiting.append((name + "/", Path(entry.path)))
-                elif entry.name.startswith(TEMPORARY_PREFIX):
-                    continue
-                elif stat.S_ISREG(status.st_mode):
-                    # `DirEntry.stat` carries no size on Windows network drives; `lstat` always does.
-                    sizes[name] = status.st_size if os.name == "posix" else os.lstat(entry.path).st_size
-                else:
-                    others[name] = kind_in_words(status.st_mode)
+                    waiting.append((name + "/", entry.path, level + 1))
+                elif not entry.name.startswith(TEMPORARY_PREFIX):
+                    size, kind = _size_or_kind(entry.path, status)
+                    if kind is None:
+                        sizes[name] = size
+                    else:
+                        others[name] = kind
     return dict(sorted(sizes.items())), dict(sorted(others.items()))
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of the regular file at ``path`` in hexadecimal digits.
-
-    Raises:
-        ValueError: If ``path`` is not a regular file.
-        OSError: If it cannot be read.
-    """
-    digest = hashlib.sha256()
-    block = memoryview(bytearray(_BLOCK_BYTES))
-    with open(open_regular_file(path), "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
+def _size_or_kind(path: str, status: os.stat_result) -> tuple[int, str | None]:
+    """Return the size of a file and no kind, or what else it is; a link is what it leads to."""
+    link = ""
+    if stat.S_ISLNK(status.st_mode):
+        link = "a symbolic link to "
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if is_unreadable(error):
+                raise
+            return 0, "a symbolic link that leads nowhere"
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size, None
+    return 0, link + kind_in_words(status.st_mode)
 
 
 def flush_folder(folder: str | os.PathLike[str]) -> None:
     """Ask the system to put the names inside ``folder`` on the disk; do nothing where it cannot.
 
     Windows cannot open a folder, and some network file systems refuse to flush one. The
-    renames are still atomic there, they only may be lost with the power.
+    renames are still atomic there; they only may be lost in a power failure.
     """
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))

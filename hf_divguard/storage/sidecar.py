@@ -1,14 +1,17 @@
-"""The sidecar of a checkpoint: its metric, its place in the run's history, the state of callbacks."""
+"""The sidecar of a checkpoint: its metric, its place in the run, the state of callbacks."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_divguard._version import __version__
 from hf_divguard.core.retention import CheckpointRecord
+from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.jsonio import encode_json, from_strict, read_json, to_strict, write_bytes_atomic
 from hf_divguard.storage.names import SIDECAR_NAME
 from hf_divguard.storage.record import FORMAT_VERSION, Fields, Quarantine, RecordError, sealed
@@ -16,18 +19,22 @@ from hf_divguard.storage.record import FORMAT_VERSION, Fields, Quarantine, Recor
 __all__ = [
     "WRITER",
     "CheckpointRecord",
+    "ExternalRecord",
     "Sidecar",
     "SidecarError",
     "encode_sidecar",
+    "fit_callbacks",
     "read_sidecar",
     "write_sidecar",
 ]
+
+_T = TypeVar("_T")
 
 WRITER = f"hf_divguard {__version__}"
 """Who writes our files, with the version."""
 
 _MAX_BYTES = 64 << 20
-_MAX_DEPTH = 64
+_MAX_CALLBACK_BYTES = 60 << 20
 _MAX_RECORDS = 100_000
 _MAX_CALLBACKS = 10_000
 
@@ -37,8 +44,25 @@ class SidecarError(RecordError):
 
 
 @dataclass(frozen=True, slots=True)
+class ExternalRecord:
+    """A checkpoint of the lineage that stands outside of the run folder.
+
+    Args:
+        path: Its folder, as an absolute path.
+        step: Its optimizer step.
+        sequence: Its number among the saves of its own run folder; ``None`` if it has none.
+        metric: Value of the ranking metric at its step.
+    """
+
+    path: str
+    step: int
+    sequence: int | None
+    metric: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Sidecar:
-    """Everything that ``divguard_state.json`` holds.
+    """Everything that ``divguard_state.json`` holds. Its size does not grow with the number of checkpoints.
 
     Args:
         step: Optimizer step of the checkpoint.
@@ -47,13 +71,19 @@ class Sidecar:
         metric_name: Name of the metric that ranks checkpoints.
         metric: Its value at this very step.
         greater_is_better: Its direction.
-        records: Every checkpoint folder that stood beside this one when it was saved, in the
-            order of saving, this one last. It is the ranking memory, and it gives the age of
-            folders that have no sidecar.
+        records: The last few checkpoints of the run folder and the best ones of the lineage, in the
+            order of saving, this one last. They give the place of folders that have no sidecar.
+        is_partial: Whether older checkpoints were left out of ``records``.
+        lineage: The checkpoints that this one comes from, itself included: first and last
+            sequence number of each unbroken row of saves.
+        home: Absolute path of the run folder when this was saved.
+        elsewhere: Checkpoints of the lineage that stand in other folders.
         callbacks: State of each callback, by name.
         manifest_expected: Whether a manifest follows. Without it such a checkpoint is incomplete.
         quarantine: Why this checkpoint must never be resumed; ``None`` for a good one.
+        suspect: Why this checkpoint may have been saved under a fault; ``None`` for a good one.
         writer: Name and version of the program that wrote it.
+        damaged: What could not be read and was left out, in words. It is not written.
     """
 
     step: int
@@ -63,10 +93,16 @@ class Sidecar:
     metric: float | None = None
     greater_is_better: bool | None = None
     records: tuple[CheckpointRecord, ...] = ()
+    is_partial: bool = False
+    lineage: tuple[tuple[int, int], ...] = ()
+    home: str | None = None
+    elsewhere: tuple[ExternalRecord, ...] = ()
     callbacks: dict[str, Any] = field(default_factory=dict)
     manifest_expected: bool = False
     quarantine: Quarantine | None = None
+    suspect: Quarantine | None = None
     writer: str = WRITER
+    damaged: tuple[str, ...] = field(default=(), compare=False)
 
 
 def write_sidecar(folder: str | os.PathLike[str], sidecar: Sidecar, *, flush: bool = False) -> None:
@@ -74,7 +110,8 @@ def write_sidecar(folder: str | os.PathLike[str], sidecar: Sidecar, *, flush: bo
 
     Args:
         folder: The checkpoint folder; it must exist.
-        sidecar: What to write. Callback states may hold whatever ``to_strict`` takes.
+        sidecar: What to write. Callback states may hold whatever ``to_strict`` takes; see
+            :func:`fit_callbacks`.
         flush: Wait until it is on the disk.
 
     Raises:
@@ -91,6 +128,7 @@ def write_sidecar(folder: str | os.PathLike[str], sidecar: Sidecar, *, flush: bo
         nan
     """
     write_bytes_atomic(Path(folder, SIDECAR_NAME), encode_sidecar(sidecar), flush=flush)
+    failpoint("sidecar written")
 
 
 def encode_sidecar(sidecar: Sidecar) -> bytes:
@@ -101,57 +139,120 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
         ValueError: If it could not be read again: a negative step, a text of several lines, more
             than 64 MiB.
     """
-    plain = {
-        name: to_strict(getattr(sidecar, name))
-        for name in Sidecar.__slots__
-        if name not in ("records", "callbacks")
-    }
+    apart = ("records", "elsewhere", "callbacks", "damaged")
     data = {
         "format": FORMAT_VERSION,
-        **plain,
+        **{name: to_strict(getattr(sidecar, name)) for name in Sidecar.__slots__ if name not in apart},
         "records": [to_strict(asdict(record)) for record in sidecar.records],
+        "elsewhere": [to_strict(asdict(record)) for record in sidecar.elsewhere],
         "callbacks": {name: to_strict(state) for name, state in sidecar.callbacks.items()},
     }
-    _parse(data)
-    return encode_json(sealed(data), max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
+    read_again = _parse(data)
+    if read_again.damaged:
+        raise SidecarError(read_again.damaged[0])
+    return encode_json(sealed(data), max_bytes=_MAX_BYTES)
+
+
+def fit_callbacks(
+    states: Mapping[str, Any], *, max_bytes: int = _MAX_CALLBACK_BYTES
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the callback states that fit into a sidecar, and a sentence for each that does not.
+
+    A state that JSON cannot hold is left out. Of states that are too large together, the
+    largest is left out first.
+
+    Args:
+        states: State of each callback, by name.
+        max_bytes: How large they may be together, as JSON text.
+
+    Example:
+        >>> kept, problems = fit_callbacks({"small": [1], "large": "x" * 100, "odd": {1}}, max_bytes=50)
+        >>> kept
+        {'small': [1]}
+        >>> len(problems)
+        2
+    """
+    kept: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    problems = []
+    for name, state in states.items():
+        try:
+            strict = to_strict(state)
+            sizes[name] = len(json.dumps(strict)) + len(json.dumps(name))
+            kept[name] = state
+        except (TypeError, ValueError, RecursionError) as error:
+            problems.append(f"The state of callback {name!r} cannot be saved: {error}")
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        if sum(sizes.values()) <= max_bytes:
+            break
+        problems.append(
+            f"The state of callback {name!r} is not saved: it has {sizes.pop(name)} bytes as JSON text, and the states "
+            f"of all callbacks together may have {max_bytes}. Keep large data in files of your own."
+        )
+        del kept[name]
+    return kept, problems
 
 
 def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
     """Read the sidecar of the checkpoint in ``folder``.
+
+    An entry that is damaged, such as the state of one callback, is left out; ``damaged`` of the
+    sidecar names it.
 
     Raises:
         FileNotFoundError: If it has none.
         SidecarError: If it is broken, breaks a limit, or a newer version wrote it.
         OSError: If it cannot be read.
     """
-    path = Path(folder, SIDECAR_NAME)
     try:
-        data = read_json(path, max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
-        return _parse(data)
+        return _parse(read_json(Path(folder, SIDECAR_NAME), max_bytes=_MAX_BYTES))
     except SidecarError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SidecarError(str(error)) from None
 
 
 def _parse(data: dict[str, Any]) -> Sidecar:
     fields = Fields(data, f"`{SIDECAR_NAME}`", SidecarError)
     fields.check_format()
+    damaged: list[str] = []
+
+    def tolerant(read: Callable[..., _T], otherwise: _T, *arguments: object) -> _T:
+        try:
+            return read(*arguments)
+        except (ValueError, RecursionError) as error:
+            damaged.append(str(error))
+            return otherwise
+
+    def each(key: str, parse: Callable[[object], _T]) -> tuple[_T, ...]:
+        entries: list[Any] = []
+        if key in data:
+            entries = tolerant(lambda: fields.entries(key, limit=_MAX_RECORDS), entries)
+        parsed: list[_T | None] = [tolerant(parse, None, entry) for entry in entries]
+        return tuple(entry for entry in parsed if entry is not None)
+
+    lost = object()
+    states: dict[str, Any] = {}
+    states = tolerant(lambda: fields.mapping("callbacks", limit=_MAX_CALLBACKS), states)
+    callbacks = {name: tolerant(from_strict, lost, state) for name, state in states.items()}
     return Sidecar(
         step=fields.integer("step"),
         run_id=fields.text("run_id"),
         sequence=fields.integer("sequence"),
-        metric_name=fields.text_or_none("metric_name"),
-        metric=fields.number_or_none("metric"),
-        greater_is_better=fields.boolean_or_none("greater_is_better"),
-        records=tuple(_parse_record(entry) for entry in fields.entries("records", limit=_MAX_RECORDS)),
-        callbacks={
-            name: from_strict(state)
-            for name, state in fields.mapping("callbacks", limit=_MAX_CALLBACKS).items()
-        },
+        metric_name=tolerant(lambda: fields.text_or_none("metric_name"), None),
+        metric=tolerant(lambda: fields.number_or_none("metric"), None),
+        greater_is_better=tolerant(lambda: fields.boolean_or_none("greater_is_better"), None),
+        records=each("records", _parse_record),
+        is_partial=tolerant(lambda: fields.boolean_or_none("is_partial"), None) or False,
+        lineage=each("lineage", _parse_span),
+        home=tolerant(lambda: fields.path_or_none("home"), None),
+        elsewhere=each("elsewhere", _parse_external),
+        callbacks={name: state for name, state in callbacks.items() if state is not lost},
         manifest_expected=fields.boolean("manifest_expected"),
-        quarantine=fields.quarantine(),
-        writer=fields.text("writer"),
+        quarantine=fields.note("quarantine"),
+        suspect=fields.note("suspect"),
+        writer=tolerant(lambda: fields.text("writer"), ""),
+        damaged=tuple(damaged),
     )
 
 
@@ -163,3 +264,20 @@ def _parse_record(data: object) -> CheckpointRecord:
         metric=fields.number_or_none("metric"),
         in_lineage=fields.boolean("in_lineage"),
     )
+
+
+def _parse_external(data: object) -> ExternalRecord:
+    fields = Fields(data, f"`elsewhere` of `{SIDECAR_NAME}`", SidecarError)
+    return ExternalRecord(
+        path=fields.path("path"),
+        step=fields.integer("step"),
+        sequence=fields.integer_or_none("sequence"),
+        metric=fields.number_or_none("metric"),
+    )
+
+
+def _parse_span(data: object) -> tuple[int, int]:
+    first, last = Fields({"span": data}, f"`lineage` of `{SIDECAR_NAME}`", SidecarError).integers(
+        "span", limit=2, least=2
+    )
+    return first, last

@@ -1,4 +1,4 @@
-"""Giving a finished checkpoint its name in one step, and mending what a kill left in between."""
+"""Giving a finished checkpoint its name in one step, and repairing what a kill left in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_divguard.storage.deletion import remove_tree
-from hf_divguard.storage.integrity import verify_with_records
+from hf_divguard.storage.failpoints import failpoint
+from hf_divguard.storage.integrity import verify_with_record
 from hf_divguard.storage.names import (
     DELETING_PREFIX,
     REPLACED_PREFIX,
@@ -112,12 +113,14 @@ def publish(run_dir: str | os.PathLike[str], step: int, *, flush: bool = False) 
             raise NotADirectoryError(errno.ENOTDIR, "Only a real folder can be replaced", os.fspath(final))
         remove_tree(aside)
         os.rename(final, aside)
+        failpoint("old checkpoint moved aside")
     try:
         os.rename(staged, final)
     except OSError:
         if moved_aside:
             os.rename(aside, final)
         raise
+    failpoint("checkpoint published")
     if flush:
         flush_folder(staging_folder(run_dir))
         flush_folder(run_dir)
@@ -125,6 +128,7 @@ def publish(run_dir: str | os.PathLike[str], step: int, *, flush: bool = False) 
     # `recover` removes it at the next start.
     with contextlib.suppress(OSError):
         remove_tree(aside)
+        failpoint("old checkpoint removed")
     with contextlib.suppress(OSError):
         os.rmdir(staging_folder(run_dir))
     return final
@@ -149,15 +153,15 @@ def discard_staging(run_dir: str | os.PathLike[str]) -> None:
 
 
 def recover(run_dir: str | os.PathLike[str]) -> list[str]:
-    """Mend what a killed save or removal left in ``run_dir``, and say in words what was done.
+    """Repair what a killed save or deletion left in ``run_dir``, and return in words what was done.
 
     Call it when no process writes there. A staged checkpoint that is complete by its manifest
     gets its name, unless a complete and newer one has it. A checkpoint that was moved aside and
     not replaced gets its name back. Whatever else carries one of our unfinished names is
-    removed. Nothing of another name is touched.
+    removed, unless it cannot be read now. Nothing of another name is touched.
 
     Args:
-        run_dir: The run folder. A missing one needs no mending.
+        run_dir: The run folder. A missing one needs no repair.
 
     Returns:
         One sentence per thing done or found impossible; empty if there was nothing to do.
@@ -173,8 +177,8 @@ def recover(run_dir: str | os.PathLike[str]) -> list[str]:
     if not _is_folder_or_link_to_one(run_dir):
         return []
     return [
-        *_publish_what_is_whole(run_dir),
-        *_mend_moved_and_deleted(run_dir),
+        *_publish_complete_ones(run_dir),
+        *_finish_moves_and_deletions(run_dir),
         *_remove_unfinished_files(run_dir),
     ]
 
@@ -187,43 +191,55 @@ def _is_folder_or_link_to_one(path: Path) -> bool:
         return False
 
 
-def _publish_what_is_whole(run_dir: Path) -> Iterator[str]:
+def _publish_complete_ones(run_dir: Path) -> Iterator[str]:
     staging = staging_folder(run_dir)
     if not os.path.lexists(staging):
         return
     names = sorted(os.listdir(staging)) if _is_folder(staging) else []
     for name in names:
         step = checkpoint_step(name)
-        if step is None or not _should_be_published(staging / name, run_dir / name):
+        should = step is not None and _should_be_published(staging / name, run_dir / name)
+        if should is None:
+            yield f"The staged {name} cannot be read now, so it is left in {STAGING_NAME}."
+            return
+        if step is None or not should:
             continue
         try:
             publish(run_dir, step)
         except OSError as error:
-            yield f"{name} was saved whole but could not get its name: {error}."
+            yield f"{name} was saved completely but could not get its name: {error}."
             return
-        yield f"{name} was saved whole when the last run was killed; it has its name now."
+        yield f"{name} was saved completely when the last run was killed; it has its name now."
     unfinished = [name for name in names if os.path.lexists(staging / name)]
     what = f"the unfinished {' and '.join(unfinished)}" if unfinished else f"the empty {STAGING_NAME}"
     if os.path.lexists(staging):
         yield from _remove(staging, what)
 
 
-def _should_be_published(staged: Path, final: Path) -> bool:
-    """Return whether ``staged`` is whole, and nothing that would be missed has its name."""
-    verdict, manifest, _ = verify_with_records(staged)
-    if verdict.status != "complete" or manifest is None or not _is_folder(staged):
+def _should_be_published(staged: Path, final: Path) -> bool | None:
+    """Return whether ``staged`` is complete, and nothing that would be missed has its name.
+
+    ``None`` says that one of the two cannot be read.
+    """
+    verdict, record = verify_with_record(staged)
+    if verdict.status == "unreadable":
+        return None
+    keeps = verdict.status in ("complete", "suspect", "quarantined")
+    if not keeps or not verdict.has_manifest or record is None or not _is_folder(staged):
         return False
     if not os.path.lexists(final):
         return True
     if not _is_folder(final):
         return False
-    there, other, _ = verify_with_records(final, checksums=False)
-    if there.status in ("incomplete", "quarantined"):
+    there, other = verify_with_record(final, checksums=False)
+    if there.status == "unreadable":
+        return None
+    if there.status == "incomplete" or (there.status == "quarantined" and verdict.status == "complete"):
         return True
-    return other is not None and other.run_id == manifest.run_id and other.sequence < manifest.sequence
+    return other is not None and other.run_id == record.run_id and other.sequence < record.sequence
 
 
-def _mend_moved_and_deleted(run_dir: Path) -> Iterator[str]:
+def _finish_moves_and_deletions(run_dir: Path) -> Iterator[str]:
     for name in sorted(os.listdir(run_dir)):
         match = _OURS.fullmatch(name)
         if name.startswith(_PROBE_PREFIX):
@@ -231,25 +247,28 @@ def _mend_moved_and_deleted(run_dir: Path) -> Iterator[str]:
         elif match is not None and match["kind"] == DELETING_PREFIX:
             yield from _remove(run_dir / name, f"what was left of the deleted checkpoint-{match['step']}")
         elif match is not None:
-            yield from _mend_moved(run_dir / name, run_dir / checkpoint_name(int(match["step"])))
+            yield from _finish_move(run_dir / name, run_dir / checkpoint_name(int(match["step"])))
 
 
-def _mend_moved(aside: Path, final: Path) -> Iterator[str]:
+def _finish_move(aside: Path, final: Path) -> Iterator[str]:
     """Give the checkpoint that was moved aside its name back if it is the better one of the two."""
-    keep = _is_folder(aside) and verify_with_records(aside, checksums=False)[0].status != "incomplete"
+    old = verify_with_record(aside, checksums=False)[0].status if _is_folder(aside) else "incomplete"
     taken = os.path.lexists(final)
-    if keep and taken:
-        keep = _is_folder(final) and verify_with_records(final, checksums=False)[0].status == "incomplete"
-    if not keep:
+    new = verify_with_record(final, checksums=False)[0].status if taken and _is_folder(final) else "complete"
+    if "unreadable" in (old, new if taken else ""):
+        yield f"The older {final.name} is left as {aside.name}: one of the two cannot be read now."
+        return
+    if old == "incomplete" or (taken and new != "incomplete"):
         yield from _remove(aside, f"the older {final.name} that was replaced")
         return
     try:
         if taken:
-            doomed = final.with_name(f"{DELETING_PREFIX}{checkpoint_step(final.name)}")
-            remove_tree(doomed)
-            os.rename(final, doomed)
-            yield from _remove(doomed, f"the unfinished {final.name}")
+            unfinished = final.with_name(f"{DELETING_PREFIX}{checkpoint_step(final.name)}")
+            remove_tree(unfinished)
+            os.rename(final, unfinished)
+            yield from _remove(unfinished, f"the unfinished {final.name}")
         os.rename(aside, final)
+        failpoint("old checkpoint restored")
     except OSError as error:
         yield f"The older {final.name} could not get its name back: {error}."
         return
@@ -262,11 +281,14 @@ def _remove(path: Path, what: str) -> Iterator[str]:
     except OSError as error:
         yield f"Could not remove {what}: {error}."
     else:
+        failpoint("unfinished checkpoint removed")
         yield f"Removed {what}."
 
 
 def _remove_unfinished_files(run_dir: Path) -> Iterator[str]:
     for folder in (run_dir, *checkpoint_folders(run_dir).values()):
+        if folder != run_dir and not _is_folder(folder):
+            continue  # a link: what it leads to belongs to someone else
         try:
             before = os.stat(folder)
             names = [name for name in sorted(os.listdir(folder)) if name.startswith(TEMPORARY_PREFIX)]

@@ -34,14 +34,18 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 def certify(folder: Path, *, sequence: int = 1, checksums: bool = False, **options: object) -> Path:
     """Add a sidecar and a manifest to the checkpoint in ``folder``."""
     step = int(folder.name.rpartition("-")[2])
-    write_sidecar(folder, sidecar_of(step, sequence=sequence, **options))
+    sidecar = sidecar_of(step, sequence=sequence, **options)
+    write_sidecar(folder, sidecar)
     write_manifest(
         folder,
         build_manifest(
             folder,
             step=step,
-            run_id="run",
+            run_id=sidecar.run_id,
             sequence=sequence,
+            metric_name=sidecar.metric_name,
+            metric=sidecar.metric,
+            greater_is_better=sidecar.greater_is_better,
             world_size=max(1, len(list(folder.glob("rng_state_*.pth")))),
             checksums=checksums,
         ),

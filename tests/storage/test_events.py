@@ -1,4 +1,4 @@
-"""The story of a run on disk."""
+"""The events of a run on disk."""
 
 from __future__ import annotations
 

@@ -13,18 +13,20 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_divguard.storage.checkpoints import best_checkpoints, find_checkpoints, verify_checkpoint
-from hf_divguard.storage.manifest import ManifestError, check_manifest, read_manifest
+from hf_divguard.storage.manifest import ManifestError, read_manifest
+from hf_divguard.storage.manifest_check import check_manifest
 from hf_divguard.storage.names import MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.quarantine import quarantine
 from hf_divguard.storage.record import sealed
 from hf_divguard.storage.sidecar import SidecarError, read_sidecar, write_sidecar
+from hf_divguard.storage.verdict import Status
 
 from .conftest import certify, records_of, sidecar_of, small_checkpoint, tree
 
@@ -209,7 +211,7 @@ class Guarded:
             with contextlib.suppress(declared):
                 read()
             verdict = verify_checkpoint(self.folder)
-            assert verdict.status in ("complete", "incomplete", "quarantined", "unknown")
+            assert verdict.status in get_args(Status)
             assert verdict.reason
             str(verdict.reason).encode("utf-8", "surrogateescape")
             find_checkpoints(self.run)

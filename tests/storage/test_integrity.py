@@ -69,6 +69,14 @@ def test_a_manifest_gives_the_same_verdict(kind: str, trained: Path, tmp_path: P
         assert "no optimizer's state" in verdict.reason
 
 
+def link_files(folder: Path, blobs: Path, pattern: str) -> None:
+    """Move the files of ``folder`` to ``blobs``, and put links in their place, as the Hub's cache does."""
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.glob(pattern))):
+        shutil.move(path, blobs / str(number))
+        path.symlink_to(os.path.relpath(blobs / str(number), folder))
+
+
 def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -267,13 +275,26 @@ def test_our_files_of_a_newer_version_make_a_checkpoint_unknown_and_say_upgrade(
     assert "upgrade" in verdict.reason
 
 
-def test_a_link_in_the_place_of_a_weight_file_is_not_followed(run_dir: Path, tmp_path: Path) -> None:
-    weights = run_dir / "checkpoint-4" / "model.safetensors"
-    weights.rename(tmp_path / "elsewhere.safetensors")
-    weights.symlink_to(tmp_path / "elsewhere.safetensors")
-    verdict = verify_checkpoint(run_dir / "checkpoint-4")
+@pytest.mark.parametrize("pattern", ["*", "*.safetensors"])
+@pytest.mark.parametrize("certified", [False, True])
+def test_files_that_are_links_as_in_the_cache_of_the_hub_are_read_through(
+    certified: bool, pattern: str, run_dir: Path, tmp_path: Path
+) -> None:
+    folder = run_dir / "checkpoint-4"
+    if certified:
+        certify(folder, checksums=True)
+    link_files(folder, tmp_path / "blobs", pattern)
+    verdict = verify_checkpoint(folder, checksums=True)
+    assert (verdict.status, verdict.resumable) == ("complete", True), verdict
+    (folder / "model.safetensors").resolve().unlink()
+    verdict = verify_checkpoint(folder)
     assert verdict.status == "incomplete"
-    assert "a symbolic link instead of a file" in said(verdict)
+    assert "model.safetensors" in said(verdict)
+
+
+def test_a_link_to_a_folder_beside_the_files_does_not_matter(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "checkpoint-4" / "data").symlink_to(tmp_path)
+    assert verify_checkpoint(run_dir / "checkpoint-4").status == "complete"
 
 
 def test_a_json_file_of_someone_else_may_have_its_own_form(run_dir: Path) -> None:
@@ -347,7 +368,7 @@ def test_trainer_state_with_nan_tokens_is_whole(run_dir: Path) -> None:
     assert verify_checkpoint(run_dir / "checkpoint-4").status == "complete"
 
 
-def test_a_folder_that_may_not_be_read_is_incomplete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = small_checkpoint(tmp_path / "checkpoint-1")
 
     def refuse(*_: object, **__: object) -> None:
@@ -355,7 +376,7 @@ def test_a_folder_that_may_not_be_read_is_incomplete(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "scandir", refuse)
     verdict = verify_checkpoint(folder)
-    assert verdict.status == "incomplete"
+    assert verdict.status == "unreadable"
     assert "Permission denied" in verdict.reason
 
 

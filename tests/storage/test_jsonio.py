@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from hf_divguard.storage.jsonio import (
     encode_json,
     from_strict,
-    nesting_depth,
     parse_json,
     read_json,
     to_strict,
@@ -24,23 +23,23 @@ from hf_divguard.storage.jsonio import (
 )
 from hf_divguard.storage.sidecar import Sidecar, read_sidecar, write_sidecar
 
-LIMITS = {"max_bytes": 1 << 20, "max_depth": 20}
+LIMITS = {"max_bytes": 1 << 20}
 
 REFUSED = {
-    "empty": (b"", "whole JSON"),
-    "cut off": (b'{"step": 1', "whole JSON"),
+    "empty": (b"", "complete JSON"),
+    "cut off": (b'{"step": 1', "complete JSON"),
     "not an object": (b"[1]", "JSON object, found a list"),
     "bare NaN": (b'{"a": NaN}', "not a JSON number"),
     "bare Infinity": (b'{"a": -Infinity}', "not a JSON number"),
     "float out of range": (b'{"a": 1e999}', "too large"),
     "same key twice": (b'{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
-    "too deep": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper than 20"),
-    "too deep and cut": (b'{"a": ' + b"[" * 500_000, "nested deeper than 20"),
+    "too deep": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested so deeply"),
+    "too deep and cut": (b'{"a": ' + b"[" * 500_000, "nested so deeply"),
     "huge integer": (b'{"a": ' + b"9" * 100_000 + b"}", "100000 digits"),
     "not UTF-8": (b'{"a": "\xff\xfe"}', "UTF-8"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "UTF-8"),
-    "two values": (b"{} {}", "whole JSON"),
-    "control character": (b'{"a": "\x01"}', "whole JSON"),
+    "two values": (b"{} {}", "complete JSON"),
+    "control character": (b'{"a": "\x01"}', "complete JSON"),
     "larger than allowed": (b'{"a": "' + b"x" * (1 << 20) + b'"}', "at most 1048576 bytes"),
 }
 
@@ -54,11 +53,13 @@ def test_a_file_that_is_not_strict_json_is_refused_with_a_sentence(name: str, tm
         read_json(path, **LIMITS)
 
 
-def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "real.json").write_text("{}")
+def test_a_link_to_a_file_is_read_through_and_one_to_a_device_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text('{"a": 1}')
     (tmp_path / "link.json").symlink_to("real.json")
-    with pytest.raises(ValueError, match="symbolic link"):
-        read_json(tmp_path / "link.json", **LIMITS)
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    assert read_json(tmp_path / "link.json", **LIMITS) == {"a": 1}
+    with pytest.raises(ValueError, match="a socket or device"):
+        read_json(tmp_path / "device.json", **LIMITS)
 
 
 def test_a_fifo_is_refused_at_once_instead_of_waited_for(tmp_path: Path) -> None:
@@ -76,15 +77,8 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
         read_json(tmp_path / "missing.json", **LIMITS)
 
 
-@pytest.mark.parametrize("text", ['"' + '\\"' * 500_000, '"' * 1_000_001, "\\" * 1_000_000, '{"' * 300_000])
-def test_the_depth_of_a_hostile_text_is_found_in_linear_time(text: str) -> None:
-    started = time.monotonic()
-    nesting_depth(text)
-    assert time.monotonic() - started < 2
-
-
 def test_trainer_state_may_hold_nan_tokens_when_asked_for() -> None:
-    value = parse_json(b'{"loss": NaN, "best": -Infinity}', max_depth=3, what="it", allow_nan=True)
+    value = parse_json(b'{"loss": NaN, "best": -Infinity}', what="it", allow_nan=True)
     assert math.isnan(value["loss"])
     assert value["best"] == -math.inf
 
@@ -102,7 +96,7 @@ JSON_VALUES = st.recursive(
 @given(JSON_VALUES)
 def test_every_value_comes_back_as_it_was(value: object) -> None:
     data = encode_json({"value": to_strict(value)})
-    back = from_strict(parse_json(data, max_depth=200, what="it")["value"])
+    back = from_strict(parse_json(data, what="it")["value"])
     assert repr(back) == repr(value)
 
 

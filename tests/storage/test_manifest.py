@@ -13,11 +13,11 @@ from hf_divguard.storage.manifest import (
     Manifest,
     ManifestError,
     build_manifest,
-    check_manifest,
     read_manifest,
     remove_manifest,
     write_manifest,
 )
+from hf_divguard.storage.manifest_check import check_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME
 from hf_divguard.storage.record import sealed
 
@@ -53,21 +53,21 @@ def test_everything_in_a_manifest_comes_back(folder: Path, checksums: bool) -> N
     )
     write_manifest(folder, manifest, flush=True)
     assert read_manifest(folder) == manifest
-    assert check_manifest(folder, manifest) == []
+    assert check_manifest(folder, manifest) == {}
 
 
 def test_a_name_that_is_not_text_comes_back(folder: Path) -> None:
     (folder / os.fsdecode(b"caf\xe9.bin")).write_bytes(b"1")
     write_manifest(folder, build_manifest(folder, **PLACE))
-    assert check_manifest(folder, read_manifest(folder)) == []
+    assert check_manifest(folder, read_manifest(folder)) == {}
 
 
-@pytest.mark.parametrize("kind", ["symlink", "fifo"])
+@pytest.mark.parametrize("kind", ["link to a folder", "link to nothing", "fifo"])
 def test_what_is_not_a_file_is_not_certified(folder: Path, kind: str) -> None:
-    if kind == "symlink":
-        (folder / "odd").symlink_to("/etc/hostname")
-    else:
+    if kind == "fifo":
         os.mkfifo(folder / "odd")
+    else:
+        (folder / "odd").symlink_to("/etc" if kind == "link to a folder" else "/no/such/file")
     with pytest.raises(CheckpointSaveError, match="'odd'"):
         build_manifest(folder, **PLACE)
 
@@ -101,7 +101,7 @@ def test_the_manifest_is_the_last_thing_written(
         assert done == [MANIFEST_NAME]
 
 
-def test_each_kind_of_damage_is_told_in_words(folder: Path) -> None:
+def test_each_kind_of_damage_is_described_in_words(folder: Path) -> None:
     for name in ("gone", "short", "long", "empty", "changed", "link", "dir"):
         (folder / name).write_bytes(b"abcd")
     for rank in (0, 1):
@@ -113,21 +113,21 @@ def test_each_kind_of_damage_is_told_in_words(folder: Path) -> None:
     (folder / "empty").write_bytes(b"")
     (folder / "changed").write_bytes(b"abcD")
     (folder / "link").unlink()
-    (folder / "link").symlink_to("long")
+    (folder / "link").symlink_to("nowhere")
     (folder / "dir").unlink()
     (folder / "dir").mkdir()
     (folder / "rng_state_1.pth").unlink()
-    assert check_manifest(folder, manifest) == [
-        "`changed` has other contents than when it was saved: its SHA-256 differs",
+    assert list(check_manifest(folder, manifest).values()) == [
+        "`changed` has other contents than when it was saved: its xxh3_128 differs",
         "`dir` is a folder instead of a file",
         "`empty` is empty: 0 bytes instead of 4",
         "`gone` is missing",
-        "`link` is a symbolic link instead of a file",
+        "`link` is missing",
         "`long` is too long: 5 bytes instead of 4",
         "`rng_state_1.pth` (random state of rank 1) is missing",
         "`short` is too short: 3 bytes instead of 4",
     ]
-    assert not any("changed" in problem for problem in check_manifest(folder, manifest, checksums=False))
+    assert "changed" not in check_manifest(folder, manifest, checksums=False)
 
 
 def test_a_shard_that_is_missing_is_named_with_its_rank(folder: Path) -> None:
@@ -135,23 +135,24 @@ def test_a_shard_that_is_missing_is_named_with_its_rank(folder: Path) -> None:
         "global_step20/bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt": FileEntry(1),
         "pytorch_model_fsdp_0/__2_0.distcp": FileEntry(1),
     }
-    words = " ".join(check_manifest(folder, Manifest(**PLACE, files=files)))
+    words = " ".join(check_manifest(folder, Manifest(**PLACE, files=files)).values())
     assert "shard of rank 3" in words
     assert "shard of rank 2" in words
 
 
 def test_a_manifest_of_another_step_is_a_problem(folder: Path) -> None:
     write_manifest(folder, replace(build_manifest(folder, **PLACE), step=10))
-    assert check_manifest(folder, read_manifest(folder)) == [
-        "`divguard_manifest.json` is of step 10, not of checkpoint-20"
-    ]
+    assert check_manifest(folder, read_manifest(folder)) == {
+        MANIFEST_NAME: "`divguard_manifest.json` is of step 10, not of checkpoint-20"
+    }
 
 
 def test_a_folder_behind_a_symbolic_link_is_not_looked_into(folder: Path, tmp_path: Path) -> None:
     manifest = build_manifest(folder, **PLACE)
     (folder / "sub").rename(tmp_path / "elsewhere")
     (folder / "sub").symlink_to(tmp_path / "elsewhere")
-    assert check_manifest(folder, manifest) == ["`sub/deep/shard.bin` stands behind a symbolic link"]
+    name = "sub/deep/shard.bin"
+    assert check_manifest(folder, manifest) == {name: f"`{name}` stands in a folder that is a symbolic link"}
 
 
 OUTSIDE = [
@@ -180,7 +181,7 @@ OUTSIDE = [
 def test_a_path_that_leads_outside_is_refused_on_reading_and_on_checking(folder: Path, name: str) -> None:
     write_manifest(folder, build_manifest(folder, **PLACE))
     data = json.loads((folder / MANIFEST_NAME).read_text())
-    data["files"][name] = {"size": 1, "sha256": None}
+    data["files"][name] = {"size": 1, "digest": None}
     (folder / MANIFEST_NAME).write_text(json.dumps(sealed(data)))
     with pytest.raises(ManifestError, match="file name"):
         read_manifest(folder)
@@ -194,8 +195,11 @@ def test_a_path_that_leads_outside_is_refused_on_reading_and_on_checking(folder:
         ("files", {"a": 1}),
         ("files", {"a": {"size": -1}}),
         ("files", {"a": {"size": "1"}}),
-        ("files", {"a": {"size": 1, "sha256": "xyz"}}),
-        ("files", {"a": {"size": 1, "sha256": 5}}),
+        ("files", {"a": {"size": 1, "digest": "xyz"}}),
+        ("files", {"a": {"size": 1, "digest": 5}}),
+        ("files", {"a": {"size": 1, "digest": "0" * 64}}),
+        ("algorithm", "rot13"),
+        ("algorithm", None),
         ("ranks", [-1]),
         ("ranks", "0"),
         ("ranks", [True]),

@@ -1,28 +1,31 @@
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from hf_divguard.storage.regular_files import file_sha256, flush_tree, list_files, open_regular_file
-
-
-def test_the_checksum_is_that_of_the_whole_file(tmp_path: Path) -> None:
-    data = os.urandom((1 << 20) + 7)
-    (tmp_path / "file").write_bytes(data)
-    assert file_sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+from hf_divguard.storage.checksums import file_digest
+from hf_divguard.storage.regular_files import flush_tree, list_files, open_regular_file
 
 
 def test_files_are_listed_by_posix_path_with_sizes_and_the_rest_in_words(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").write_bytes(b"123")
     (tmp_path / "a" / "_divguard_tmp-1").write_bytes(b"1")
-    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "to_folder").symlink_to("a")
+    (tmp_path / "to_file").symlink_to("a/b/file")
+    (tmp_path / "to_nothing").symlink_to("b")
     os.mkfifo(tmp_path / "pipe")
-    assert list_files(tmp_path, limit=10) == ({"a/b/file": 3}, {"link": "a symbolic link", "pipe": "a FIFO"})
+    assert list_files(tmp_path, limit=10) == (
+        {"a/b/file": 3, "to_file": 3},
+        {
+            "pipe": "a FIFO",
+            "to_folder": "a symbolic link to a folder",
+            "to_nothing": "a symbolic link that leads nowhere",
+        },
+    )
 
 
 def test_a_folder_of_too_many_entries_is_refused(tmp_path: Path) -> None:
@@ -46,7 +49,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"1")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        file_sha256(tmp_path / "file")
+        file_digest(tmp_path / "file")
         flush_tree(tmp_path)
         with pytest.raises(ValueError, match="a folder"):
             open_regular_file(tmp_path)

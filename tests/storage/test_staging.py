@@ -161,7 +161,7 @@ def test_an_unfinished_staged_checkpoint_is_removed_and_said(tmp_path: Path) -> 
 def test_a_whole_staged_checkpoint_gets_its_name_and_it_is_said(tmp_path: Path) -> None:
     staged(tmp_path, 20)
     assert recover(tmp_path) == [
-        "checkpoint-20 was saved whole when the last run was killed; it has its name now."
+        "checkpoint-20 was saved completely when the last run was killed; it has its name now."
     ]
     assert verify_checkpoint(tmp_path / "checkpoint-20").status == "complete"
 
