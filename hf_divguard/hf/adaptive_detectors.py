@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 from hf_divguard.core.detection.adaptive import AdaptiveRule
-from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.core.detection.nonfinite import NonFiniteRule
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.metrics import evaluation_loss_key
@@ -149,9 +148,6 @@ class RawLossDetector(DivergenceDetector):
             return
         if finding is not None:
             self._handle(finding, args, state, control)
-
-    def _observe_step(self, values: StepValues) -> Finding | None:
-        return self.rule.observe(values.step, values.loss, values.grad_norm)
 
     def _observe(self, step: int, value: float, logs: dict[str, Any]) -> Finding | None:
         norm = logs.get("grad_norm") if self.metric_key == "loss" else None

@@ -33,7 +33,6 @@ from hf_divguard.storage.manifest import (
     write_manifest,
 )
 from hf_divguard.storage.manifest_check import check_manifest
-from hf_divguard.storage.manifest_check import check_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, TEMPORARY_PREFIX, checkpoint_name, checkpoint_step
 from hf_divguard.storage.sidecar import Sidecar, write_sidecar
 from hf_divguard.storage.staging import (

@@ -188,13 +188,14 @@ class DivergenceDetector(TrainerCallback):
     # ---- feeding
 
     def on_raw_losses(self, values: list[StepValues], args: Any, state: Any, control: Any) -> None:
-        """Feed the raw losses of the last few steps."""
+        """Feed the raw losses of the last few steps, with their gradient norms, to a rule that takes both."""
         self._key.was_seen = True
-        observe, outcome = self._observe_step, outcome_of(state)
+        rule: Any = self.rule
+        outcome = outcome_of(state)
         for entry in values:
             if outcome.is_muted(entry.step):
                 continue
-            finding = observe(entry)
+            finding = rule.observe(entry.step, entry.loss, entry.grad_norm)
             if finding is None:
                 self._was_firing = ""
                 continue
@@ -222,10 +223,6 @@ class DivergenceDetector(TrainerCallback):
     def _observe(self, step: int, value: float, values: dict[str, Any]) -> Finding | None:
         """Give the rule one value; ``values`` is the complete log that it is from."""
         return self.rule.observe(step, value)
-
-    def _observe_step(self, values: StepValues) -> Finding | None:
-        """Give the rule the raw loss of one step."""
-        return self.rule.observe(values.step, values.loss)
 
     def _handle(self, finding: Finding | None, args: Any, state: Any, control: Any) -> None:
         if finding is None:
