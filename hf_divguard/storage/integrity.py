@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import lru_cache
 from typing import TypeVar
 
 from hf_divguard.storage.contents import judge_contents, problems_sentence
@@ -55,7 +55,7 @@ def verify_with_record(
 ) -> tuple[Verdict, Manifest | Sidecar | None]:
     """Return the verdict with the manifest that it rests on, or the sidecar where there is no manifest."""
     shown = repr(os.fspath(path))
-    folder = Path(os.path.abspath(path))
+    folder = os.path.abspath(path)
     record: Manifest | Sidecar | None = None
     try:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
@@ -86,7 +86,7 @@ class _Records:
     sidecar_error: RecordError | None = None
 
 
-def _read_records(folder: Path) -> _Records:
+def _read_records(folder: str) -> _Records:
     manifest, manifest_error = _read(read_manifest, folder)
     if manifest is not None:
         return _Records(manifest)
@@ -94,7 +94,7 @@ def _read_records(folder: Path) -> _Records:
     return _Records(manifest, sidecar, manifest_error, sidecar_error)
 
 
-def _read(reader: Callable[[Path], _R], folder: Path) -> tuple[_R | None, RecordError | None]:
+def _read(reader: Callable[[str], _R], folder: str) -> tuple[_R | None, RecordError | None]:
     try:
         return reader(folder), None
     except FileNotFoundError:
@@ -104,10 +104,12 @@ def _read(reader: Callable[[Path], _R], folder: Path) -> tuple[_R | None, Record
     except OSError as error:
         if is_unreadable(error):
             raise
-        return None, RecordError(f"A file of {folder.name} cannot be read: {error_words(error)}.")
+        return None, RecordError(
+            f"A file of {os.path.basename(folder)} cannot be read: {error_words(error)}."
+        )
 
 
-def _judge(folder: Path, found: _Records, checksums: bool | None) -> Verdict:
+def _judge(folder: str, found: _Records, checksums: bool | None) -> Verdict:
     verdict = _judge_files(folder, found, checksums)
     record = found.manifest or found.sidecar
     if record is None:
@@ -127,15 +129,17 @@ def _sentence(start: str, note: Quarantine) -> str:
     return f"{start}{onset}. {note['reason']}"
 
 
-def _judge_files(folder: Path, found: _Records, checksums: bool | None) -> Verdict:
+def _judge_files(folder: str, found: _Records, checksums: bool | None) -> Verdict:
     if found.manifest_error is not None:
         problem = str(found.manifest_error)
         return Verdict("unknown" if found.manifest_error.newer else "incomplete", problem, (problem,))
-    is_marked = os.path.lexists(folder / INCOMPLETE_NAME)
+    is_marked = os.path.lexists(f"{folder}/{INCOMPLETE_NAME}")
     if found.sidecar_error is not None:
         # The sidecar holds the states of callbacks. Whether the rest is there, the contents say.
         status: Status = "unknown" if found.sidecar_error.newer else "incomplete"
-        rest = judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
+        rest = judge_contents(
+            folder, step=checkpoint_step(os.path.basename(folder)), read_all=checksums is True
+        )
         can_resume = rest.status == "complete" and rest.resumable and not is_marked
         problem = str(found.sidecar_error)
         return Verdict(status, problem, (problem,), rest.loadable, lacks_only_sidecar=can_resume)
@@ -147,15 +151,20 @@ def _judge_files(folder: Path, found: _Records, checksums: bool | None) -> Verdi
     if found.sidecar is not None and found.sidecar.manifest_expected:
         problem = f"`{MANIFEST_NAME}` is missing: the save or the deletion of this checkpoint did not finish"
         return Verdict("incomplete", problem + ".", (problem,))
-    return judge_contents(folder, step=checkpoint_step(folder.name), read_all=checksums is True)
+    return judge_contents(folder, step=checkpoint_step(os.path.basename(folder)), read_all=checksums is True)
 
 
-def _judge_by_manifest(folder: Path, manifest: Manifest, checksums: bool | None) -> Verdict:
+@lru_cache(maxsize=64)
+def _kinds_of(names: tuple[str, ...]) -> tuple[str | None, list[str], bool]:
+    """Return layout, weight files, and whether there is a training state; most checkpoints of a run are alike."""
+    return foreign_layout(names), weight_files(names), has_training_state(names)
+
+
+def _judge_by_manifest(folder: str, manifest: Manifest, checksums: bool | None) -> Verdict:
     problems = check_manifest(folder, manifest, checksums=checksums)
-    layout = foreign_layout(manifest.files)
-    weights = weight_files(manifest.files)
+    layout, weights, has_state = _kinds_of(tuple(manifest.files))
     loadable = (bool(weights) or layout is not None) and problems.keys().isdisjoint(weights)
-    resumable = loadable and (layout is not None or has_training_state(manifest.files))
+    resumable = loadable and (layout is not None or has_state)
     if problems:
         words = tuple(problems.values())
         return Verdict(

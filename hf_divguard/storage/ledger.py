@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hf_divguard.core.retention import AnyOf, BestN, CheckpointRecord, LatestN, is_better, rank
-from hf_divguard.storage.lineage import Lineage, few_of, spans_of
+from hf_divguard.storage.lineage import Lineage, Summary
 from hf_divguard.storage.names import checkpoint_folders, checkpoint_name
 from hf_divguard.storage.record import Quarantine
 from hf_divguard.storage.sidecar import ExternalRecord, Sidecar
@@ -60,6 +60,7 @@ class CheckpointLedger:
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     lineage: Lineage | None = None
     last_sequence: int = 0
+    _known_summary: Summary | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self.last_sequence = max([self.last_sequence, *(record.sequence for record in self.records)])
@@ -178,7 +179,9 @@ class CheckpointLedger:
         self.last_sequence += 1
         record = CheckpointRecord(step=step, sequence=self.last_sequence, metric=metric)
         self.forget(step)
+        summary = self._summary()
         self.records = [*self.records, record]
+        self._known_summary = summary.with_added(record, self.records)
         return record
 
     def rewind_to(self, earlier: CheckpointLedger) -> None:
@@ -189,13 +192,20 @@ class CheckpointLedger:
 
     def forget(self, step: int) -> None:
         """Drop the checkpoint of ``step``."""
-        self.records = [record for record in self.records if record.step != step]
+        if step <= self._summary().max_step:
+            self.records = [record for record in self.records if record.step != step]
         for name in ("incomplete", "quarantined", "suspects", "unreadable", "linked", "pending_deletions"):
             setattr(self, name, getattr(self, name) - {step})
         for name in ("verdicts", "external"):
             known = getattr(self, name)
             if step in known:
                 setattr(self, name, {other: each for other, each in known.items() if other != step})
+
+    def _summary(self) -> Summary:
+        # The list is replaced with each change, never changed in place.
+        if self._known_summary is None or self._known_summary.records is not self.records:
+            self._known_summary = Summary.of(self.records)
+        return self._known_summary
 
     def drop_missing(self) -> None:
         """Drop checkpoints whose folders are gone."""
@@ -245,8 +255,13 @@ class CheckpointLedger:
 
     def finite_best(self, greater_is_better: bool) -> Checkpoint | None:
         """Return the best checkpoint if its metric is a finite number."""
-        best = self.best(greater_is_better, 1)
-        return best[0] if best and math.isfinite(best[0].metric or 0.0) else None
+        # Called at each save, so it does not look at all records if it need not.
+        summary = self._summary()
+        extremes = self._counting(summary.highest if greater_is_better else summary.lowest)
+        candidates = [*self._outside_records(), *extremes] if extremes else self._lineage()
+        best = self.ranked(candidates, greater_is_better)
+        has_metric = bool(best) and best[0].metric is not None and math.isfinite(best[0].metric)
+        return self.checkpoint(best[0], greater_is_better) if has_metric else None
 
     def would_be_best(self, metric: float, greater_is_better: bool) -> bool:
         """Return whether ``metric`` beats every checkpoint there is."""
@@ -275,16 +290,19 @@ class CheckpointLedger:
         old = [record for record in self._lineage() if record.step <= onset_step - 2]
         return self.checkpoint(max(old, key=lambda record: record.step)) if old else None
 
-    def _good(self) -> list[CheckpointRecord]:
-        """Return the checkpoints in the run folder that count, of this run and of others."""
+    def _counting(self, records: list[CheckpointRecord]) -> list[CheckpointRecord]:
+        """Return those of ``records`` that count, of this run and of others."""
         out = self.incomplete | self.quarantined | self.suspects | self.unreadable
-        return [record for record in self.records if record.step not in out] if out else self.records
+        return [record for record in records if record.step not in out] if out else records
 
     def _lineage(self) -> list[CheckpointRecord]:
         """Return the checkpoints of this run that count, wherever they stand."""
-        own = [record for record in self._good() if record.in_lineage]
-        outside = [each for each in self.external.values() if each.verdict.status == "complete"]
-        return [*(CheckpointRecord(each.step, 0, each.metric) for each in outside), *own]
+        own = [record for record in self._counting(self.records) if record.in_lineage]
+        return [*self._outside_records(), *own]
+
+    def _outside_records(self) -> list[CheckpointRecord]:
+        complete = [each for each in self.external.values() if each.verdict.status == "complete"]
+        return [CheckpointRecord(each.step, 0, each.metric) for each in complete]
 
     # ---- retention
 
@@ -298,7 +316,7 @@ class CheckpointLedger:
         """
         if limit is None or limit <= 0:
             return sorted(self.pending_deletions)
-        good = self._good()
+        good = self._counting(self.records)
         keep = AnyOf((LatestN(limit), BestN(preserve_n_best, greater_is_better))).keep(good)
         return self._outside(keep, limit, good)
 
@@ -310,7 +328,7 @@ class CheckpointLedger:
         """
         if limit is None or limit <= 0:
             return sorted(self.pending_deletions)
-        good = self._good()
+        good = self._counting(self.records)
         by_age = [record.step for record in sorted(good, key=lambda record: record.sequence)]
         protected = set(by_age) & {*by_age[-1:], best_step}
         others = [step for step in by_age if step not in protected]
@@ -349,7 +367,9 @@ class CheckpointLedger:
     ) -> Sidecar:
         """Return the sidecar of the checkpoint of ``step``, which ``add`` has entered."""
         record = next(record for record in reversed(self.records) if record.step == step)
-        remembered = few_of(self.records)
+        summary = self._summary()
+        remembered = summary.remembered()
+        outside = Summary.of([CheckpointRecord(e.step, e.step, e.metric) for e in self.external.values()])
         return Sidecar(
             step=step,
             run_id=self.run_id,
@@ -359,11 +379,11 @@ class CheckpointLedger:
             greater_is_better=greater_is_better,
             records=tuple(remembered),
             is_partial=len(remembered) < len(self.records),
-            lineage=tuple(spans_of(self.records)),
+            lineage=tuple(summary.spans),
             home=os.path.abspath(self.run_dir),
             elsewhere=tuple(
                 ExternalRecord(self.external[r.step].path, r.step, self.external[r.step].sequence, r.metric)
-                for r in few_of([CheckpointRecord(e.step, e.step, e.metric) for e in self.external.values()])
+                for r in outside.remembered()
             ),
             callbacks=callbacks or {},
             manifest_expected=manifest_expected,

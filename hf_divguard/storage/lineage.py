@@ -14,7 +14,7 @@ from hf_divguard.storage.sidecar import CheckpointRecord, ExternalRecord, Sideca
 from hf_divguard.storage.survey import Checkpoint, find_checkpoints, look_at
 from hf_divguard.storage.trainer_state import logged_metric, read_trainer_state
 
-__all__ = ["Lineage", "few_of", "spans_of"]
+__all__ = ["Lineage", "Summary"]
 
 # What a sidecar remembers: enough to place the neighbours and to rank the best, whatever the direction.
 _LAST_RECORDS = 24
@@ -162,28 +162,63 @@ def _step_in(checkpoint: str | os.PathLike[str]) -> int | None:
     return step if type(step) is int else None
 
 
-def few_of(records: list[CheckpointRecord]) -> list[CheckpointRecord]:
-    """Return the last of ``records`` and those of the lineage with the lowest and highest metrics, in order."""
-    if len(records) <= _LAST_RECORDS + 2 * _EXTREME_RECORDS:
-        return records
-    kept = {id(record) for record in records[-_LAST_RECORDS:]}
-    finite = [
-        (record.metric, id(record))
-        for record in records
-        if record.metric is not None and record.in_lineage and math.isfinite(record.metric)
-    ]
-    kept |= {mark for _, mark in heapq.nsmallest(_EXTREME_RECORDS, finite)}
-    kept |= {mark for _, mark in heapq.nlargest(_EXTREME_RECORDS, finite)}
-    return [record for record in records if id(record) in kept]
+@dataclass(frozen=True)
+class Summary:
+    """What a sidecar needs to know of a long list of records, brought up to date with each save.
+
+    Args:
+        records: The records, in order of saving.
+        max_step: The highest step.
+        lowest: The records of the lineage with the lowest finite metrics, lowest first.
+        highest: Those with the highest ones, highest first; of equal ones the later step first.
+        spans: First and last sequence number of each row of saves that no foreign one interrupts.
+    """
+
+    records: list[CheckpointRecord]
+    max_step: int
+    lowest: list[CheckpointRecord]
+    highest: list[CheckpointRecord]
+    spans: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, records: list[CheckpointRecord]) -> Summary:
+        """Return the summary of ``records``."""
+        finite = [r for r in records if r.in_lineage and r.metric is not None and math.isfinite(r.metric)]
+        spans: list[tuple[int, int]] = []
+        goes_on = False
+        for record in records:
+            if record.in_lineage:
+                first = spans.pop()[0] if goes_on else record.sequence
+                spans.append((first, record.sequence))
+            goes_on = record.in_lineage
+        lowest = heapq.nsmallest(_EXTREME_RECORDS, finite, key=_low)
+        highest = heapq.nsmallest(_EXTREME_RECORDS, finite, key=_high)
+        return cls(records, max((r.step for r in records), default=-1), lowest, highest, spans[-_MOST_SPANS:])
+
+    def with_added(self, record: CheckpointRecord, records: list[CheckpointRecord]) -> Summary:
+        """Return the summary of ``records``, which have ``record``, one of the lineage, as a new last one."""
+        new = [record] if record.metric is not None and math.isfinite(record.metric) else []
+        goes_on = bool(self.records) and self.records[-1].in_lineage
+        span = (self.spans[-1][0] if goes_on else record.sequence, record.sequence)
+        return Summary(
+            records,
+            max(self.max_step, record.step),
+            sorted(self.lowest + new, key=_low)[:_EXTREME_RECORDS],
+            sorted(self.highest + new, key=_high)[:_EXTREME_RECORDS],
+            [*(self.spans[:-1] if goes_on else self.spans), span][-_MOST_SPANS:],
+        )
+
+    def remembered(self) -> list[CheckpointRecord]:
+        """Return the last records and those with the lowest and highest metrics, in order of saving."""
+        if len(self.records) <= _LAST_RECORDS + 2 * _EXTREME_RECORDS:
+            return self.records
+        kept = {r.step: r for r in (*self.lowest, *self.highest, *self.records[-_LAST_RECORDS:])}
+        return sorted(kept.values(), key=lambda r: (r.sequence, r.step))
 
 
-def spans_of(records: list[CheckpointRecord]) -> list[tuple[int, int]]:
-    """Return the first and last sequence number of each row of saves that no foreign one interrupts."""
-    spans: list[tuple[int, int]] = []
-    goes_on = False
-    for record in records:
-        if record.in_lineage:
-            first = spans.pop()[0] if goes_on else record.sequence
-            spans.append((first, record.sequence))
-        goes_on = record.in_lineage
-    return spans[-_MOST_SPANS:]
+def _low(record: CheckpointRecord) -> tuple[float, int]:
+    return record.metric or 0.0, -record.step
+
+
+def _high(record: CheckpointRecord) -> tuple[float, int]:
+    return -(record.metric or 0.0), -record.step

@@ -280,7 +280,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         OSError: If it cannot be read.
     """
     try:
-        return _parse(read_json(Path(folder, MANIFEST_NAME), max_bytes=_MAX_BYTES))
+        return _parse(read_json(os.path.join(folder, MANIFEST_NAME), max_bytes=_MAX_BYTES))
     except ManifestError:
         raise
     except (ValueError, RecursionError) as error:

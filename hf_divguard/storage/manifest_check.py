@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 
 from hf_divguard.storage.checksums import file_digests
 from hf_divguard.storage.manifest import FileEntry, Manifest, missing_rng_files, name_problem
@@ -39,7 +38,7 @@ def check_manifest(
         ...                                     files={"optimizer.pt": FileEntry(size=9)}))
         {'optimizer.pt': '`optimizer.pt` is missing'}
     """
-    folder = Path(folder)
+    folder = os.fspath(folder)
     problems = dict.fromkeys(
         missing_rng_files(manifest.files, manifest.world_size, manifest.ranks),
         "is missing, also from the manifest",
@@ -51,13 +50,15 @@ def check_manifest(
     if checksums is not False:
         problems |= _changed_files(folder, manifest, problems)
     words = {name: f"{named_file(name)} {problem}" for name, problem in problems.items()}
-    step = checkpoint_step(folder.name)
+    step = checkpoint_step(os.path.basename(folder))
     if step is not None and step != manifest.step:
-        words[MANIFEST_NAME] = f"`{MANIFEST_NAME}` is of step {manifest.step}, not of {folder.name}"
+        words[MANIFEST_NAME] = (
+            f"`{MANIFEST_NAME}` is of step {manifest.step}, not of {os.path.basename(folder)}"
+        )
     return dict(sorted(words.items()))
 
 
-def _file_problem(folder: Path, name: str, entry: FileEntry, real_folders: dict[str, bool]) -> str | None:
+def _file_problem(folder: str, name: str, entry: FileEntry, real_folders: dict[str, bool]) -> str | None:
     if (problem := name_problem(name)) is not None:
         return problem
     try:
@@ -77,16 +78,16 @@ def _file_problem(folder: Path, name: str, entry: FileEntry, real_folders: dict[
     return None
 
 
-def _is_inside(folder: Path, name: str, known: dict[str, bool]) -> bool:
+def _is_inside(folder: str, name: str, known: dict[str, bool]) -> bool:
     """Return whether each part of the sub-folder ``name`` is a real folder and no symbolic link."""
     if name not in known:
         known[name] = _is_inside(folder, name.rpartition("/")[0], known) and not stat.S_ISLNK(
-            os.lstat(folder / name).st_mode
+            os.lstat(f"{folder}/{name}").st_mode
         )
     return known[name]
 
 
-def _changed_files(folder: Path, manifest: Manifest, known: Mapping[str, str]) -> dict[str, str]:
+def _changed_files(folder: str, manifest: Manifest, known: Mapping[str, str]) -> dict[str, str]:
     """Return the files of the right size whose checksum is another one than in the manifest."""
     sizes = {
         name: entry.size

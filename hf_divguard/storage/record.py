@@ -33,6 +33,7 @@ LONGEST_PATH = 4096
 
 _LONGEST_TEXT = 2000
 _SEAL = "digest"
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(data: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in data.items() if key != _SEAL}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(rest).encode()).hexdigest()
 
 
 class RecordError(ValueError):

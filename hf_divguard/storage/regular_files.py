@@ -104,16 +104,19 @@ def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
         ValueError: If it is not a regular file.
         OSError: If it is missing or cannot be read.
     """
-    with open(open_regular_file(path), "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(min(size, max_bytes) + 1)
-        while data and len(data) <= max_bytes and (more := file.read(max_bytes + 1 - len(data))):
-            data += more
-    if len(data) > max_bytes:
-        raise LimitExceeded(
-            f"{os.fspath(path)!r} must have at most {max_bytes} bytes to be read, found more."
-        )
-    return data
+    descriptor = open_regular_file(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size <= max_bytes:
+            data = os.read(descriptor, size + 1)
+            # The system may give less than was asked for, and the file may grow meanwhile.
+            while len(data) != size and len(data) <= max_bytes and (more := os.read(descriptor, max_bytes)):
+                data += more
+            if len(data) <= max_bytes:
+                return data
+    finally:
+        os.close(descriptor)
+    raise LimitExceeded(f"{os.fspath(path)!r} must have at most {max_bytes} bytes to be read, found more.")
 
 
 def kind_in_words(mode: int) -> str:

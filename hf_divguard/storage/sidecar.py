@@ -205,7 +205,7 @@ def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
         OSError: If it cannot be read.
     """
     try:
-        return _parse(read_json(Path(folder, SIDECAR_NAME), max_bytes=_MAX_BYTES))
+        return _parse(read_json(os.path.join(folder, SIDECAR_NAME), max_bytes=_MAX_BYTES))
     except SidecarError:
         raise
     except (ValueError, RecursionError) as error:

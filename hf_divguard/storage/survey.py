@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hf_divguard.storage.integrity import verify_with_record
 from hf_divguard.storage.names import checkpoint_folders
@@ -125,7 +124,7 @@ def newest_sidecar(found: Sequence[Checkpoint]) -> Sidecar | None:
     placed = [each for each in found if each.sequence is not None]
     for each in sorted(placed, key=lambda each: -(each.sequence or 0)):
         try:
-            sidecar = read_sidecar(Path(each.path))
+            sidecar = read_sidecar(each.path)
         except (OSError, SidecarError):
             continue
         if sidecar.step == each.step and sidecar.sequence == each.sequence:
