@@ -3,6 +3,7 @@
     python -m benchmarks.recovery --half design --jobs 2     # while constants are chosen
     python -m benchmarks.recovery --half judge --write       # what is reported; writes docs/recovery
     python -m benchmarks.recovery --half design --only rate_x30
+    python -m benchmarks.recovery --half design --only fault/ --sample 40
     python -m benchmarks.recovery --short                    # for continuous integration
 
 Outcomes are kept in a folder, so a benchmark that was interrupted goes on where it was, and stock and oracle runs are
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recovery.cache import Cache
-from benchmarks.recovery.cells import STEPS, Cell, select
+from benchmarks.recovery.cells import STEPS, Cell
 from benchmarks.recovery.judge import Row, compare, fill, missing
 from benchmarks.recovery.report import summary, write
 from benchmarks.recovery.runs import GUARDED, SAVE_EVERY
+from benchmarks.recovery.selection import select
 
 DOCS = Path(__file__).parents[2] / "docs" / "recovery"
 SHORT_AIM = 1.1
@@ -43,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--short", action="store_true", help="a few cells; exit code 1 if the guard fails on them"
     )
+    parser.add_argument("--sample", type=int, metavar="N", help="so many of the cells, always the same ones")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of all runs; also moves the faults by some steps"
@@ -128,7 +131,7 @@ def main() -> int:
     """Run the benchmark."""
     parsed = arguments()
     warnings.filterwarnings("ignore")
-    cells = select(parsed.half, parsed.only, parsed.seed, short=parsed.short)
+    cells = select(parsed.half, parsed.only, parsed.seed, short=parsed.short, sample=parsed.sample)
     if parsed.list:
         print("\n".join(cell.name for cell in cells))
         return 0

@@ -21,7 +21,7 @@ from benchmarks.recovery.cells import Cell
 from benchmarks.recovery.oracle import skipped_by_oracle
 
 HERE = Path(__file__).parent
-SHAPES_RUNS = ("data", "models", "faults", "objectives", "oracle", "runs")
+SHAPES_RUNS = ("data", "models", "faults", "objectives", "oracle", "cells", "runs")
 
 
 def _digest(paths: Iterable[Path], *words: str) -> str:
