@@ -51,7 +51,14 @@ FAULTS = {
         Fault("rate_x30", "learning rate x30", "design", 10, "rate", plain=True),
         Fault("rate_x10", "learning rate x10", "design", 20, "rate"),
         Fault("nan_loss", "NaN loss", "design", 1, "loss", None, plain=True),
-        Fault("weight_noise", "noise on all weights, as wide as they are", "design", 1, "state", plain=True),
+        Fault(
+            "weight_noise",
+            "noise on all weights, 1.5 times as wide as they are",
+            "design",
+            1,
+            "state",
+            plain=True,
+        ),
         Fault(
             "gradients_x1000",
             "gradients x1000 in one direction, no clipping",
@@ -60,7 +67,7 @@ FAULTS = {
             "gradients",
             clips=False,
         ),
-        Fault("sign_flip", "gradients with the wrong sign", "design", 10, "gradients"),
+        Fault("sign_flip", "gradients with the wrong sign", "design", 20, "gradients"),
         Fault("random_labels", "random labels", "design", 20, "batch", "data"),
         Fault("duplicated_batch", "the same batch again and again", "design", 20, "batch", "data"),
         Fault("optimizer_wiped", "state of the optimizer set to zero", "design", 1, "state"),
@@ -68,7 +75,7 @@ FAULTS = {
         Fault("inf_gradient", "one infinite gradient", "judge", 1, "gradients", None, plain=True),
         Fault("nan_weight", "NaN in one weight", "judge", 1, "state", None, plain=True),
         Fault("weights_zeroed", "half of all weights set to zero", "judge", 1, "state", plain=True),
-        Fault("bit_flip", "one weight of the last matrix set to 100", "judge", 1, "state", plain=True),
+        Fault("bit_flip", "one weight of every matrix set to 100", "judge", 1, "state", plain=True),
         Fault("decay", "weights x0.7 in every step", "judge", 5, "state", plain=True),
         Fault("garbage", "batches of random inputs and labels", "judge", 10, "batch", "data"),
         Fault("shifted_labels", "every label replaced by the next one", "judge", 20, "batch", "data"),
@@ -174,7 +181,7 @@ GRADIENT_FAULTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 def _noise(model: Any, optimizer: Any, generator: torch.Generator) -> None:
     for weight in trained(model):
         spread = float(weight.std()) if weight.numel() > 1 else 0.0
-        weight += spread * torch.randn(weight.shape, generator=generator)
+        weight += 1.5 * spread * torch.randn(weight.shape, generator=generator)
 
 
 def _zeros(model: Any, optimizer: Any, generator: torch.Generator) -> None:
@@ -182,16 +189,18 @@ def _zeros(model: Any, optimizer: Any, generator: torch.Generator) -> None:
         weight *= (torch.rand(weight.shape, generator=generator) < 0.5).to(weight.dtype)
 
 
-def _last_matrix(model: Any) -> torch.Tensor:
-    return [weight for weight in trained(model) if weight.dim() >= 2][-1]
+def _matrices(model: Any) -> list[torch.nn.Parameter]:
+    return [weight for weight in trained(model) if weight.dim() >= 2]
 
 
 def _bit_flip(model: Any, optimizer: Any, generator: torch.Generator) -> None:
-    _last_matrix(model).view(-1)[3] = 100.0
+    for weight in _matrices(model):
+        place = int(torch.randint(0, weight.numel(), (1,), generator=generator))
+        weight.view(-1)[place] = 100.0
 
 
 def _nan(model: Any, optimizer: Any, generator: torch.Generator) -> None:
-    _last_matrix(model).view(-1)[3] = float("nan")
+    _matrices(model)[-1].view(-1)[3] = float("nan")
 
 
 def _decay(model: Any, optimizer: Any, generator: torch.Generator) -> None:
