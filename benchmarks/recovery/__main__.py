@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.recovery.cache import Cache
 from benchmarks.recovery.cells import STEPS, Cell
 from benchmarks.recovery.judge import Row, compare, fill, missing
+from benchmarks.recovery.kinds import page
 from benchmarks.recovery.report import summary, write
 from benchmarks.recovery.runs import GUARDED, SAVE_EVERY
 from benchmarks.recovery.selection import select
@@ -72,7 +73,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cells and end")
     parser.add_argument(
-        "--write", action="store_true", help="write table.md and table.csv into docs/recovery"
+        "--write", action="store_true", help="write table.md, table.csv and kinds.md into docs/recovery"
     )
     return parser.parse_args()
 
@@ -143,7 +144,8 @@ def main() -> int:
     print(f"\nReport: {parsed.out / name}.md, cells: {parsed.out / name}.csv")
     if parsed.write:
         write(rows, note, DOCS)
-        print(f"Written: {DOCS / 'table.md'}, {DOCS / 'table.csv'}")
+        (DOCS / "kinds.md").write_text(page(), encoding="utf-8")
+        print(f"Written: table.md, table.csv and kinds.md in {DOCS}")
     wrong = failures(rows) if parsed.short and len(parsed.variants) == len(GUARDED) else []
     print("\n".join(wrong))
     return int(bool(wrong))
