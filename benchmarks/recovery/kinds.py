@@ -33,7 +33,7 @@ Each fault acts at six times: {", ".join(TIMES)}. Early is after 15 % of the ste
 85 %, each moved by up to 10 steps; twice means once more, {GAP} sound steps after its end.
 """
 
-COLUMNS = """- **sound steps lost**: updates that were undone, skipped or never made, less the bad ones. A step counts once.
+COLUMNS = """- **sound steps lost**: updates that were undone, skipped or never made, less the bad ones.
 - **delay**: steps from the first bad update to the first action: a rollback, a skipped update, a stop.
 - **harmed**: the guarded run ends more than 1 % above the unguarded one.
 - **touched**: the weights at the end are not those of the stock run to the bit, or the guard acted.
