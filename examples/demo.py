@@ -1,11 +1,10 @@
 """One model, one fault, three trainers: what the stock one does and what guarded ones do.
 
 A small language model, made from a config, learns the source code of Python's own standard
-library. Half-way the learning rate is a hundred times too high for a few steps. The same run
-goes through ``transformers.Trainer``, through a ``DivGuardTrainer`` that stops, and through one
-that rolls back and goes on; before them it is done without the fault, to compare with. At the
-end a table says what became of each, and
-``demo_output/demo.png`` shows the loss curves.
+library. Half-way the learning rate is a hundred times too high for a few steps. The same run is
+trained by ``transformers.Trainer``, by a ``DivGuardTrainer`` that stops, and by one that rolls back
+and goes on. A run without the fault comes first, to compare with. At the end a table shows how each
+run ended, and ``demo_output/demo.png`` shows the loss curves.
 
 Run it with ``make demo``, or ``python examples/demo.py`` where the package is installed with
 its extra ``demo``. Nothing is downloaded.
@@ -49,7 +48,7 @@ from hf_divguard import (
 OUTPUT = Path("demo_output")
 SEED = 7
 
-# What is learnt.
+# The data.
 VOCABULARY = 1024
 BLOCK = 64
 EVAL_BLOCKS = 64
@@ -172,7 +171,7 @@ VARIANTS = [
 
 @dataclass
 class Outcome:
-    """What became of one variant."""
+    """How the run of one variant ended."""
 
     variant: Variant
     losses: dict[int, float]
@@ -185,7 +184,7 @@ class Outcome:
 
 
 def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
-    """Train one variant and look at what is left on disk."""
+    """Train one variant and list what is left on disk."""
     folder = OUTPUT / variant.name
     args = variant.arguments_class(
         output_dir=str(folder),
@@ -233,10 +232,10 @@ def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
 
 
 def what_it_did(outcome: Outcome) -> str:
-    """Return one sentence on how a variant took the fault."""
+    """Return one sentence on what a variant did about the fault."""
     if outcome.rollbacks:
         steps = ", ".join(f"{event['step']} to {event['target_step']}" for event in outcome.rollbacks)
-        return f"went back (from step {steps}), then trained on to step {outcome.last_step}"
+        return f"rolled back (from step {steps}), then trained on to step {outcome.last_step}"
     if outcome.finding is not None:
         return f"found it at step {outcome.finding.step} and stopped after step {outcome.last_step}"
     return f"noticed nothing and trained on to step {outcome.last_step}"
@@ -245,7 +244,7 @@ def what_it_did(outcome: Outcome) -> str:
 def steps_wasted(outcome: Outcome) -> str:
     """Return how many steps of training did not count in the end."""
     if outcome.rollbacks:
-        return f"{sum(event['steps_lost'] for event in outcome.rollbacks)} (thrown away by going back)"
+        return f"{sum(event['steps_lost'] for event in outcome.rollbacks)} (undone by the rollback)"
     if outcome.finding is not None:
         return f"{outcome.last_step - outcome.best[0][0]} (since the best checkpoint)"
     return f"{outcome.last_step - FAULT_FIRST + 1} (all since the fault)"
@@ -269,7 +268,7 @@ def against_healthy(outcome: Outcome, healthy: Outcome) -> str:
 
 
 def print_table(outcomes: list[Outcome], healthy: Outcome) -> None:
-    """Print what became of each variant, side by side."""
+    """Print how each variant ended, side by side."""
     rows = [
         ("", [outcome.variant.label for outcome in outcomes]),
         ("what it did", [what_it_did(outcome) for outcome in outcomes]),
@@ -355,7 +354,7 @@ def mark_findings(axes: Any, outcome: Outcome) -> None:
         mark(axes, step, outcome.losses[step], color)
     if outcome.rollbacks:
         places = ", ".join(f"{event['step']} to {event['target_step']}" for event in outcome.rollbacks)
-        text = f"went back\n(step {places})\nand trained on"
+        text = f"rolled back\n(step {places})\nand trained on"
         axes.annotate(text, (0.98, 0.155), xycoords="axes fraction", ha="right", color=color)
     if outcome.finding is not None:
         step, value = outcome.finding.step, outcome.losses[outcome.finding.step]
@@ -413,7 +412,7 @@ def main() -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(("\n" if sys.stdout.isatty() else "") + "  %(message)s"))
     logging.getLogger("hf_divguard").addHandler(handler)
-    # One thread: the same numbers on every machine, and no fight for the cores of a busy one.
+    # One thread: the same numbers on every machine, and no competition for the cores of a busy one.
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -437,7 +436,7 @@ def main() -> None:
     for outcome in outcomes:
         if outcome.rollbacks:
             print(
-                "  What a rollback may still need stays on disk for some time: hence the older checkpoints on the right."
+                "  A rollback keeps the checkpoints that a further one may need, hence the older ones on the right."
             )
     draw(outcomes, healthy, OUTPUT / "demo.png")
     print(f"\n  Picture: {OUTPUT / 'demo.png'}   Checkpoints: {OUTPUT}/<variant>/checkpoint-<step>")

@@ -8,7 +8,7 @@ Every field of ``TrainingArguments`` is a flag, and so is every option of hf_div
 
 ``--resume_from_checkpoint`` takes ``latest``, ``best`` or a path. Without ``--text_folder`` the
 source code of Python's standard library is learnt; nothing is downloaded. The exit code is 79 if the
-run diverged and rolling back (``--divguard_action rollback``) did not save it.
+run diverged and rollbacks (``--divguard_action rollback``) did not help.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ScriptArguments:
 
 
 def main() -> None:
-    """Parse the flags, train, and say which checkpoints are the best."""
+    """Parse the flags, train, and print the best checkpoints."""
     script, args = HfArgumentParser(
         (ScriptArguments, DivGuardTrainingArguments)
     ).parse_args_into_dataclasses()

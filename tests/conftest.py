@@ -73,7 +73,7 @@ class ScriptedMetric:
 
 
 class MetricByStep(TrainerCallback):
-    """A ``compute_metrics`` that returns what a function or a mapping says for the step of the training.
+    """A ``compute_metrics`` that returns the value of a function or a mapping at the step of the training.
 
     Has to be given to the trainer as a callback as well, which is how it learns the step.
     """
@@ -93,7 +93,7 @@ class MetricByStep(TrainerCallback):
 
 
 class Recorder(TrainerCallback):
-    """Notes logs, evaluations and saves with their steps, and which checkpoints stand after each save."""
+    """Notes logs, evaluations and saves with their steps, and which checkpoints exist after each save."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
@@ -139,6 +139,6 @@ class AskAt(TrainerCallback):
 
 @pytest.fixture
 def our_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Capture what hf_divguard says, from INFO up."""
+    """Capture what hf_divguard logs, from INFO up."""
     with caplog.at_level(logging.INFO, logger="hf_divguard"):
         yield caplog

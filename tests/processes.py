@@ -98,6 +98,9 @@ def fork(work: Callable[[], object], log: Path | None = None) -> int:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            # pytest has streams of its own.
+            sys.stdout = os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", closefd=False)
         work()
         code = 0
     except BaseException:

@@ -1,4 +1,4 @@
-"""The pages tell what is there: options, commands, files and links."""
+"""The documentation agrees with the code: options, commands, files and links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults for runs of the tiny model, and what the tests of rollbacks look at."""
+"""Faults for runs of the tiny model, and what the tests of rollbacks compare."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_divguard.core.findings import Finding
 from tests.tiny import TokenRows, tiny_model
 
 QUICK = {"divguard_check_steps": 1, "divguard_cooldown_steps": 4, "max_steps": 24, "save_steps": 4}
-"""Options of a short run that looks at every step."""
+"""Options of a short run that checks every step."""
 
 
 class HighRate(TrainerCallback):
@@ -44,7 +44,7 @@ class NaNBatch(TrainerCallback):
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Poison the forward passes of this step, or leave them alone."""
+        """Make the outputs of this step NaN, or leave them as they are."""
         self.is_on = state.global_step + 1 in self.steps
 
 
@@ -57,7 +57,7 @@ class LargeGradients(TrainerCallback):
             weight.register_hook(lambda gradient: factor * gradient if self.is_on else gradient)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Enlarge the gradients of this step, or leave them alone."""
+        """Enlarge the gradients of this step, or leave them as they are."""
         self.is_on = state.global_step + 1 in self.steps
 
 
@@ -83,14 +83,14 @@ class ScriptedRule:
         )
 
     def reset(self) -> None:
-        """Have nothing to forget."""
+        """Do nothing: there is no state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Have nothing to remember."""
+        """Return no state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have nothing to take over."""
+        """Load nothing."""
 
 
 class AtRollback(TrainerCallback):
@@ -187,7 +187,7 @@ def nan_run(
 
 
 def moves(trainer: Any) -> list[tuple[int, int]]:
-    """Return from where to where a run went back."""
+    """Return the step and the target step of each rollback."""
     return [
         (event["step"], event["target_step"])
         for event in trainer.divguard_events

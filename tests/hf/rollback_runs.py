@@ -26,6 +26,7 @@ MOMENTS = (
     "checkpoint published",
     "rollback saved",
     "rollback recorded",
+    "events written",
 )
 """Where a rollback is interrupted: failpoints that follow the decision."""
 
