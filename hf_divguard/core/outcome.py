@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hf_divguard.core.findings import Finding
@@ -32,6 +32,8 @@ class RunOutcome:
         rollback_request: The finding that asks for a rollback which is still to be done.
         muted_until: Last step in which findings are ignored, after a rollback.
         rolled_back_at: Step of the last rollback; -1 if there was none.
+        conditions: The error findings whose condition lasts, by the detector that made them.
+        reports: What was reported and is not in the journal yet.
 
     Example:
         >>> finding = Finding(step=9, onset_step=8, kind="jump", severity="error", metric="loss",
@@ -48,12 +50,15 @@ class RunOutcome:
     rollback_request: Finding | None = None
     muted_until: int = -1
     rolled_back_at: int = -1
+    conditions: dict[str, Finding] = field(default_factory=dict)
+    reports: list[tuple[Finding, Action]] = field(default_factory=list)
 
     def report(self, finding: Finding, action: Action) -> None:
         """Take an error finding and the action that it calls for.
 
         The first finding that stops the run is kept; an abort takes the place of a stop.
         """
+        self.reports.append((finding, action))
         if action == "rollback":
             self.request_rollback(finding)
         elif action != "warn" and (action == "abort" or self.finding is None):
@@ -69,9 +74,26 @@ class RunOutcome:
         """End the run because rollbacks did not help; nothing more is saved."""
         self.finding, self.stop_reason, self.is_aborted = finding, f"rollback: {message}", True
 
+    def open_condition(self, source: str, finding: Finding) -> None:
+        """Note that the condition of an error finding of ``source`` has begun, or lasts."""
+        first = self.conditions.get(source)
+        if first is None or finding.onset_step < first.onset_step:
+            self.conditions[source] = finding
+
+    def close_condition(self, source: str) -> None:
+        """Note that ``source`` finds nothing wrong any more. After a stop the condition stays."""
+        if self.finding is None:
+            self.conditions.pop(source, None)
+
+    @property
+    def suspect_since(self) -> Finding | None:
+        """The lasting condition with the earliest onset: what is saved from there on is suspect."""
+        return min(self.conditions.values(), key=lambda finding: finding.onset_step, default=None)
+
     def has_rolled_back(self, step: int, muted_until: int) -> None:
         """Note a rollback at ``step`` and until when findings are ignored."""
         self.rolled_back_at, self.muted_until = step, muted_until
+        self.conditions.clear()
 
     def is_muted(self, step: int | None) -> bool:
         """Return whether findings at ``step`` are ignored, shortly after a rollback."""
@@ -114,3 +136,6 @@ class RunOutcome:
             (each.rollback_request for each in ordered if each.rollback_request is not None), None
         )
         self.is_aborted = any(each.is_aborted for each in ordered)
+        for each in ordered:
+            for source, finding in each.conditions.items():
+                self.open_condition(source, finding)

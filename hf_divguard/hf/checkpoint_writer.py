@@ -154,7 +154,7 @@ class CheckpointWriter:
         except CheckpointSaveError as error:
             self._clean_up(folder)
             raise CheckpointSaveError(
-                f"{error} Complete checkpoints from before were not changed."
+                f"{error} Complete checkpoints from before are untouched."
             ) from error.__cause__
         self._last_step = step
         return True

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_divguard.core.detection.detector import Rule, StepValues
+from hf_divguard.core.detection.detector import IncidentRule, Rule, StepValues
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.outcome import Action, check_action
+from hf_divguard.core.outcome import Action, RunOutcome, check_action
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.callbacks import StandaloneStateKeeper
 from hf_divguard.hf.control import outcome_of
@@ -197,7 +197,7 @@ class DivergenceDetector(TrainerCallback):
                 continue
             finding = rule.observe(entry.step, entry.loss, entry.grad_norm)
             if finding is None:
-                self._was_firing = ""
+                self._end_condition(outcome)
                 continue
             self._handle(finding, args, state, control)
             if control.should_training_stop and not outcome.is_aborted:
@@ -225,8 +225,9 @@ class DivergenceDetector(TrainerCallback):
         return self.rule.observe(step, value)
 
     def _handle(self, finding: Finding | None, args: Any, state: Any, control: Any) -> None:
+        outcome = outcome_of(state)
         if finding is None:
-            self._was_firing = ""
+            self._end_condition(outcome)
             return
         self.findings.append(finding)
         del self.findings[:-_MOST_FINDINGS]
@@ -236,7 +237,8 @@ class DivergenceDetector(TrainerCallback):
         what = f"{finding.metric} {finding.kind}"
         reported_before, self._was_firing = self._was_firing == what, what
         action = self.action if finding.severity == "error" else "warn"
-        outcome = outcome_of(state)
+        if finding.severity == "error":
+            outcome.open_condition(self._label, finding)
         must_not_save = action == "abort" and not outcome.is_aborted
         if (outcome.finding is not None and not must_not_save) or (action == "warn" and reported_before):
             return
@@ -246,8 +248,20 @@ class DivergenceDetector(TrainerCallback):
             )
         if is_world_zero(state) and action != "rollback":  # a rollback reports itself when it is done
             logger.warning("%s: %s %s", self._label, finding.message, _CONSEQUENCE[action])
-        outcome.report(finding, action)
+        if finding.severity == "error":
+            outcome.report(finding, action)
         switches.apply(outcome, finding, action, args, control)
+
+    def _end_condition(self, outcome: RunOutcome) -> None:
+        """After a value without a finding: the condition is over, unless the rule says that it lasts."""
+        self._was_firing = ""
+        if outcome.conditions and not getattr(self.rule, "is_open", False):
+            outcome.close_condition(self._label)
+
+    def judge_again(self) -> None:
+        """Report a condition that lasts once more: for a resume from a checkpoint that was saved under it."""
+        if isinstance(self.rule, IncidentRule):
+            self.rule.end_incident()
 
     @property
     def _label(self) -> str:

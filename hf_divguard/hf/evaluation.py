@@ -135,14 +135,8 @@ class Evaluations:
         for callback in self._host.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = 0
-        is_undone = (state.best_global_step or math.inf) > target_step
-        if (
-            not self.ranks_checkpoints
-            and self._host_key is not None
-            and state.best_metric is not None
-            and is_undone
-        ):
-            self._recall_host_best(state, target_step)
+        if (state.best_global_step or math.inf) > target_step:
+            self.recall_host_best(state, target_step)
 
     def _recall_best_evaluated(self, state: Any, last_step: int) -> None:
         self._best_evaluated = None
@@ -151,14 +145,17 @@ class Evaluations:
                 if 0 < entry["step"] <= last_step:
                     self._note_best(entry)
 
-    def _recall_host_best(self, state: Any, last_step: int) -> None:
-        """Take the host's best metric from the evaluations up to ``last_step`` whose checkpoints exist.
+    def recall_host_best(self, state: Any, last_step: float) -> None:
+        """Take the host's best metric from the evaluations up to ``last_step`` whose checkpoints exist and count.
 
-        Where the host names no step for it, as without saves, all of them count.
+        Where the host names no step for it, as without saves, all of them count. Where checkpoints
+        are ranked by us, or nothing was evaluated, there is nothing to do.
         """
+        if self.ranks_checkpoints or self._host_key is None or state.best_metric is None:
+            return
         names_step = state.best_global_step is not None
         key = str(self._host_key)
-        present = {record.step for record in self._ledger.records if record.in_lineage}
+        present = set(self._ledger.usable_steps())
         logged = [
             CheckpointRecord(entry["step"], entry["step"], float(entry[key]))
             for entry in state.log_history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from typing import Any
 
@@ -14,8 +15,10 @@ from hf_divguard.storage.events import read_events, write_events
 from hf_divguard.storage.ledger import CheckpointLedger
 
 __all__ = [
+    "JOURNAL",
     "STOPPED_BY",
-    "RollbackJournal",
+    "RunJournal",
+    "end_metrics",
     "report_best",
     "report_end",
     "warn_of_stopped_checkpoint",
@@ -23,15 +26,20 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+JOURNAL = "divguard_events"
+"""Name under which the events of a run are kept among the states of callbacks."""
+
 STOPPED_BY = "divguard_stopped_by"
 """Name under which the finding that stopped a run is kept among the states of callbacks."""
 
 # Lines of other trainings, and of stretches that a resume has undone, that stay in the file.
 _OLD_LINES = 1000
+# Events that a checkpoint holds: what it writes must not grow with the length of a run.
+_KEPT_EVENTS = 200
 
 
-class RollbackJournal:
-    """The events of one training, the same on every rank; rank 0 writes and logs.
+class RunJournal:
+    """The events of one training; rank 0 writes and logs.
 
     Args:
         run_dir: Folder that holds the checkpoints.
@@ -67,6 +75,37 @@ class RollbackJournal:
         if on_disk != [*self._old, *self.events]:
             self._is_on_disk = False
             self.write()
+
+    def note_findings(self, outcome: RunOutcome, step: int, ledger: CheckpointLedger) -> None:
+        """Add an event for each error finding that was reported since the last call.
+
+        A rollback has an event of its own, with its finding in it.
+        """
+        reports, outcome.reports = outcome.reports, []
+        for finding, action in reports:
+            if action == "rollback":
+                continue
+            good = ledger.last_good(finding.onset_step)
+            self.events.append(
+                {
+                    "run_id": self._run_id,
+                    "time": time.time(),
+                    "event": {"warn": "warned", "stop": "stopped", "abort": "aborted"}[action],
+                    "step": step,
+                    "onset_step": finding.onset_step,
+                    "last_good_checkpoint": None if good is None else good.path,
+                    "finding": finding.to_dict(),
+                }
+            )
+            self._is_on_disk = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the newest events, for the checkpoint."""
+        return {"events": self.events[-_KEPT_EVENTS:]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the events that a checkpoint knows."""
+        self.events = [dict(event) for event in state_dict["events"]]
 
     def add(self, event: dict[str, Any]) -> dict[str, Any]:
         """Add what happened, as rank 0 saw it, and return it; :meth:`write` puts it on the disk."""
@@ -142,25 +181,45 @@ def _identity(event: dict[str, Any]) -> tuple[Any, ...]:
 
 def warn_of_stopped_checkpoint(checkpoint: str, note: dict[str, Any], ledger: CheckpointLedger) -> None:
     """Warn that the checkpoint that is resumed was saved after a divergence."""
-    advice = _newest_before(note["onset_step"], ledger)
-    logger.warning("%s was saved after a divergence: %s %s", checkpoint, note["message"], advice)
+    logger.warning(
+        "%s was saved after a divergence: %s %s",
+        checkpoint,
+        note["message"],
+        _advice(note["onset_step"], ledger),
+    )
 
 
 def report_end(state: Any, outcome: RunOutcome, ledger: CheckpointLedger) -> None:
-    """Log which checkpoint a stopped run should be resumed from."""
+    """Log where the fault began, and which checkpoint a stopped run should be resumed from."""
     finding = outcome.stopped_by
     if finding is None:
         return
     early = "Training has ended early. " if state.global_step < state.max_steps else ""
-    logger.warning("%s%s", early, _newest_before(finding.onset_step, ledger))
+    logger.warning(
+        "%sThe fault began at step %d. %s", early, finding.onset_step, _advice(finding.onset_step, ledger)
+    )
 
 
-def _newest_before(onset_step: int, ledger: CheckpointLedger) -> str:
-    steps = [record.step for record in ledger.records if record.in_lineage]
-    good = [step for step in steps if step <= onset_step - 2]
-    if not good:
-        return f"No checkpoint in {ledger.run_dir} is from before it (step {onset_step})."
-    return f"The newest checkpoint from before it is {ledger.path(max(good))}: resume from that one."
+def _advice(onset_step: int, ledger: CheckpointLedger) -> str:
+    good = ledger.last_good(onset_step)
+    if good is None:
+        return f"No good checkpoint in {ledger.run_dir} is from before it (step {onset_step})."
+    return (
+        f"The last good checkpoint is {good.path}. To resume from it: --resume_from_checkpoint "
+        f"{shlex.quote(good.path)}"
+    )
+
+
+def end_metrics(outcome: RunOutcome, ledger: CheckpointLedger) -> dict[str, Any]:
+    """Return what the result of a stopped run says of the fault and of the checkpoint to resume."""
+    finding = outcome.stopped_by
+    if finding is None:
+        return {}
+    good = ledger.last_good(finding.onset_step)
+    metrics: dict[str, Any] = {"divguard/onset_step": finding.onset_step}
+    if good is not None:
+        metrics |= {"divguard/last_good_step": good.step, "divguard/last_good_checkpoint": good.path}
+    return metrics
 
 
 def report_best(ledger: CheckpointLedger, metric_key: str, greater_is_better: bool, n: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from hf_divguard.storage.checkpoints import (
     verify_checkpoint,
 )
 from hf_divguard.storage.integrity import Verdict
+from hf_divguard.storage.resume_state import resume_state
 from hf_divguard.storage.staging import recover
 
 __all__ = ["choose_checkpoint", "choose_for_all"]
@@ -57,8 +59,11 @@ def choose_for_all(
                 "What a killed save may have left in %s could not be cleaned up: %s", output_dir, error
             )
     ranks.gather(None)
-    if _is_path(asked):
-        return _given_to_all(os.fspath(asked), ranks, leads)  # type: ignore[arg-type]
+    asked = ranks.run_on_main(lambda: _understood(asked, output_dir))
+    if asked == "auto":
+        _raise_if_unknown(output_dir, ranks, leads)
+    elif isinstance(asked, str) and asked not in _WORDS:
+        return _given_to_all(asked, ranks, leads)
     refused: dict[int, str] = {}
     while True:
         info = ranks.run_on_main(
@@ -74,6 +79,18 @@ def choose_for_all(
         if not problems:
             return own
         refused[info.step] = "; ".join(f"on rank {rank} {each}" for rank, each in problems.items())
+
+
+def _raise_if_unknown(output_dir: str, ranks: Ranks, leads: bool) -> None:
+    """Raise on all ranks if it cannot be said whether there is something to resume."""
+    state = resume_state(output_dir) if leads else None
+    unknown = [each.reason for each in ranks.gather(state) if each is not None and each.status == "unknown"]
+    if unknown:
+        raise NoCompleteCheckpointError(
+            f"`resume_from_checkpoint='auto'` must know whether there is a checkpoint to resume, but that cannot be "
+            f"said: {unknown[0]} Nothing was changed. Try again when the disk answers, name a checkpoint, or use an "
+            "empty `output_dir` to start from scratch."
+        )
 
 
 def _given_to_all(path: str, ranks: Ranks, leads: bool) -> str:
@@ -103,8 +120,40 @@ def _problem_elsewhere(path: str, chosen: Verdict) -> str | None:
     return f"{path} is {verdict.status}: {verdict.reason}"
 
 
-def _is_path(asked: bool | str) -> bool:
-    return isinstance(asked, (str, os.PathLike)) and asked not in ("latest", "best")
+_WORDS: dict[str, bool | str] = {"latest": "latest", "best": "best", "auto": "auto", "true": True}
+
+
+def _understood(asked: bool | str, output_dir: str) -> bool | str:
+    """Return ``asked`` as ``True``, ``"latest"``, ``"best"``, ``"auto"`` or the path of a folder.
+
+    Flags and files give text, so ``"true"`` stands for ``True``. A bare name that is no folder
+    where the script runs is looked for in ``output_dir``; ``last-checkpoint`` is the Trainer's
+    name for the newest one on the Hub.
+
+    Raises:
+        CheckpointError: If there is no such folder; the message lists what there is.
+    """
+    if not isinstance(asked, (str, os.PathLike)):
+        return asked
+    text = os.fspath(asked)
+    word = text.strip().lower()
+    inside = os.path.join(output_dir, text)
+    if os.path.isdir(text):
+        return text
+    if word in _WORDS:
+        return _WORDS[word]
+    if os.path.isdir(inside):
+        return inside
+    there = (
+        [Path(each.path).name for each in find_checkpoints(output_dir)] if os.path.isdir(output_dir) else []
+    )
+    listed = ", ".join(there[-10:]) or "no checkpoint"
+    close = difflib.get_close_matches(word, [*_WORDS, *there], n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    raise CheckpointError(
+        f"`resume_from_checkpoint` must be 'auto', 'latest', 'best', 'true', the path of a checkpoint or its name in "
+        f"`output_dir`, got {text!r}.{meant} {output_dir} holds: {listed}."
+    )
 
 
 def choose_checkpoint(
@@ -118,8 +167,8 @@ def choose_checkpoint(
     """Return the checkpoint in ``output_dir`` to resume from.
 
     Args:
-        asked: ``True`` or ``"latest"`` for the newest complete checkpoint, ``"best"`` for
-            the best complete one.
+        asked: ``True``, ``"latest"`` or ``"auto"`` for the newest complete checkpoint,
+            ``"best"`` for the best complete one.
         output_dir: Folder that holds the checkpoints.
         metric: Key of the metric for ``"best"``; ``None`` takes the one that was recorded.
         greater_is_better: Its direction.

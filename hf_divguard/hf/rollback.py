@@ -26,7 +26,7 @@ from hf_divguard.hf.last_weights import best_before, load_first_of
 from hf_divguard.hf.losses import drop_pending_loss
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import Rewarming, scale_rates, scheduled_rates
-from hf_divguard.hf.reports import RollbackJournal
+from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.restore import refuse_unsupported, restore_checkpoint, weights_kept_on_error
 from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
 from hf_divguard.hf.targets import RollbackTargets
@@ -47,6 +47,7 @@ class Rollback:
         options: The options.
         ledger: The checkpoints of the run.
         ranks: The processes of the run.
+        journal: The events of the run.
         leads: Whether this rank marks checkpoints on its file system.
         detectors: The detectors, whose memories are rewound too.
         watches_damage: Whether it asks by itself to undo damage that a detector waits on.
@@ -63,6 +64,7 @@ class Rollback:
         *,
         ledger: CheckpointLedger,
         ranks: Ranks,
+        journal: RunJournal,
         leads: bool,
         detectors: dict[str, Any],
         watches_damage: bool,
@@ -96,7 +98,7 @@ class Rollback:
         self._triggers = RollbackTriggers(
             self.policy, watches_setbacks=watches_damage, watches_gradients=self.watches_gradients
         )
-        self.journal = RollbackJournal(ledger.run_dir, ledger.run_id, ranks)
+        self.journal = journal
         self.error: TrainingDivergedError | None = None
         self.save_pending = False
         """Whether the state of a rollback is still to be saved in this step."""
@@ -107,7 +109,6 @@ class Rollback:
         """Return incidents, events and the origins of checkpoints saved after rollbacks."""
         return {
             "policy": self.policy.state_dict(),
-            "events": list(self.journal.events),
             "origins": {str(step): origin for step, origin in self._targets.origins.items()},
             "rewarm_since": self.rewarming.since,
             "watch": self._triggers.state_dict(),
@@ -120,14 +121,12 @@ class Rollback:
             ValueError: If it cannot be read.
         """
         self.policy.load_state_dict(state_dict["policy"])
-        self.journal.events = list(state_dict["events"])
         self._targets.origins = {int(step): int(origin) for step, origin in state_dict["origins"].items()}
         self.rewarming.since = state_dict["rewarm_since"]
         self._triggers.load_state_dict(state_dict["watch"])
 
     def begin(self, state: Any) -> None:
-        """Start training: bring the journal on disk up to date, mute what has to stay muted."""
-        self.journal.begin(state.global_step)
+        """Start training: mute what has to stay muted."""
         has_source = switches.saves_checkpoints(self._host.args) or self._options.divguard_snapshot_steps > 0
         if not has_source and self._ranks.rank == 0:
             logger.warning(
@@ -200,8 +199,6 @@ class Rollback:
             self._act(host_acts, model, tr_loss)
         finally:
             self.save_pending = False
-            # After the save: killed before it, the run resumes from before the rollback, and repeats it.
-            self.journal.write()
         self.take_snapshot_if_due()
 
     def _act(self, host_acts: Callable[[], None], model: Any, tr_loss: torch.Tensor) -> None:

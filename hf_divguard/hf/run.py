@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
+from hf_divguard.core.findings import Finding
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
@@ -19,7 +21,9 @@ from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
+    JOURNAL,
     STOPPED_BY,
+    RunJournal,
     report_best,
     report_end,
     warn_of_stopped_checkpoint,
@@ -27,6 +31,7 @@ from hf_divguard.hf.reports import (
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
+from hf_divguard.storage.checkpoints import verify_checkpoint
 
 __all__ = ["GuardedRun"]
 
@@ -100,6 +105,8 @@ class GuardedRun:
             host, options, self.ranks, self._run_dir, self._resumed_from, is_active=bool(is_active)
         )
         self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
+        ledger = self.checkpoints.ledger
+        self.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
         self.rollback = self._make_rollback()
         if self.rollback is not None:
             self.losses.subscribe(self.rollback)
@@ -120,6 +127,7 @@ class GuardedRun:
             self.options,
             ledger=self.checkpoints.ledger,
             ranks=self.ranks,
+            journal=self.journal,
             leads=self.checkpoints.leads,
             detectors=detectors,
             watches_damage=any(each.takes_raw_losses for each in adaptive),
@@ -150,11 +158,12 @@ class GuardedRun:
         self.callbacks.restore(states)
         if states is not None and resumed_from is not None:
             self.running_loss.restore(states.get(RUNNING_LOSS))
-            if STOPPED_BY in states and self.ranks.rank == 0:
-                warn_of_stopped_checkpoint(resumed_from, states[STOPPED_BY], self.checkpoints.ledger)
-            if self.rollback is not None and ROLLBACK_MEMORY in states:
-                restore_states({ROLLBACK_MEMORY: self.rollback}, states)
+            own = {ROLLBACK_MEMORY: self.rollback, JOURNAL: self.journal}
+            restore_states({name: each for name, each in own.items() if each and name in states}, states)
+            self._judge_suspect_again(resumed_from, states)
         self.checkpoints.point_to_best()
+        if self.detectors:
+            self.journal.begin(state.global_step)
         if self.rollback is not None:
             self.rollback.begin(state)
         if self.options.divguard_action != "stop" and not self.detectors and self.ranks.rank == 0:
@@ -163,6 +172,15 @@ class GuardedRun:
                 "example to 'adaptive'.",
                 self.options.divguard_action,
             )
+
+    def _judge_suspect_again(self, resumed_from: str, states: dict[str, Any]) -> None:
+        """After a resume from a checkpoint that was saved under a fault: warn, and have the fault found again."""
+        note = states.get(STOPPED_BY)
+        if note is not None and self.ranks.rank == 0:
+            warn_of_stopped_checkpoint(resumed_from, note, self.checkpoints.ledger)
+        if note is not None or verify_checkpoint(resumed_from, checksums=False).status == "suspect":
+            for detector in self.detectors.values():
+                detector.judge_again()
 
     def finish(self) -> None:
         """At the end of training: report the best checkpoints, and which one a stopped run should be resumed from."""
@@ -197,12 +215,34 @@ class GuardedRun:
         """
         if self.callbacks.stateful:
             self.running_loss.end_step(tr_loss, self.host.state.global_step)
-        if self.rollback is None:
-            host_acts()
+        self._follow_findings()
+        try:
+            if self.rollback is None:
+                host_acts()
+            else:
+                self.rollback.end_step(
+                    host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
+                )
+        finally:
+            self._follow_findings()
+            # After the save: killed before it, the run resumes from before a rollback, and repeats it.
+            self.journal.write()
+
+    def _follow_findings(self) -> None:
+        """Let checkpoints and journal know what detectors have found."""
+        outcome, checkpoints = self.outcome, self.checkpoints
+        if checkpoints.follow_condition(outcome.suspect_since):
+            self._distrust(outcome.suspect_since)
+        if outcome.reports:
+            self.journal.note_findings(outcome, self.host.state.global_step, checkpoints.ledger)
+
+    def _distrust(self, condition: Finding | None) -> None:
+        """Point to the best checkpoint that is not suspect."""
+        if self.checkpoints.preserves_best:
+            self.checkpoints.point_to_best()
         else:
-            self.rollback.end_step(
-                host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
-            )
+            last_good = math.inf if condition is None else condition.onset_step - 2
+            self.evaluations.recall_host_best(self.host.state, last_good)
 
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
@@ -223,6 +263,9 @@ class GuardedRun:
         rollback, outcome = self.rollback, self.outcome
         if outcome.rollback_request is not None or (rollback is not None and rollback.saves_suspended):
             return False
+        self._follow_findings()
+        if outcome.suspect_since is not None:
+            return outcome.finding is not None and bool(self.host.control.should_save)
         answer = self.evaluations.is_new_best(metrics)
         is_best = ask_host() if answer is None else answer
         # A detector that stops has promised a save, and a rollback needs one.
@@ -247,6 +290,7 @@ class GuardedRun:
             write()
             self.host.rotate_after_own_save(self._run_dir)
             return
+        self._follow_findings()
         if rollback is not None:
             rollback.save_pending = False
         step, evaluations = self.host.state.global_step, self.evaluations
@@ -267,4 +311,5 @@ class GuardedRun:
     def _states(self, running_loss: dict[str, Any] | None) -> dict[str, Any]:
         own = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}
         own |= {RUNNING_LOSS: running_loss, STOPPED_BY: self.outcome.stop_note()}
+        own[JOURNAL] = self.journal.state_dict() if self.journal.events else None
         return self.callbacks.collect() | {name: state for name, state in own.items() if state is not None}

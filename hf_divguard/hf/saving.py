@@ -17,7 +17,7 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.deletion import delete_checkpoint
 from hf_divguard.storage.ledger import CheckpointLedger
 from hf_divguard.storage.names import checkpoint_step
-from hf_divguard.storage.quarantine import quarantine_note
+from hf_divguard.storage.quarantine import clear_suspect, mark_suspect, quarantine_note
 from hf_divguard.storage.sidecar import Sidecar, fit_callbacks
 
 __all__ = ["Checkpoints"]
@@ -53,6 +53,8 @@ class Checkpoints:
         self._writer: CheckpointWriter | None = None
         self._pushes: dict[int, Any] = {}
         self._last_saved: int | None = None
+        self._condition: Finding | None = None
+        self._marked: set[int] = set()
         self.preserves_best = bool(options.preserve_best_model)
         self._metric_key = options.divguard_ranking_key
         self._direction = options.divguard_greater_is_better
@@ -88,6 +90,61 @@ class Checkpoints:
         """Whether this rank moves, marks and deletes checkpoints on its file system."""
         return self._writer is not None and self._writer.leads
 
+    # ---- suspects
+
+    def follow_condition(self, condition: Finding | None) -> bool:
+        """Mark what was saved since ``condition`` began as suspect; clear it when the condition is over.
+
+        A suspect is not ranked, not resumed unless it is named, and does not push a good
+        checkpoint out. On all ranks.
+
+        Args:
+            condition: The lasting condition with the earliest onset; ``None`` if there is none.
+
+        Returns:
+            Whether a checkpoint that exists was marked or cleared.
+        """
+        if not self.is_active or condition == self._condition:
+            return False
+        self._condition = condition
+        if condition is None:
+            cleared, self._marked = sorted(self._marked & self.ledger.suspects), set()
+            self.ledger.suspects = self.ledger.suspects - set(cleared)
+            self._annotate(cleared, lambda folder: clear_suspect(folder, flush=self._options.divguard_fsync))
+            if cleared and self._ranks.rank == 0:
+                logger.warning("%s count again: what was found is over.", self._names(cleared))
+            return bool(cleared)
+        known = self.ledger.suspects | self.ledger.quarantined
+        new = [
+            record.step
+            for record in self.ledger.records
+            if record.in_lineage and record.step >= condition.onset_step - 1 and record.step not in known
+        ]
+        for step in new:
+            self.ledger.mark_suspect(step)
+        self._marked |= set(new)
+        reason = _suspect_reason(condition)
+        self._annotate(
+            new, lambda folder: mark_suspect(folder, reason=reason, onset_step=condition.onset_step)
+        )
+        if new and self._ranks.rank == 0:
+            logger.warning("%s are suspect: %s", self._names(new), reason)
+        return bool(new)
+
+    def _annotate(self, steps: list[int], write: Callable[[str], None]) -> None:
+        for step in steps if self.leads else []:
+            try:
+                write(self.ledger.path(step))
+            except (OSError, ValueError) as error:
+                logger.warning(
+                    "%s could not be marked (%s); choose by hand what to resume.",
+                    self.ledger.path(step),
+                    error,
+                )
+
+    def _names(self, steps: list[int]) -> str:
+        return f"Checkpoints {', '.join(map(str, steps))} in {self.ledger.run_dir}"
+
     # ---- saving
 
     def save(
@@ -119,6 +176,12 @@ class Checkpoints:
         note = None if damaged_by is None else quarantine_note(damaged_by.message, damaged_by.onset_step)
         best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
         self.ledger.add(step, metric)
+        condition = self._condition if damaged_by is None else None
+        suspect = None
+        if condition is not None:
+            self.ledger.mark_suspect(step)
+            self._marked.add(step)
+            suspect = quarantine_note(_suspect_reason(condition), condition.onset_step)
         if note is not None:
             self.ledger.quarantine_after(step - 1)
         note_best()
@@ -139,8 +202,10 @@ class Checkpoints:
                 step,
                 write=write_aside,
                 finish=finish,
-                sidecar=lambda: replace(self._sidecar(step, callback_states), quarantine=note),
-                replace=step in before.quarantined,
+                sidecar=lambda: replace(
+                    self._sidecar(step, callback_states), quarantine=note, suspect=suspect
+                ),
+                replace=step in before.quarantined | before.suspects,
             )
         except CheckpointSaveError as error:
             self._undo(before, best_before)
@@ -231,3 +296,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             logger.warning("Checkpoint %s could not be deleted (%s); training goes on.", path, error)
             self.ledger.deletion_failed(step)
+
+
+def _suspect_reason(condition: Finding) -> str:
+    return f"saved at or after step {condition.onset_step - 1}, while: {condition.message}"

@@ -21,6 +21,7 @@ from hf_divguard.hf.host import (
     save_limit,
 )
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.reports import end_metrics
 from hf_divguard.hf.resume import choose_for_all
 from hf_divguard.hf.run import GuardedRun
 from hf_divguard.storage.checkpoints import Checkpoint
@@ -95,9 +96,8 @@ class DivGuardMixin(_Host):
 
     @property
     def divguard_events(self) -> list[dict[str, Any]]:
-        """The rollbacks of this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
-        rollback = self._run.rollback if self._run is not None else None
-        return list(rollback.journal.events) if rollback is not None else []
+        """Findings and rollbacks of this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
+        return [] if self._run is None else list(self._run.journal.events)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the stock Trainer does, resuming only from complete checkpoints.
@@ -105,18 +105,26 @@ class DivGuardMixin(_Host):
         Args:
             resume_from_checkpoint: ``True`` or ``"latest"``: the newest complete checkpoint
                 in ``output_dir``; the log says which were skipped and why. ``"best"``: the best
-                complete one. A path: that one.
+                complete one. ``"auto"``: the newest complete one, or from scratch if there is
+                provably nothing to resume. A path, or the name of a folder in ``output_dir``:
+                that one. Text from a command line is understood (``"true"``).
             *args: As for the stock Trainer.
             **kwargs: As for the stock Trainer.
 
         Raises:
-            NoCompleteCheckpointError: If there are checkpoints but none is complete.
+            NoCompleteCheckpointError: If there are checkpoints but none is complete, or if it
+                cannot be known.
+            CheckpointError: If the named checkpoint does not exist or is not complete.
             TrainingDivergedError: If rollbacks did not help; the model then holds the best
                 weights from before the fault.
         """
         self._options = options_of(self.args)
+        is_auto = str(resume_from_checkpoint).strip().lower() == "auto"
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint) or True
+            # Where there is nothing at all, the host says so; with "auto" training starts from scratch.
+            resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint) or (
+                None if is_auto else True
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _choose_checkpoint(self, asked: str | bool) -> str | None:
@@ -145,6 +153,7 @@ class DivGuardMixin(_Host):
             output = super()._inner_training_loop(batch_size, *args, **kwargs)
         if run.rollback is not None and run.rollback.error is not None:
             raise run.rollback.error
+        output.metrics.update(end_metrics(run.outcome, run.checkpoints.ledger))
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

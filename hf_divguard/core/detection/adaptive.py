@@ -107,6 +107,16 @@ class AdaptiveRule(Stateful):
         """
         self._watch.start_grace(self.grace_values if values is None else values)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the condition of the last error finding lasts."""
+        return self._non_finite.is_open or self._watch.is_open
+
+    def end_incident(self) -> None:
+        """Report a condition that lasts once more."""
+        self._non_finite.end_incident()
+        self._watch.end_incident()
+
     def observe(self, step: int, value: float, grad_norm: float | None = None) -> Finding | None:
         """Feed one training loss; return the most severe finding if there is one.
 

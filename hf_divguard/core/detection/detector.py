@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hf_divguard.core.findings import Finding
 
-__all__ = ["GraceRule", "Rule", "StepValues", "check_setting", "non_finite_finding"]
+__all__ = ["GraceRule", "IncidentRule", "Rule", "StepValues", "check_setting", "non_finite_finding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,20 @@ class Rule(Protocol):
         Raises:
             StateError: If the state does not fit this rule; the rule is left as it was.
         """
+        ...
+
+
+@runtime_checkable
+class IncidentRule(Rule, Protocol):
+    """A rule that reports a condition once and stays silent while it lasts."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the condition of the last error finding lasts."""
+        ...
+
+    def end_incident(self) -> None:
+        """Report a condition that lasts once more."""
         ...
 
 

@@ -93,6 +93,15 @@ class LossLevelMonitor(Stateful):
         self._step, self._gap, self._is_open = None, 1, False
 
     @property
+    def is_open(self) -> bool:
+        """Whether the loss has not been back at its baseline since the last error finding."""
+        return self._is_open
+
+    def end_incident(self) -> None:
+        """Report a rise that lasts once more."""
+        self._is_open = False
+
+    @property
     def is_suspecting(self) -> bool:
         """Whether values are being kept out of the level, so that it is not where the loss is."""
         return self._is_open or self._jump.score > 0.0

@@ -87,6 +87,15 @@ class NonFiniteRule(Stateful):
         """Whether the last value stood in for a loss that was not finite."""
         return self._open == "error"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the last loss, or the last one of an evaluation set, was not finite."""
+        return self.is_masking or bool(self._eval_open)
+
+    def end_incident(self) -> None:
+        """Report a loss that is still not finite once more."""
+        self._open, self._eval_open = "", []
+
     def observe(self, step: int, value: float, grad_norm: float | None = None) -> Finding | None:
         """Feed one loss, with the gradient norm of the same step where it is known.
 
