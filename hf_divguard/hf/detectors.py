@@ -258,6 +258,11 @@ class DivergenceDetector(TrainerCallback):
         if outcome.conditions and not getattr(self.rule, "is_open", False):
             outcome.close_condition(self._label)
 
+    @property
+    def pending_since(self) -> int | None:
+        """First step of what may become a finding; ``None`` if nothing may."""
+        return getattr(self.rule, "pending_since", None)
+
     def judge_again(self) -> None:
         """Report a condition that lasts once more: for a resume from a checkpoint that was saved under it."""
         if isinstance(self.rule, IncidentRule):

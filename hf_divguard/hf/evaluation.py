@@ -122,7 +122,7 @@ class Evaluations:
 
     def recall(self, state: Any) -> None:
         """Take the results of the step that training resumes at, and the best so far, from its log."""
-        for entry in state.log_history:
+        for entry in _entries(state):
             metrics = {key: value for key, value in entry.items() if key.startswith("eval_")}
             if metrics and entry.get("step") == state.global_step:
                 self.note(state.global_step, {**self.metrics, **metrics})
@@ -141,7 +141,7 @@ class Evaluations:
     def _recall_best_evaluated(self, state: Any, last_step: int) -> None:
         self._best_evaluated = None
         if self.best_follows_saves:
-            for entry in state.log_history:
+            for entry in _entries(state):
                 if 0 < entry["step"] <= last_step:
                     self._note_best(entry)
 
@@ -158,7 +158,7 @@ class Evaluations:
         present = set(self._ledger.usable_steps())
         logged = [
             CheckpointRecord(entry["step"], entry["step"], float(entry[key]))
-            for entry in state.log_history
+            for entry in _entries(state)
             if key in entry
             and math.isfinite(entry[key])
             and entry["step"] <= last_step
@@ -169,3 +169,12 @@ class Evaluations:
         if names_step:
             state.best_global_step = best.step if best else None
             state.best_model_checkpoint = self._ledger.path(best.step) if best else None
+
+
+def _entries(state: Any) -> list[dict[str, Any]]:
+    """Return the log entries of ``state`` that name their step; a file may hold others."""
+    return [
+        entry
+        for entry in state.log_history
+        if isinstance(entry, dict) and isinstance(entry.get("step"), (int, float))
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Protocol
 
@@ -9,10 +10,13 @@ import torch
 import torch.distributed as dist
 
 from hf_divguard.core.detection.detector import StepValues
+from hf_divguard.core.state import StateError, decode
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
 
 __all__ = ["RUNNING_LOSS", "LossListener", "RunningLoss", "StepLosses", "drop_pending_loss", "gradient_norm"]
+
+logger = logging.getLogger(__name__)
 
 RUNNING_LOSS = "divguard_running_loss"
 """Name under which :class:`RunningLoss` is kept among the states of callbacks."""
@@ -221,13 +225,25 @@ class RunningLoss:
         assert self._sum is not None
         return {"last_logged_step": last_logged, "sums": self._ranks.gather(float(self._sum.item()))}
 
-    def restore(self, kept: dict[str, Any] | None) -> None:
-        """Take over what ``collect`` gave, before the first step of a resumed run."""
-        if not isinstance(kept, dict):
+    def restore(self, kept: Any) -> None:
+        """Take over what ``collect`` gave, before the first step of a resumed run.
+
+        What cannot be read costs only the mean of the first log.
+        """
+        try:
+            last_logged, sums = decode(
+                tuple[int, list[float]], [kept["last_logged_step"], kept["sums"]], "It"
+            )
+        except (StateError, KeyError, TypeError):
+            sums = []
+        if not sums:
+            if kept is not None:
+                logger.warning(
+                    "The loss since the last log in the checkpoint cannot be read; it is left out."
+                )
             return
-        sums = kept["sums"]
         own = sums[self._ranks.rank] if len(sums) == self._ranks.world_size else sum(sums) / len(sums)
-        self._host.last_logged_step = kept["last_logged_step"]
+        self._host.last_logged_step = last_logged
         # The host's mean over the steps of this call of `train()` is to stay one.
         self._host.total_loss -= own
         self._to_add = self._host.add_to_running_loss(own)

@@ -10,6 +10,7 @@ from typing import Any
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.core.rollback.event import RollbackEvent
+from hf_divguard.core.state import StateError, decode
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.events import read_events, write_events
 from hf_divguard.storage.ledger import CheckpointLedger
@@ -105,7 +106,10 @@ class RunJournal:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the events that a checkpoint knows."""
-        self.events = [dict(event) for event in state_dict["events"]]
+        events = state_dict.get("events")
+        if not isinstance(events, list) or not all(_is_event(event) for event in events):
+            raise StateError("`events` in the state of the journal must be a list of events.")
+        self.events = [dict(event) for event in events]
 
     def add(self, event: dict[str, Any]) -> dict[str, Any]:
         """Add what happened, as rank 0 saw it, and return it; :meth:`write` puts it on the disk."""
@@ -172,6 +176,14 @@ class RunJournal:
             logger.warning("%s It is not rolled back: %s. Training goes on.", finding.message, reason)
 
 
+def _is_event(event: Any) -> bool:
+    """Return whether ``event`` has the fields that are read again, with values of their types."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    names = ("step", "steps_lost", "target_step", "incident") if event["event"] == "rollback" else ("step",)
+    return all(type(event.get(name)) is int for name in names)
+
+
 def _identity(event: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(event.get(key) for key in ("event", "step", "onset_step", "target_step", "incident"))
 
@@ -179,14 +191,15 @@ def _identity(event: dict[str, Any]) -> tuple[Any, ...]:
 # ---- the end of a run
 
 
-def warn_of_stopped_checkpoint(checkpoint: str, note: dict[str, Any], ledger: CheckpointLedger) -> None:
+def warn_of_stopped_checkpoint(checkpoint: str, note: Any, ledger: CheckpointLedger) -> None:
     """Warn that the checkpoint that is resumed was saved after a divergence."""
-    logger.warning(
-        "%s was saved after a divergence: %s %s",
-        checkpoint,
-        note["message"],
-        _advice(note["onset_step"], ledger),
-    )
+    try:
+        onset_step = decode(int, note["onset_step"], "`onset_step`")
+        message = decode(str, note["message"], "`message`")
+    except (StateError, KeyError, TypeError):
+        logger.warning("%s was saved after a divergence; its note cannot be read.", checkpoint)
+        return
+    logger.warning("%s was saved after a divergence: %s %s", checkpoint, message, _advice(onset_step, ledger))
 
 
 def report_end(state: Any, outcome: RunOutcome, ledger: CheckpointLedger) -> None:

@@ -17,6 +17,7 @@ from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.core.rollback.event import RollbackEvent
 from hf_divguard.core.rollback.policy import Decision, RollbackPolicy, Target
 from hf_divguard.core.rollback.triggers import UNDONE_ONCE, RollbackTriggers
+from hf_divguard.core.state import StateError, decode
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.callbacks import collect_states, read_callback_states
@@ -120,9 +121,15 @@ class Rollback:
         Raises:
             ValueError: If it cannot be read.
         """
+        try:
+            origins = decode(dict[str, int], state_dict["origins"], "`origins` in the state of rollbacks")
+            origins_by_step = {int(step): origin for step, origin in origins.items()}
+            since = decode(int | None, state_dict["rewarm_since"], "`rewarm_since` in the state of rollbacks")
+        except KeyError as error:
+            raise StateError(f"The state of rollbacks lacks {error}.") from error
         self.policy.load_state_dict(state_dict["policy"])
-        self._targets.origins = {int(step): int(origin) for step, origin in state_dict["origins"].items()}
-        self.rewarming.since = state_dict["rewarm_since"]
+        self._targets.origins = origins_by_step
+        self.rewarming.since = since
         self._triggers.load_state_dict(state_dict["watch"])
 
     def begin(self, state: Any) -> None:

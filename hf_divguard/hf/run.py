@@ -32,6 +32,7 @@ from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.storage.checkpoints import verify_checkpoint
+from hf_divguard.storage.failpoints import failpoint
 
 __all__ = ["GuardedRun"]
 
@@ -108,6 +109,7 @@ class GuardedRun:
         ledger = self.checkpoints.ledger
         self.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
         self.rollback = self._make_rollback()
+        self.checkpoints.pending_since = self._pending_since
         if self.rollback is not None:
             self.losses.subscribe(self.rollback)
             self.checkpoints.protected_steps = self.rollback.protected_steps
@@ -236,6 +238,10 @@ class GuardedRun:
         if outcome.reports:
             self.journal.note_findings(outcome, self.host.state.global_step, checkpoints.ledger)
 
+    def _pending_since(self) -> int | None:
+        since = [detector.pending_since for detector in self.detectors.values()]
+        return min((step for step in since if step is not None), default=None)
+
     def _distrust(self, condition: Finding | None) -> None:
         """Point to the best checkpoint that is not suspect."""
         if self.checkpoints.preserves_best:
@@ -291,6 +297,7 @@ class GuardedRun:
             self.host.rotate_after_own_save(self._run_dir)
             return
         self._follow_findings()
+        saves_rollback = rollback is not None and rollback.save_pending
         if rollback is not None:
             rollback.save_pending = False
         step, evaluations = self.host.state.global_step, self.evaluations
@@ -307,6 +314,8 @@ class GuardedRun:
             callback_states=self._states(running_loss),
             damaged_by=outcome.damaged_by,
         )
+        if saves_rollback:
+            failpoint("rollback saved")
 
     def _states(self, running_loss: dict[str, Any] | None) -> dict[str, Any]:
         own = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}

@@ -61,6 +61,8 @@ class Checkpoints:
         self.greater_is_better = bool(self._direction)
         self.protected_steps: Callable[[], set[int]] = set
         """Returns the steps that rotation must not delete, beside the last and the best."""
+        self.pending_since: Callable[[], int | None] = lambda: None
+        """Returns the first step of what may become a finding, ``None`` if nothing may."""
         self.ledger = CheckpointLedger(run_dir=run_dir, run_id="", records=[])
         if is_active:
             self._writer = CheckpointWriter(
@@ -69,6 +71,7 @@ class Checkpoints:
                 save_mode=options.divguard_save_mode,
                 checksums=options.divguard_checksums,
                 flush=options.divguard_fsync,
+                training_state=not host.args.save_only_model,
                 resumed_from=resumed_from,
             )
             read = ranks.run_on_main(lambda: CheckpointLedger.read(run_dir, resumed_from, self._metric_key))
@@ -269,7 +272,7 @@ class Checkpoints:
 
     def rotate(self) -> None:
         """Delete what neither the last ``save_total_limit`` nor the best ``preserve_n_best`` keep. On all ranks."""
-        surplus = set(self._surplus()) - self.protected_steps()
+        surplus = set(self._surplus()) - self.protected_steps() - self._good_before_suspicion()
         # A quarantined checkpoint would be deleted at once; the one that a stop has asked for stays to be examined.
         surplus.discard(-1 if self._last_saved is None else self._last_saved)
         uploading = {step for step, job in self._pushes.items() if job is not None and not job.is_done()}
@@ -278,6 +281,17 @@ class Checkpoints:
             self.ledger.forget(step)
             if self.leads:
                 self._delete(step)
+
+    def _good_before_suspicion(self) -> set[int]:
+        """Return the newest and the best checkpoints from before what a detector suspects but has not found yet."""
+        since = self.pending_since()
+        if since is None or not self.is_active:
+            return set()
+        old = [record for record in self.ledger.records if record.step <= since - 2]
+        old = [record for record in old if record.step in set(self.ledger.usable_steps())]
+        best = self._options.preserve_n_best if self.preserves_best else 1
+        ranked = self.ledger.ranked(old, self.greater_is_better)[:best]
+        return {record.step for record in ranked} | {max((record.step for record in old), default=-1)}
 
     def _surplus(self) -> list[int]:
         limit = self._host.args.save_total_limit

@@ -112,6 +112,11 @@ class AdaptiveRule(Stateful):
         """Whether the condition of the last error finding lasts."""
         return self._non_finite.is_open or self._watch.is_open
 
+    @property
+    def pending_since(self) -> int | None:
+        """First step of a rise that is not judged yet; ``None`` if there is none."""
+        return self._watch.pending_since
+
     def end_incident(self) -> None:
         """Report a condition that lasts once more."""
         self._non_finite.end_incident()

@@ -65,6 +65,7 @@ class DualTimeScaleRule(Stateful):
     initialized: bool = memory(False)
 
     def __post_init__(self) -> None:
+        self.pending_since: int | None = None
         check_setting(self.name, "short_alpha", self.short_alpha, above=0, at_most=1)
         check_setting(self.name, "long_alpha", self.long_alpha, above=0, at_most=1)
         check_setting(self.name, "threshold", self.threshold, above=0)
@@ -87,6 +88,9 @@ class DualTimeScaleRule(Stateful):
             self.short_ema = self.short_alpha * value + (1.0 - self.short_alpha) * self.short_ema
             self.long_ema = self.long_alpha * value + (1.0 - self.long_alpha) * self.long_ema
         gap = self.long_ema - self.short_ema if self.greater_is_better else self.short_ema - self.long_ema
+        # A quarter of the gap is no finding, but reason enough not to delete what is from before it.
+        is_pending = gap >= self.threshold / 4
+        self.pending_since = (self.pending_since or step) if is_pending else None
         if gap < self.threshold:
             return None
         moved, sign = ("fallen", -1.0) if self.greater_is_better else ("risen", 1.0)

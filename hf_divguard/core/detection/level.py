@@ -111,6 +111,14 @@ class LossLevelMonitor(Stateful):
         """Step since which a rise is suspected; ``None`` while there is little to suspect."""
         return self._jump.onset_step if self._jump.score > 0.5 * JUMP_SCORE else None
 
+    @property
+    def pending_since(self) -> int | None:
+        """First step of a rise that is not judged yet, however little speaks for it; ``None`` if there is none.
+
+        One value that is clearly up is enough: it is for what must not be deleted yet.
+        """
+        return self._jump.onset_step if self._jump.score > 0.5 else None
+
     def observe(self, step: int, value: float, gradient: float | None) -> Finding | None:
         """Feed one finite value with its finite gradient norm, if known; return a finding if there is one."""
         if self._step is not None and step > self._step:

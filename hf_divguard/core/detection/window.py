@@ -70,6 +70,7 @@ class DualWindowRule(Stateful):
     _long_buffer: deque[float] = memory(deque)
 
     def __post_init__(self) -> None:
+        self.pending_since: int | None = None
         check_setting(self.name, "short_window", self.short_window, at_least=1, unit="value")
         check_setting(self.name, "long_window", self.long_window, at_least=1, unit="value")
         check_setting(self.name, "threshold", self.threshold, above=0)
@@ -119,6 +120,9 @@ class DualWindowRule(Stateful):
         short_mean = self._short_sum / (len(self._short_buffer) * _UNIT)
         long_mean = self._long_sum / (self.long_window * _UNIT)
         gap = long_mean - short_mean if self.greater_is_better else short_mean - long_mean
+        # A quarter of the gap is no finding, but reason enough not to delete what is from before it.
+        is_pending = gap >= self.threshold / 4
+        self.pending_since = (self.pending_since or step) if is_pending else None
         if gap < self.threshold:
             return None
         moved, sign = ("fallen", -1.0) if self.greater_is_better else ("risen", 1.0)
