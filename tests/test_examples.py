@@ -65,8 +65,8 @@ def test_help_shows_every_option_of_ours(tmp_path: Path) -> None:
 def test_the_demo_ends_with_its_table_and_its_picture(tmp_path: Path) -> None:
     """The whole demo: what each trainer did, and both curves in one picture."""
     printed = run_example("demo.py", cwd=tmp_path).stdout
-    assert "noticed nothing and trained on" in printed
-    assert "went back (from step" in printed
+    assert "did not notice the fault, trained to step" in printed
+    assert "rolled back (step" in printed
     assert "x the healthy run's" in printed
-    assert "checkpoints left" in printed
+    assert "checkpoints on disk" in printed
     assert (tmp_path / "demo_output" / "demo.png").read_bytes().startswith(b"\x89PNG")
