@@ -86,6 +86,22 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_link_to_a_heading_leads_somewhere(page: Path) -> None:
+    """Links with an anchor name a heading of their page."""
+    links = re.findall(r"\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    missing = [
+        (path, name) for path, name in links if name not in anchors(page.parent / path if path else page)
+    ]
+    assert missing == []
+
+
 # ---- code
 
 
@@ -159,7 +175,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
             assert "best: " in done.stdout, command
         else:
             is_known = program == "make" or command in ("pip install .",) or words[0] == "train.py"
-            assert is_known, f"The test does not know how to check: {command}"
+            assert is_known, f"Add a check for this command: {command}"
 
 
 # ---- names in the description of the architecture
