@@ -1,12 +1,12 @@
-"""One model, one fault, three trainers: what the stock one does and what guarded ones do.
+"""Train one model through the same fault with three trainers, and compare the results.
 
-A small language model, made from a config, learns the source code of Python's own standard
-library. Half-way the learning rate is a hundred times too high for a few steps. The same run is
-trained by ``transformers.Trainer``, by a ``DivGuardTrainer`` that stops, and by one that rolls back
-and goes on. A run without the fault comes first, to compare with. At the end a table shows how each
-run ended, and ``demo_output/demo.png`` shows the loss curves.
+A small language model, made from a config, is trained on the source code of Python's standard
+library. In the middle of the run the learning rate is 100 times too high for 15 steps. The same
+run is made with ``transformers.Trainer``, with a ``DivGuardTrainer`` that stops, and with a
+``DivGuardTrainer`` that rolls back. A run without the fault comes first, as the reference. At
+the end a table shows the result of each, and ``demo_output/demo.png`` shows the loss curves.
 
-Run it with ``make demo``, or ``python examples/demo.py`` where the package is installed with
+Run it with ``make demo``, or with ``python examples/demo.py`` if the package is installed with
 its extra ``demo``. Nothing is downloaded.
 """
 
@@ -53,7 +53,7 @@ VOCABULARY = 1024
 BLOCK = 64
 EVAL_BLOCKS = 64
 
-# How long, and what goes wrong.
+# The run and the fault.
 STEPS = 400
 SAVE_EVERY = 40
 FAULT_FIRST = 206
@@ -61,21 +61,21 @@ FAULT_LAST = 220
 FAULT_FACTOR = 100.0
 
 
-# ---- the fault, and the progress that is shown
+# ---- the fault and the progress line
 
 
 class TooHighRate(TrainerCallback):
-    """The fault: for some steps the learning rate is far too high."""
+    """The fault: the learning rate is far too high for some steps."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise the rate that the schedule has just set."""
+        """Raise the learning rate that the schedule has just set."""
         if FAULT_FIRST <= state.global_step + 1 <= FAULT_LAST:
             for group in kwargs["optimizer"].param_groups:
                 group["lr"] *= FAULT_FACTOR
 
 
 class Progress(TrainerCallback):
-    """Keeps the losses and shows one line of progress, or one line per tenth where there is no terminal."""
+    """Records the losses and prints the progress: one line that is updated, or ten lines without a terminal."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -84,7 +84,7 @@ class Progress(TrainerCallback):
         self.started = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep what is logged; show it now and then."""
+        """Record what is logged, and print the progress."""
         if "eval_loss" in logs:
             self.eval_losses[state.global_step] = logs["eval_loss"]
         if "loss" not in logs:
@@ -100,7 +100,7 @@ class Progress(TrainerCallback):
             print(line, end="\r" if on_terminal else "\n", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the last line of progress standing."""
+        """Keep the last progress line on the screen."""
         if sys.stdout.isatty():
             print(flush=True)
 
@@ -110,7 +110,7 @@ class Progress(TrainerCallback):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of running the same training."""
+    """One way to run the same training."""
 
     name: str
     label: str
@@ -171,7 +171,7 @@ VARIANTS = [
 
 @dataclass
 class Outcome:
-    """How the run of one variant ended."""
+    """The result of one variant."""
 
     variant: Variant
     losses: dict[int, float]
@@ -184,7 +184,7 @@ class Outcome:
 
 
 def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
-    """Train one variant and list what is left on disk."""
+    """Train one variant and list the checkpoints on disk."""
     folder = OUTPUT / variant.name
     args = variant.arguments_class(
         output_dir=str(folder),
@@ -232,17 +232,17 @@ def run(variant: Variant, train_data: Any, eval_data: Any) -> Outcome:
 
 
 def what_it_did(outcome: Outcome) -> str:
-    """Return one sentence on what a variant did about the fault."""
+    """Return what a variant did about the fault."""
     if outcome.rollbacks:
         steps = ", ".join(f"{event['step']} to {event['target_step']}" for event in outcome.rollbacks)
-        return f"rolled back (from step {steps}), then trained on to step {outcome.last_step}"
+        return f"rolled back (step {steps}), then trained to step {outcome.last_step}"
     if outcome.finding is not None:
-        return f"found it at step {outcome.finding.step} and stopped after step {outcome.last_step}"
-    return f"noticed nothing and trained on to step {outcome.last_step}"
+        return f"found the fault at step {outcome.finding.step}, stopped after step {outcome.last_step}"
+    return f"did not notice the fault, trained to step {outcome.last_step}"
 
 
 def steps_wasted(outcome: Outcome) -> str:
-    """Return how many steps of training did not count in the end."""
+    """Return how many steps of training were wasted."""
     if outcome.rollbacks:
         return f"{sum(event['steps_lost'] for event in outcome.rollbacks)} (undone by the rollback)"
     if outcome.finding is not None:
@@ -251,7 +251,7 @@ def steps_wasted(outcome: Outcome) -> str:
 
 
 def with_losses(checkpoints: list[int], outcome: Outcome) -> str:
-    """Return checkpoints with their evaluation losses, one line each."""
+    """Return the checkpoints with their evaluation losses, one per line."""
     return (
         "\n".join(f"step {step:>3}   eval loss {outcome.eval_losses[step]:6.3f}" for step in checkpoints)
         or "none"
@@ -259,7 +259,7 @@ def with_losses(checkpoints: list[int], outcome: Outcome) -> str:
 
 
 def against_healthy(outcome: Outcome, healthy: Outcome) -> str:
-    """Return the evaluation loss of the best checkpoint left, and how it compares with the healthy run's."""
+    """Return the evaluation loss of the best checkpoint, and its ratio to the healthy run's."""
     step, loss = outcome.best[0]
     reference = healthy.best[0][1]
     return (
@@ -268,13 +268,13 @@ def against_healthy(outcome: Outcome, healthy: Outcome) -> str:
 
 
 def print_table(outcomes: list[Outcome], healthy: Outcome) -> None:
-    """Print how each variant ended, side by side."""
+    """Print the results of all variants side by side."""
     rows = [
         ("", [outcome.variant.label for outcome in outcomes]),
         ("what it did", [what_it_did(outcome) for outcome in outcomes]),
         ("steps wasted", [steps_wasted(outcome) for outcome in outcomes]),
-        ("checkpoints left", [with_losses(outcome.checkpoints, outcome) for outcome in outcomes]),
-        ("best of them", [against_healthy(outcome, healthy) for outcome in outcomes]),
+        ("checkpoints on disk", [with_losses(outcome.checkpoints, outcome) for outcome in outcomes]),
+        ("best checkpoint", [against_healthy(outcome, healthy) for outcome in outcomes]),
     ]
     width = 31
     rule = f"  {'-' * 22}{('  ' + '-' * width) * len(outcomes)}"
@@ -296,7 +296,7 @@ def print_table(outcomes: list[Outcome], healthy: Outcome) -> None:
 
 
 def draw(outcomes: list[Outcome], healthy: Outcome, path: Path) -> None:
-    """Draw the losses of all variants with fault and findings, and below them the checkpoints that are left."""
+    """Draw the losses of all variants, the fault and the findings; below them the checkpoints on disk."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (curves, shelf) = plt.subplots(
         2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 0.6 * len(outcomes)], layout="constrained"
@@ -320,7 +320,7 @@ def draw(outcomes: list[Outcome], healthy: Outcome, path: Path) -> None:
             linewidth=3.0 if order == 0 else 1.3,
             alpha=0.55 if order == 0 else 1.0,
             label=outcome.variant.label,
-            # Runs that ended early lie on top of those that went on.
+            # Runs that ended early are drawn on top.
             zorder=2 if order == 0 else 4 - outcome.last_step / STEPS,
         )
         mark_findings(curves, outcome)
@@ -328,7 +328,9 @@ def draw(outcomes: list[Outcome], healthy: Outcome, path: Path) -> None:
     curves.set(ylabel="training loss (log scale)", yscale="log")
     curves.set_yticks([4, 5, 6, 8, 10, 12, 15], labels=["4", "5", "6", "8", "10", "12", "15"])
     curves.minorticks_off()
-    curves.set_title("The same run with the same fault", loc="left", fontsize=12, fontweight="bold", pad=12)
+    curves.set_title(
+        "The same run with the same fault, three trainers", loc="left", fontsize=12, fontweight="bold", pad=12
+    )
     curves.annotate(
         f"the fault: learning rate x{FAULT_FACTOR:g}\nin steps {FAULT_FIRST} to {FAULT_LAST}",
         (FAULT_LAST + 5, 0.97),
@@ -339,22 +341,22 @@ def draw(outcomes: list[Outcome], healthy: Outcome, path: Path) -> None:
     curves.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, 1.0))
     curves.grid(axis="y", color="#e5e7e9")
     shelf.set(xlabel="step", xlim=(0, STEPS + 20), ylim=(-0.6, len(outcomes) - 0.4), yticks=[])
-    shelf.set_title("checkpoints left on disk, with their evaluation loss", loc="left", fontsize=10)
+    shelf.set_title("checkpoints on disk, with their evaluation loss", loc="left", fontsize=10)
     shelf.spines["left"].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def mark_findings(axes: Any, outcome: Outcome) -> None:
-    """Mark where a variant found the fault, and what it did then."""
+    """Mark where a variant found the fault, and what it did."""
     color = outcome.variant.color
     for event in outcome.rollbacks:
-        # The loss of the step that was undone may not have been logged; the one before it was.
+        # The loss of the undone step may not be logged; then the step before it is marked.
         step = max(logged for logged in outcome.losses if logged <= event["step"])
         mark(axes, step, outcome.losses[step], color)
     if outcome.rollbacks:
         places = ", ".join(f"{event['step']} to {event['target_step']}" for event in outcome.rollbacks)
-        text = f"rolled back\n(step {places})\nand trained on"
+        text = f"rolled back\n(step {places}),\nthen trained on"
         axes.annotate(text, (0.98, 0.155), xycoords="axes fraction", ha="right", color=color)
     if outcome.finding is not None:
         step, value = outcome.finding.step, outcome.losses[outcome.finding.step]
@@ -379,7 +381,7 @@ def mark(axes: Any, step: int, value: float, color: str) -> None:
 
 
 def lay_out_checkpoints(axes: Any, outcome: Outcome, row: int) -> None:
-    """Draw the checkpoints of one variant on a line: those left with their loss, those deleted faint."""
+    """Draw the checkpoints of one variant on a line: with their loss if on disk, faint if deleted."""
     color = outcome.variant.color
     deleted = [step for step in outcome.eval_losses if step not in outcome.checkpoints]
     axes.plot([0, outcome.last_step], [row, row], color="#d5d8dc", linewidth=1, zorder=1)
@@ -404,28 +406,28 @@ def lay_out_checkpoints(axes: Any, outcome: Outcome, row: int) -> None:
         )
 
 
-# ---- all of it
+# ---- main
 
 
 def main() -> None:
-    """Run every variant, print the table and draw the picture."""
+    """Run all variants, print the table and draw the picture."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(("\n" if sys.stdout.isatty() else "") + "  %(message)s"))
     logging.getLogger("hf_divguard").addHandler(handler)
-    # One thread: the same numbers on every machine, and no competition for the cores of a busy one.
+    # One thread, so that a busy machine is not slowed down further and the numbers vary less.
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
     texts = read_texts()
-    print(f"Text: {len(texts)} files of Python's own library; training a tokenizer on them ...", flush=True)
+    print(f"Text: {len(texts)} files of Python's standard library; training a tokenizer ...", flush=True)
     train_data, eval_data = tokenize_and_pack(
         texts, vocabulary=VOCABULARY, block=BLOCK, eval_blocks=EVAL_BLOCKS, seed=SEED
     )
     weights = small_llama(vocabulary=VOCABULARY, block=BLOCK, seed=SEED).num_parameters()
     print(
-        f"Model: {weights:,} weights; {STEPS} steps on {len(train_data):,} blocks of {BLOCK} tokens.\n"
+        f"Model: {weights:,} parameters; {STEPS} steps on {len(train_data):,} blocks of {BLOCK} tokens.\n"
         f"Fault: in steps {FAULT_FIRST} to {FAULT_LAST} the learning rate is {FAULT_FACTOR:g} times too high.\n",
         flush=True,
     )
@@ -436,7 +438,7 @@ def main() -> None:
     for outcome in outcomes:
         if outcome.rollbacks:
             print(
-                "  A rollback keeps the checkpoints that a further one may need, hence the older ones on the right."
+                "  For some time after a rollback, older checkpoints stay on disk in case a second rollback needs them."
             )
     draw(outcomes, healthy, OUTPUT / "demo.png")
     print(f"\n  Picture: {OUTPUT / 'demo.png'}   Checkpoints: {OUTPUT}/<variant>/checkpoint-<step>")

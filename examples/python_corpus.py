@@ -1,4 +1,4 @@
-"""Text that is on every machine, a tokenizer trained on it, and small models to learn it."""
+"""Text that every machine has, a tokenizer trained on it, and a small model."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def tokenize_and_pack(
     """Train a tokenizer on ``texts`` and pack them into blocks of one length.
 
     Args:
-        texts: What is to be learnt.
+        texts: The texts to train on.
         vocabulary: Number of tokens, at least 257.
         block: Tokens per block.
-        eval_blocks: How many blocks are set aside for evaluation.
-        seed: Decides which.
+        eval_blocks: Number of blocks held out for evaluation.
+        seed: Seed of the split.
 
     Returns:
-        The data sets for training and for evaluation, with ``input_ids`` and ``labels``.
+        The datasets for training and for evaluation, with ``input_ids`` and ``labels``.
     """
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=["<end>"], show_progress=False)
@@ -77,7 +77,7 @@ def small_llama(
         block: Longest sequence.
         hidden: Width; a multiple of 32.
         layers: Number of layers.
-        seed: Decides the first weights.
+        seed: Seed of the initial weights.
     """
     transformers.set_seed(seed)
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""Train a small language model, driven by flags alone.
+"""Train a small language model; every setting is a flag.
 
 Every field of ``TrainingArguments`` is a flag, and so is every option of hf_divguard::
 
@@ -7,8 +7,8 @@ Every field of ``TrainingArguments`` is a flag, and so is every option of hf_div
         --preserve_n_best 2 --divguard_detector adaptive --use_cpu --report_to none
 
 ``--resume_from_checkpoint`` takes ``latest``, ``best`` or a path. Without ``--text_folder`` the
-source code of Python's standard library is learnt; nothing is downloaded. The exit code is 79 if the
-run diverged and rollbacks (``--divguard_action rollback``) did not help.
+model is trained on the source code of Python's standard library; nothing is downloaded. The exit
+code is 79 if rollbacks (``--divguard_action rollback``) did not help a run that diverged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, exit_on_dive
 
 @dataclass
 class ScriptArguments:
-    """What is learnt, and by which model."""
+    """The data and the model."""
 
     text_folder: str | None = field(
         default=None, metadata={"help": "Folder of text files. Default: Python's own standard library."}
@@ -37,7 +37,7 @@ class ScriptArguments:
     text_limit: int = field(default=1_000_000, metadata={"help": "Characters of text to take, about."})
     vocabulary: int = field(default=1024, metadata={"help": "Tokens of the tokenizer, at least 257."})
     block: int = field(default=64, metadata={"help": "Tokens per training example."})
-    eval_blocks: int = field(default=64, metadata={"help": "Examples set aside for evaluation."})
+    eval_blocks: int = field(default=64, metadata={"help": "Examples held out for evaluation."})
     hidden: int = field(default=128, metadata={"help": "Width of the model, a multiple of 32."})
     layers: int = field(default=2, metadata={"help": "Layers of the model."})
 

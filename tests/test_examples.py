@@ -1,4 +1,4 @@
-"""The examples do what their pages say."""
+"""The examples run, and print what their documentation says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run_example(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run an example in a process of its own."""
+    """Run an example in its own process."""
     done = run_python("-W", "ignore", EXAMPLES / name, *flags, cwd=cwd, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
@@ -24,8 +24,8 @@ def run_example(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProces
 SMALL = shlex.split("--text_limit 60000 --vocabulary 300 --block 16 --eval_blocks 8 --hidden 32 --layers 1")
 
 
-def test_the_script_trains_by_flags_alone(tmp_path: Path) -> None:
-    """Evaluation on save, the best checkpoints and a detector without a line of code; then a resume."""
+def test_the_script_trains_with_flags_alone(tmp_path: Path) -> None:
+    """Evaluation on save, best checkpoints and a detector without a line of code; then a resume."""
     flags = [
         *SMALL,
         *shlex.split(
@@ -48,8 +48,8 @@ def test_the_script_trains_by_flags_alone(tmp_path: Path) -> None:
     assert 8 in checkpoint_steps(tmp_path / "out")
 
 
-def test_help_shows_every_option_of_ours(tmp_path: Path) -> None:
-    """``--help`` works and lists our flags beside those of ``TrainingArguments``."""
+def test_help_lists_our_options(tmp_path: Path) -> None:
+    """``--help`` lists the flags of the package and those of ``TrainingArguments``."""
     shown = run_example("train_lm.py", "--help", cwd=tmp_path).stdout
     for flag in (
         "--text_folder",
@@ -63,10 +63,10 @@ def test_help_shows_every_option_of_ours(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_ends_with_its_table_and_its_picture(tmp_path: Path) -> None:
-    """All of the demo: what each trainer did, and the curves in one picture."""
+    """The complete demo: the result of each trainer, and all curves in one picture."""
     printed = run_example("demo.py", cwd=tmp_path).stdout
-    assert "noticed nothing and trained on" in printed
-    assert "rolled back (from step" in printed
+    assert "did not notice the fault, trained to step" in printed
+    assert "rolled back (step" in printed
     assert "x the healthy run's" in printed
-    assert "checkpoints left" in printed
+    assert "checkpoints on disk" in printed
     assert (tmp_path / "demo_output" / "demo.png").read_bytes().startswith(b"\x89PNG")
