@@ -60,6 +60,8 @@ class CheckpointSaver:
         checksums: Whether the manifest holds a SHA-256 of every file.
         flush: Whether files are flushed to the disk before a checkpoint counts.
         resumed_from: Checkpoint that training goes on from, if any.
+        weights: Whether a checkpoint must hold the weights to be certified.
+        training_state: Whether it must hold optimizer, scheduler, random and trainer state.
     """
 
     def __init__(
@@ -71,7 +73,10 @@ class CheckpointSaver:
         checksums: bool,
         flush: bool,
         resumed_from: str | None = None,
+        weights: bool = False,
+        training_state: bool = False,
     ) -> None:
+        self._expects = {"weights": weights, "training_state": training_state}
         self.run_dir = Path(run_dir)
         self.redirect: str | None = None
         self._ranks = ranks
@@ -224,6 +229,7 @@ class CheckpointSaver:
             greater_is_better=record.greater_is_better,
             checksums=self._checksums,
             ranks=self._local_ranks,
+            **self._expects,
         )
         write_manifest(folder, manifest, flush=self._flush)
         self._last_bytes = sum(entry.size for entry in manifest.files.values())

@@ -106,6 +106,8 @@ class RunGuard(TrainerCallback):
                 checksums=self._options.divguard_checksums,
                 flush=self._options.divguard_fsync,
                 resumed_from=resumed_from,
+                weights=bool(self._args.should_save),
+                training_state=bool(self._args.should_save and not self._args.save_only_model),
             )
             read = self._ranks.run_on_main(
                 lambda: CheckpointLedger.read(run_dir, resumed_from, self.ranking_key)
