@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_divguard.errors import HistoryError
+from hf_divguard.storage.jsonio import parse_json
+from hf_divguard.storage.names import checkpoint_folders
+from hf_divguard.storage.regular_files import read_bytes
+from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 
 __all__ = ["Entry", "History", "HistorySource", "read_history"]
 
 HistorySource = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A file or folder, a ``log_history``, or a mapping of plain sequences."""
 
-STATE_NAME = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_MAX_BYTES = 256 << 20  # a week of logging every step
 _TEXT_NUMBERS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf, "+inf": math.inf, "-inf": -math.inf}
 
 
@@ -69,26 +70,24 @@ def read_history(source: HistorySource) -> History:
 
 
 def _state_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
+    if not path.exists():
         raise HistoryError(
             f"A history must be an existing file or folder, but `{path}` is neither. "
-            f"Give a `{STATE_NAME}`, a checkpoint folder or an output folder."
+            f"Give a `{TRAINER_STATE_NAME}`, a checkpoint folder or an output folder."
         )
-    inside = [path / STATE_NAME]
-    inside += [folder / STATE_NAME for folder in path.iterdir() if _CHECKPOINT.fullmatch(folder.name)]
+    if not path.is_dir():
+        return path
+    folders = [path, *checkpoint_folders(path).values()]
     readable = []
-    for state in inside:
-        if state.is_file():
-            try:
-                step = _load(state).get("global_step", 0)
-            except (HistoryError, AttributeError):
-                continue
-            readable.append((step if isinstance(step, (int, float)) else 0, state))
+    for state in [folder / TRAINER_STATE_NAME for folder in folders]:
+        try:
+            step = _load(state).get("global_step", 0)
+        except (HistoryError, AttributeError):
+            continue
+        readable.append((step if isinstance(step, (int, float)) else 0, state))
     if not readable:
         raise HistoryError(
-            f"`{path}` holds no readable `{STATE_NAME}`, neither itself nor in a `checkpoint-<step>` folder. "
+            f"`{path}` holds no readable `{TRAINER_STATE_NAME}`, neither itself nor in a `checkpoint-<step>` folder. "
             "The Trainer writes one into each checkpoint, and into the output folder at `save_state()`."
         )
     return max(readable, key=lambda pair: pair[0])[1]
@@ -96,12 +95,14 @@ def _state_file(path: Path) -> Path:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise HistoryError(f"`{path}` cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
+        data = read_bytes(path, max_bytes=_MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise HistoryError(f"`{path}` cannot be read: {error}") from error
+    try:
+        return parse_json(data, what="it", allow_nan=True)
+    except ValueError as error:
         raise HistoryError(
-            f"`{path}` is not complete JSON ({error}). It may have been cut off while it was written; "
+            f"`{path}` is not complete JSON ({error}) It may have been cut off while it was written; "
             "an older checkpoint has an older copy."
         ) from error
 
@@ -183,8 +184,8 @@ def _from_sequences(columns: Mapping[str, Any]) -> History:
     eval_steps = known.get("eval_steps")
     if eval_steps is None and evaluation and eval_length != length:
         raise HistoryError(
-            f"`eval_steps` is missing: there are {eval_length} evaluations and {length} training entries, so it "
-            "cannot be told when the evaluations were. Give one step per evaluation."
+            f"`eval_steps` is missing: there are {eval_length} evaluations and {length} training entries, so the "
+            "steps of the evaluations are not known. Give one step per evaluation."
         )
     eval_rows = _rows(known, evaluation, eval_steps or steps, eval_length)
     entries = sorted(rows + eval_rows, key=lambda entry: entry.step) if eval_rows else rows

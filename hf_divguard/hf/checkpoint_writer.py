@@ -60,7 +60,8 @@ class CheckpointWriter:
             the two that the file system can do.
         checksums: Whether the manifest holds a SHA-256 of every file.
         flush: Whether files are flushed to the disk before a checkpoint counts.
-        training_state: Whether a checkpoint must hold optimizer, schedule and random states.
+        weights: Whether a checkpoint must hold the weights to be certified.
+        training_state: Whether it must hold optimizer, schedule, random and trainer state.
         resumed_from: Checkpoint that training goes on from, if any.
     """
 
@@ -72,10 +73,11 @@ class CheckpointWriter:
         save_mode: str,
         checksums: bool,
         flush: bool,
-        training_state: bool = True,
+        weights: bool = False,
+        training_state: bool = False,
         resumed_from: str | None = None,
     ) -> None:
-        self._training_state = training_state
+        self._expects = {"weights": weights, "training_state": training_state}
         self.run_dir = Path(run_dir)
         self._ranks = ranks
         self._checksums = checksums
@@ -228,8 +230,7 @@ class CheckpointWriter:
             greater_is_better=record.greater_is_better,
             checksums=self._checksums,
             ranks=self._local_ranks,
-            weights=True,
-            training_state=self._training_state,
+            **self._expects,
         )
         write_manifest(folder, manifest, flush=self._flush)
         self._last_bytes = sum(entry.size for entry in manifest.files.values())

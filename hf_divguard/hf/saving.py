@@ -71,7 +71,8 @@ class Checkpoints:
                 save_mode=options.divguard_save_mode,
                 checksums=options.divguard_checksums,
                 flush=options.divguard_fsync,
-                training_state=not host.args.save_only_model,
+                weights=bool(host.args.should_save),
+                training_state=bool(host.args.should_save and not host.args.save_only_model),
                 resumed_from=resumed_from,
             )
             read = ranks.run_on_main(lambda: CheckpointLedger.read(run_dir, resumed_from, self._metric_key))

@@ -7,26 +7,42 @@ Each check returns nothing for a sound file and raises ``ValueError`` with what 
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zipfile
 import zlib
 from typing import Any, BinaryIO
 
 from hf_divguard.storage.jsonio import parse_json
-from hf_divguard.storage.regular_files import LimitExceeded, open_regular_file, read_bytes
+from hf_divguard.storage.regular_files import LimitExceeded, open_regular_file
 
 __all__ = ["check_safetensors", "check_zip", "read_host_json"]
 
-# The safetensors library itself refuses headers over 100 MB; the largest seen are below 20 MB.
-_MAX_HEADER_BYTES = 64 << 20
+# The largest headers seen are below 20 MB. Python needs about two seconds for so many.
+_MAX_HEADER_BYTES = 24 << 20
 # An entry has 46 bytes and a name: some 100,000 tensors. Python needs about a second for so many.
 _MAX_DIRECTORY_BYTES = 8 << 20
 _ZIP_LOCAL_HEADER_BYTES = 30
+_END_BYTES = 64 << 10
+_GLOBAL_STEP = re.compile(rb'"global_step": ?([0-9]{1,18})[,\s}]')
 
 
 def read_host_json(path: str | os.PathLike[str], *, max_bytes: int) -> Any:
-    """Return the value in the JSON file at ``path``, NaN tokens included, as the Trainer writes it."""
-    data = read_bytes(path, max_bytes=max_bytes)
+    """Return the value in the JSON file at ``path``, NaN tokens included, as the Trainer writes it.
+
+    Of a file of more than ``max_bytes`` only both ends are looked at: it must begin and end with a
+    brace. Its value is an object that holds the ``global_step`` that stands near its beginning, if any.
+    """
+    with open(open_regular_file(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            head = file.read(_END_BYTES)
+            file.seek(-_END_BYTES, os.SEEK_END)
+            if not head.lstrip().startswith(b"{") or not file.read(_END_BYTES).rstrip().endswith(b"}"):
+                raise ValueError("is not complete JSON (it does not begin and end with a brace)")
+            step = _GLOBAL_STEP.search(head)
+            return {"global_step": int(step[1])} if step else {}
+        data = file.read(max_bytes + 1)
     if not data:
         raise ValueError("is empty")
     try:
@@ -35,8 +51,12 @@ def read_host_json(path: str | os.PathLike[str], *, max_bytes: int) -> Any:
         raise ValueError(f"is not complete JSON ({error})") from None
 
 
-def check_safetensors(path: str | os.PathLike[str], *, max_bytes: int = _MAX_HEADER_BYTES) -> None:
-    """Raise unless the safetensors file at ``path`` is as long as its header says. Only the header is read."""
+def check_safetensors(path: str | os.PathLike[str], *, max_bytes: int) -> int:
+    """Raise unless the safetensors file at ``path`` is as long as its header says.
+
+    Returns:
+        The length of the header; more is not read.
+    """
     with open(open_regular_file(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
@@ -57,6 +77,7 @@ def check_safetensors(path: str | os.PathLike[str], *, max_bytes: int = _MAX_HEA
         raise ValueError(
             f"is too {'short' if size < expected else 'long'}: {size} bytes, its header says {expected}"
         )
+    return int(header_bytes)
 
 
 def _end_of_tensors(header: Any) -> int:

@@ -27,13 +27,15 @@ from hf_divguard.storage.regular_files import (
     list_files,
     named_file,
 )
-from hf_divguard.storage.trainer_state import MAX_STATE_BYTES, TRAINER_STATE_NAME
+from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 from hf_divguard.storage.verdict import Status, Verdict
 
 __all__ = ["judge_contents", "problems_sentence"]
 
 _MAX_ENTRIES = 100_000
-_MAX_JSON_BYTES = 128 << 20  # of all files together: some seconds of parsing
+# What is parsed of one JSON file, and of all files together: a second or two.
+_MAX_JSON_BYTES = 8 << 20
+_MAX_PARSED_BYTES = 48 << 20
 # JSON that the Trainer and the tokenizers write; what others put beside it may have its own form.
 _JSON = re.compile(
     r"(?:.*_)?(?:config|tokenizer|vocab|added_tokens|special_tokens_map|modules)\.json|.*\.index\.json"
@@ -85,7 +87,7 @@ class _Judge:
         self._names = names
         self._others = others
         self._weights = weight_files(names)
-        self._json_bytes = _MAX_JSON_BYTES
+        self._bytes_left = _MAX_PARSED_BYTES
         self._problems: dict[str, str] = {}
         self._unreadable: dict[str, str] = {}
         self._too_large: dict[str, str] = {}
@@ -144,19 +146,22 @@ class _Judge:
             self._problems[name] = str(error)
         return None
 
-    def _json(self, name: str, most_bytes: int = _MAX_JSON_BYTES) -> Any:
+    def _json(self, name: str) -> Any:
         """Return the content of a JSON file; note what is wrong with it."""
         path = self._folder / name
 
         def read() -> Any:
-            limit = min(most_bytes, self._json_bytes)
-            self._json_bytes -= min(os.stat(path).st_size, limit)
+            limit = min(_MAX_JSON_BYTES, self._bytes_left)
+            self._bytes_left -= min(os.stat(path).st_size, limit)
             return read_host_json(path, max_bytes=limit)
 
         return self._check(name, read)
 
+    def _check_header(self, path: Path) -> None:
+        self._bytes_left -= check_safetensors(path, max_bytes=self._bytes_left)
+
     def _check_trainer_state(self, step: int | None) -> None:
-        state = self._json(TRAINER_STATE_NAME, MAX_STATE_BYTES)
+        state = self._json(TRAINER_STATE_NAME)
         if any(TRAINER_STATE_NAME in found for _, found in self._findings()):
             return
         found = state.get("global_step") if isinstance(state, dict) else None
@@ -236,7 +241,7 @@ class _Judge:
         for name in self._names:
             base, path = name.rpartition("/")[2], self._folder / name
             if base.endswith(".safetensors"):
-                self._check(name, lambda path=path: check_safetensors(path))  # type: ignore[misc]
+                self._check(name, lambda path=path: self._check_header(path))  # type: ignore[misc]
             elif ARCHIVE.fullmatch(base):
                 self._check(name, lambda path=path: check_zip(path, read_all=read_all))  # type: ignore[misc]
             elif _JSON.fullmatch(base) and name not in (TRAINER_STATE_NAME, *self._weights):

@@ -179,5 +179,5 @@ def _judge_by_manifest(folder: str, manifest: Manifest, checksums: bool | None) 
     compared = "size and checksum" if has_checksums and checksums is not False else "size"
     reason = f"All {len(manifest.files)} files of its manifest are there with their {compared}."
     if not resumable:
-        reason = reason[:-1] + ", but training cannot resume from it: no optimizer's state was saved."
+        reason = reason[:-1] + ", but training cannot go on from it: no optimizer's state was saved."
     return Verdict("complete", reason, (), loadable, resumable, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -31,6 +32,7 @@ _FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 # Python refuses to convert integers of more than 4300 digits; states of random generators stay far below.
 _MAX_INTEGER_BITS = 4096
 _MAX_VALUE_DEPTH = 50
+_MANY_BYTES = 1 << 20
 
 
 def read_json(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, Any]:
@@ -74,7 +76,10 @@ def parse_json(data: bytes, *, what: str, allow_nan: bool = False) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} must be UTF-8 text, found other bytes at {error.start}.") from None
+    collects = gc.isenabled() and len(data) > _MANY_BYTES
     try:
+        if collects:
+            gc.disable()  # it would look again and again at all that has been parsed, which holds no cycles
         if allow_nan:
             return json.loads(text)
         return json.loads(
@@ -91,6 +96,9 @@ def parse_json(data: bytes, *, what: str, allow_nan: bool = False) -> Any:
         raise ValueError(f"{what} must not be nested so deeply.") from None
     except ValueError as error:
         raise ValueError(f"{what} must be strict JSON: {error}") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import uuid
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from hf_divguard.core.retention import AnyOf, BestN, CheckpointRecord, LatestN, is_better, rank
+from hf_divguard.core.retention import CheckpointRecord, is_better, rank
 from hf_divguard.storage.lineage import Lineage, Summary
 from hf_divguard.storage.names import checkpoint_folders, checkpoint_name
 from hf_divguard.storage.record import Quarantine
+from hf_divguard.storage.rotation import Rotation
 from hf_divguard.storage.sidecar import ExternalRecord, Sidecar
 from hf_divguard.storage.survey import Checkpoint, find_checkpoints, look_at
 from hf_divguard.storage.verdict import Verdict
@@ -23,7 +24,7 @@ _JUST_SAVED = Verdict("complete", "This training saved it.", (), True, True)
 
 
 @dataclass
-class CheckpointLedger:
+class CheckpointLedger(Rotation):
     """Which checkpoints there are, in order of saving, with their metrics.
 
     Built by rank 0 at the start of training and the same on every rank.
@@ -257,7 +258,7 @@ class CheckpointLedger:
         """Return the best checkpoint if its metric is a finite number."""
         # Called at each save, so it does not look at all records if it need not.
         summary = self._summary()
-        extremes = self._counting(summary.highest if greater_is_better else summary.lowest)
+        extremes = self.counting(summary.highest if greater_is_better else summary.lowest)
         candidates = [*self._outside_records(), *extremes] if extremes else self._lineage()
         best = self.ranked(candidates, greater_is_better)
         has_metric = bool(best) and best[0].metric is not None and math.isfinite(best[0].metric)
@@ -290,67 +291,14 @@ class CheckpointLedger:
         old = [record for record in self._lineage() if record.step <= onset_step - 2]
         return self.checkpoint(max(old, key=lambda record: record.step)) if old else None
 
-    def _counting(self, records: list[CheckpointRecord]) -> list[CheckpointRecord]:
-        """Return those of ``records`` that count, of this run and of others."""
-        out = self.incomplete | self.quarantined | self.suspects | self.unreadable
-        return [record for record in records if record.step not in out] if out else records
-
     def _lineage(self) -> list[CheckpointRecord]:
         """Return the checkpoints of this run that count, wherever they stand."""
-        own = [record for record in self._counting(self.records) if record.in_lineage]
+        own = [record for record in self.counting(self.records) if record.in_lineage]
         return [*self._outside_records(), *own]
 
     def _outside_records(self) -> list[CheckpointRecord]:
         complete = [each for each in self.external.values() if each.verdict.status == "complete"]
         return [CheckpointRecord(each.step, 0, each.metric) for each in complete]
-
-    # ---- retention
-
-    def to_delete(self, limit: int | None, preserve_n_best: int, greater_is_better: bool) -> list[int]:
-        """Return the steps that neither the last ``limit`` nor the best ``preserve_n_best`` keep.
-
-        Only good checkpoints count towards ``limit`` and the best. An incomplete one goes when
-        ``limit`` good ones are newer; a quarantined one as soon as there are more than ``limit``
-        in all. Of the suspects the last ``limit`` stay, beside the good ones. What is unreadable,
-        a symbolic link or outside of the run folder never goes.
-        """
-        if limit is None or limit <= 0:
-            return sorted(self.pending_deletions)
-        good = self._counting(self.records)
-        keep = AnyOf((LatestN(limit), BestN(preserve_n_best, greater_is_better))).keep(good)
-        return self._outside(keep, limit, good)
-
-    def to_delete_as_stock(self, limit: int | None, best_step: int | None) -> list[int]:
-        """Return the steps that the stock Trainer deletes: the oldest beyond ``limit``, never the last or best.
-
-        Age is the order of saving, not the time of change of a folder, which anything that
-        touches it alters. For what does not count, see :meth:`to_delete`.
-        """
-        if limit is None or limit <= 0:
-            return sorted(self.pending_deletions)
-        good = self._counting(self.records)
-        by_age = [record.step for record in sorted(good, key=lambda record: record.sequence)]
-        protected = set(by_age) & {*by_age[-1:], best_step}
-        others = [step for step in by_age if step not in protected]
-        room = max(0, limit - len(protected))
-        return self._outside(protected | set(others[len(others) - room :]), limit, good)
-
-    def _outside(self, keep: set[int], limit: int, good: list[CheckpointRecord]) -> list[int]:
-        suspects = [record.step for record in self.records if record.step in self.suspects]
-        keep = keep | set(suspects[-limit:]) | self.unreadable | self.linked
-        surplus = []
-        for record in self.records:
-            if record.step in keep:
-                continue
-            if record.step in self.quarantined:
-                may_go = len(self.records) > limit
-            elif record.step in self.incomplete:
-                may_go = sum(other.sequence > record.sequence for other in good) >= limit
-            else:
-                may_go = True
-            if may_go:
-                surplus.append(record.step)
-        return [*surplus, *sorted(self.pending_deletions - set(surplus))]
 
     # ---- memory
 

@@ -10,12 +10,11 @@ from typing import Any
 from hf_divguard.storage.jsonio import parse_json
 from hf_divguard.storage.regular_files import read_bytes
 
-__all__ = ["MAX_STATE_BYTES", "TRAINER_STATE_NAME", "log_history", "logged_metric", "read_trainer_state"]
+__all__ = ["TRAINER_STATE_NAME", "log_history", "logged_metric", "read_trainer_state"]
 
 TRAINER_STATE_NAME = "trainer_state.json"
 
-MAX_STATE_BYTES = 64 << 20
-"""Longest file that is read: a day of logging every step is some tens of megabytes."""
+_MAX_BYTES = 32 << 20  # a day of logging every step is some 20 megabytes
 
 
 def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -26,13 +25,13 @@ def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is not a complete JSON object, larger than 64 MiB, or not a regular file.
+        ValueError: If it is not a complete JSON object, larger than 32 MiB, or not a regular file.
         OSError: If it cannot be read.
     """
     file = Path(path)
     if file.is_dir():
         file = file / TRAINER_STATE_NAME
-    data = read_bytes(file, max_bytes=MAX_STATE_BYTES)
+    data = read_bytes(file, max_bytes=_MAX_BYTES)
     state = parse_json(data, what=repr(os.fspath(file)), allow_nan=True)
     if not isinstance(state, dict):
         raise ValueError(f"{os.fspath(file)!r} must hold a JSON object, it holds a {type(state).__name__}.")

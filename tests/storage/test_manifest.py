@@ -238,3 +238,69 @@ def test_no_flipped_bit_of_a_manifest_goes_by_unnoticed(folder: Path, bit: int) 
         except ManifestError:
             continue
         assert found == manifest, flipped
+
+
+RESUMABLE = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
+
+
+@pytest.mark.parametrize("gone", [None, *RESUMABLE])
+def test_a_checkpoint_is_certified_only_if_it_holds_what_the_save_was_to_hold(
+    gone: str | None, tmp_path: Path
+) -> None:
+    for name in RESUMABLE:
+        if name != gone:
+            (tmp_path / name).write_bytes(b"1")
+    if gone is None:
+        build_manifest(tmp_path, **PLACE, weights=True, training_state=True)
+        return
+    words = "the weights of the model" if gone == "model.safetensors" else f"`{gone}`"
+    with pytest.raises(CheckpointSaveError, match=words) as caught:
+        build_manifest(tmp_path, **PLACE, weights=True, training_state=True)
+    assert "another process" in str(caught.value)
+    build_manifest(tmp_path, **PLACE)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["adapter_model.safetensors"],
+        ["german/adapter_model.safetensors"],
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+        ["my_model.pt"],
+        ["latest", "global_step20/mp_rank_00_model_states.pt"],
+        ["pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/.metadata"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_weights_in_files_of_other_names_are_weights(names: list[str], tmp_path: Path) -> None:
+    foreign = "latest" in names or names[0].startswith("pytorch_model_fsdp")
+    for name in [*names, "trainer_state.json", "rng_state.pth", *(() if foreign else RESUMABLE[1:3])]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    build_manifest(tmp_path, **PLACE, weights=True, training_state=True)
+    (tmp_path / "trainer_state.json").unlink()
+    with pytest.raises(CheckpointSaveError, match=r"`trainer_state.json`"):
+        build_manifest(tmp_path, **PLACE, weights=True, training_state=True)
+
+
+def test_a_manifest_with_sha256_is_still_compared(folder: Path) -> None:
+    from hf_divguard.storage.checksums import file_digest
+
+    digest = file_digest(folder / "model.safetensors", "sha256")
+    manifest = Manifest(**PLACE, files={"model.safetensors": FileEntry(8, digest)}, algorithm="sha256")
+    write_manifest(folder, manifest)
+    assert check_manifest(folder, read_manifest(folder)) == {}
+    (folder / "model.safetensors").write_bytes(b"12345679")
+    assert "sha256 differs" in check_manifest(folder, read_manifest(folder))["model.safetensors"]
+
+
+def test_a_certified_file_that_is_a_link_is_compared_with_what_it_leads_to(
+    folder: Path, tmp_path: Path
+) -> None:
+    manifest = build_manifest(folder, **PLACE, checksums=True)
+    (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert check_manifest(folder, manifest) == {}
+    assert build_manifest(folder, **PLACE, checksums=True).files == manifest.files
+    (tmp_path / "blob").write_bytes(b"x")
+    assert "too short" in check_manifest(folder, manifest)["model.safetensors"]
