@@ -98,7 +98,7 @@ def plan_of(cell: Cell) -> Plan:
     args, schedule, objective = dict(task.args), steady, None
     rows, batch = None, task.batch
     if cell.fault is not None and not cell.fault.clips:
-        args["max_grad_norm"] = 0.0
+        args |= {"max_grad_norm": 0.0, **task.unclipped_args}
     if cell.group == "switch":
         schedule = SWITCHES[cell.kind].schedule
     if cell.group == "healthy":

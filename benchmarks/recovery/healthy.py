@@ -171,7 +171,15 @@ HEALTHY = {
             {"label_smoothing_factor": 0.1},
         ),
         Healthy("batch_1", "batches of one row", "design", "decoder", {"learning_rate": 3e-3}, batch=1),
-        Healthy("batch_1_vit", "batches of one image", "judge", "vit", {"learning_rate": 3e-3}, batch=1),
+        Healthy(
+            "batch_1_vit",
+            "batches of one image",
+            "judge",
+            "vit",
+            {"learning_rate": 3e-3},
+            schedule=only("easy"),
+            batch=1,
+        ),
         Healthy(
             "batch_1_mlm",
             "batches of one row with few labels",
@@ -192,7 +200,7 @@ HEALTHY = {
             {"learning_rate": 5e-2, **CONSTANT},
         ),
         Healthy(
-            "high_rate_vit", "a high but stable rate", "judge", "vit", {"learning_rate": 0.4, **CONSTANT}
+            "high_rate_vit", "a high but stable rate", "judge", "vit", {"learning_rate": 0.12, **CONSTANT}
         ),
         Healthy("high_rate_t5", "a high but stable rate", "judge", "t5", {"learning_rate": 0.1}),
         Healthy("noise_vit", "two of five labels random, always", "design", "vit", schedule=only("noisy")),
@@ -245,7 +253,7 @@ HEALTHY = {
             {**ONE_CYCLE, "learning_rate": 3e-2},
         ),
         Healthy("one_cycle_mlm", "warm-up over 100 steps", "judge", "mlm", ONE_CYCLE),
-        Healthy("no_clipping", "no clipping", "design", "vit", {"max_grad_norm": 0.0}),
+        Healthy("no_clipping", "no clipping", "design", "vit", {"max_grad_norm": 0.0, "learning_rate": 0.04}),
         Healthy("decay", "strong weight decay", "design", "decoder", {"weight_decay": 1.0}),
         Healthy(
             "sgd_edge",

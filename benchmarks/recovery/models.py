@@ -52,6 +52,7 @@ class Task:
         labels: Number of labels that can be told apart.
         args: Arguments of the Trainer.
         batch: Rows of a micro-batch.
+        unclipped_args: What differs where gradients are not clipped, so that the run without a fault is sound.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     labels: int
     args: dict[str, Any] = field(default_factory=dict)
     batch: int = 16
+    unclipped_args: dict[str, Any] = field(default_factory=dict)
 
 
 def decoder() -> Any:
@@ -214,6 +216,7 @@ TASKS = {
                 "optim_args": "momentum=0.9",
             },
             batch=32,
+            unclipped_args={"learning_rate": 0.04},
         ),
         Task(
             "lora",

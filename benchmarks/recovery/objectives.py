@@ -74,7 +74,7 @@ def falling_reward(logits: Tensor, labels: Tensor, step: int, before: Tensor) ->
     """A penalty whose weight grows: the loss rises through the whole run while the model learns."""
     logps, known = token_logps(logits, labels)
     reference, _ = token_logps(before, labels)
-    return -_mean(logps, known) * 0.3 + 0.004 * step * _mean((logps - reference).abs(), known)
+    return -_mean(logps, known) * 0.3 + 0.001 * step * _mean((logps - reference).abs(), known)
 
 
 def dpo(logits: Tensor, labels: Tensor, step: int, before: Tensor) -> Tensor:

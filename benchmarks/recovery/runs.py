@@ -21,6 +21,7 @@ from benchmarks.recovery.faults import Batch, BatchFault, FaultCallback
 from benchmarks.recovery.models import Task, fresh_model
 from benchmarks.recovery.objectives import ObjectiveCallback
 from benchmarks.recovery.oracle import SkipUpdates, skipped_by_oracle
+from benchmarks.recovery.outcome import said
 
 UNGUARDED = ("stock", "oracle")
 GUARDED = ("rollback", "stop")
@@ -176,39 +177,6 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def cause_of(holder: Any) -> str | None:
-    """Return the cause that a finding or an event names, where it has one."""
-    if holder is None:
-        return None
-    if isinstance(holder, dict):
-        return holder.get("cause") or cause_of(holder.get("finding"))
-    return getattr(holder, "cause", None)
-
-
-def told(trainer: Any) -> dict[str, Any]:
-    """Return what a guarded trainer did, in the terms of the benchmark."""
-    events = [
-        {
-            "event": event.get("event"),
-            "step": event.get("step"),
-            "onset": event.get("onset_step"),
-            "target": event.get("target_step"),
-            "undone": event.get("skipped_steps"),
-            "lost": event.get("steps_lost"),
-            "kind": (event.get("finding") or {}).get("kind"),
-            "cause": cause_of(event),
-        }
-        for event in getattr(trainer, "divguard_events", [])
-    ]
-    finding = getattr(trainer.state, "divguard_finding", None)
-    return {
-        "events": events,
-        "finding": None
-        if finding is None
-        else {"step": finding.step, "kind": finding.kind, "cause": cause_of(finding)},
-    }
-
-
 def run(cell: Cell, variant: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train a cell in a variant and return how it ended."""
     torch.set_num_threads(1)
@@ -238,5 +206,5 @@ def run(cell: Cell, variant: str, options: dict[str, Any] | None = None) -> dict
             "losses": [[step, round(loss, 5)] for step, loss in losses.logged],
         }
         if variant in GUARDED:
-            outcome |= {"gave_up": gave_up, "error": error, **told(trainer)}
+            outcome |= {"gave_up": gave_up, "error": error, **said(trainer)}
         return outcome
