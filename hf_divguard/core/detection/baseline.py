@@ -7,6 +7,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from hf_divguard.core.state import Stateful, memory
@@ -20,14 +21,15 @@ WINDOW_SHARE = 3
 NOISE_WINDOW = 30
 LEVEL_WINDOW = 9
 LEVEL_SHARE = 6
-INITIAL = 5
+INITIAL = 3
 EARLY = 20
 UPPER = 0.9
 LOWER = 0.1
 
 # For values with normal noise of spread 1:
-_MEDIAN_DIFFERENCE = 0.9539  # median of |a - b|: 0.6745 * sqrt(2)
+_MEDIAN_DIFFERENCE = 0.8261  # median of |b - (a + c) / 2|: 0.6745 * sqrt(1.5)
 _MEDIAN_ERROR = 1.2533  # spread of a median of n is this over sqrt(n): sqrt(pi / 2)
+_NORMAL_EDGE = 1.2816  # 0.9 quantile
 _UPPER_DIFFERENCE = 1.645 * math.sqrt(2.0)  # 0.9 quantile of |a - b|
 
 _HUGE = 1e300
@@ -104,11 +106,13 @@ class RobustBaseline(Stateful):
     best: float | None = memory(None)
     spread_at_best: float = memory(0.0)
     movement_at_best: float = memory(0.0)
+    noise_at_best: float = memory(0.0)
     level: float | None = memory(None)
     lowest: list[tuple[float, int]] = memory(list)
     _first: list[float] = memory(list)
-    _last: float | None = memory(None)
+    _last: deque[float] = memory(lambda: deque(maxlen=2))
     _window: SortedWindow = memory(SortedWindow)
+    _trail: deque[float] = memory(deque)
     _differences: SortedWindow = memory(SortedWindow)
     _moves: SortedWindow = memory(SortedWindow)
     _recent: deque[float] = memory(deque)
@@ -122,7 +126,6 @@ class RobustBaseline(Stateful):
         self.count += 1
         if len(self._first) < INITIAL:
             self._first.append(value)
-            self.initial = median(self._first)
         if len(self.lowest) < 2:
             self.lowest = sorted([*self.lowest, (value, self.count)])
         elif value < self.lowest[1][0]:
@@ -137,12 +140,17 @@ class RobustBaseline(Stateful):
         """Let a value into the baseline."""
         size = self.size
         self._window.push(value, size)
-        if self._last is not None:
-            self._differences.push(min(abs(value - self._last), _HUGE), max(NOISE_WINDOW, size))
+        self._trail.append(value if self.level is None else self.level)
+        while len(self._trail) > len(self._window):
+            self._trail.popleft()
+        if len(self._last) == 2:
+            # The distance of a value from the mean of its neighbours: a steady trend adds nothing to it.
+            bend = abs(self._last[1] - 0.5 * self._last[0] - 0.5 * value)
+            self._differences.push(min(bend, _HUGE), max(NOISE_WINDOW, size))
             self.noise = self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE
             if self.count <= EARLY:
                 self.early_noise = self.noise
-        self._last = value
+        self._last.append(value)
         width = max(3, min(LEVEL_WINDOW, self.count // LEVEL_SHARE))
         recent = self._recent
         recent.append(value)
@@ -156,6 +164,7 @@ class RobustBaseline(Stateful):
                 self.best = certain
                 self._measure()
                 self.spread_at_best, self.movement_at_best = self.spread, self.movement
+                self.noise_at_best = self.noise
                 return
         self._measure()
 
@@ -167,7 +176,7 @@ class RobustBaseline(Stateful):
             levels.popleft()
         if len(levels) <= width:
             return
-        self._moves.push(min(abs(level - levels[0]), _HUGE), size)
+        self._moves.push(min(max(0.0, level - levels[0]), _HUGE), size)
         move = self._moves.quantile(UPPER)
         by_noise = _UPPER_DIFFERENCE * _MEDIAN_ERROR * self.noise / math.sqrt(width)
         self.movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
@@ -177,9 +186,24 @@ class RobustBaseline(Stateful):
         window = self._window
         self.center, self.upper, self.lower = map(window.quantile, (0.5, UPPER, LOWER))
         self.spread = self.upper - self.lower
-        self.initial = median(self._first) if self._first else 0.0
-        doubt = _MEDIAN_ERROR / math.sqrt(3.0) * self.early_noise
-        self.progress = 0.0 if self.best is None else max(0.0, self.initial - doubt - self.best)
+        self.initial = sum(accumulate(self._first, min)) / len(self._first) if self._first else 0.0
+        self.reach = max(self.initial, window.quantile(0.9999)) - window.quantile(0.0)
+        if self.level is not None and self._trail and len(window) < LONGEST_WINDOW:
+            # What a falling trend adds to the spread is no noise, and its early values are no upper edge.
+            fall = max(0.0, self._trail[0] - self.level - self.noise)
+            self.spread = max(self.spread - fall, min(self.spread, 2.0 * _NORMAL_EDGE * self.noise))
+            self.upper = min(self.upper, max(self.upper - fall, self.level + 0.5 * self.spread))
+            self.center = min(self.center, max(self.center - fall, self.level))
+        self.progress = 0.0 if self.best is None else max(0.0, self.initial - self.best)
+
+    @property
+    def is_policy_like(self) -> bool:
+        """Whether the loss never fell by more than its noise and is best at zero, give or take that noise.
+
+        Such is the loss of a policy gradient or of a game: its level does not say how good the model is.
+        """
+        normal_spread = 2.0 * _NORMAL_EDGE * self.noise_at_best
+        return self.best is None or (self.progress <= normal_spread and abs(self.best) <= 2.0 * normal_spread)
 
     def reset(self) -> None:
         """Forget everything that was observed."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from hf_divguard.core.detection.baseline import RobustBaseline, median
-from hf_divguard.core.detection.cusum import PATIENCE, RiseCusum
+from hf_divguard.core.detection.cusum import DRIFT, PATIENCE, PULL, RECOVERY, RiseCusum
 from hf_divguard.core.detection.gradients import Gradients
 from hf_divguard.core.findings import Finding, Kind, rise_in_words
 from hf_divguard.core.state import Stateful, memory
@@ -21,7 +22,7 @@ HISTORY_PER_PATIENCE = 10
 JUMP_SCORE = 8.0
 CLIMB_SCORE = 30.0
 JUMP_SHARE = 0.25
-CLIMB_SHARE = 0.45
+CLIMB_SHARE = 0.4
 FULL_SHARE = 0.4
 JUMP_SPREADS = 3.0
 CLIMB_SPREADS = 10.0
@@ -37,7 +38,8 @@ SPIKE_SPREADS = 5.0
 PLATEAU_VALUES = 16
 PLATEAU_RATIO = 8
 PLATEAU_NOISES = 4.0
-RESOLUTION = 1e-3
+RESOLUTION = 1e-2
+SURGE = 10.0
 _HUGE = 1e300
 
 
@@ -50,6 +52,7 @@ class _Bounds(NamedTuple):
     jump_scale: float
     climb_scale: float
     weight: float
+    unlearnt: float
 
 
 @dataclass
@@ -84,6 +87,9 @@ class LossLevelMonitor(Stateful):
     _climb: RiseCusum = memory(RiseCusum)
     _step: int | None = memory(None)
     _gap: int = memory(1)
+    _topped: float = memory(0.0)
+    _surge_score: float = memory(0.0)
+    _surge: deque[float] = memory(lambda: deque(maxlen=PATIENCE))
     _is_open: bool = memory(False)
 
     def start_grace(self, values: int) -> None:
@@ -91,6 +97,8 @@ class LossLevelMonitor(Stateful):
         self.grace = values
         self._jump, self._climb = RiseCusum(), RiseCusum()
         self._step, self._gap, self._is_open = None, 1, False
+        self._surge.clear()
+        self._surge_score = 0.0
 
     @property
     def is_suspecting(self) -> bool:
@@ -121,7 +129,7 @@ class LossLevelMonitor(Stateful):
             return None
         bounds = self._bounds(value)
         center, best = level.center, _or_center(level.best, level.center)
-        kind = self._judge_jump(step, value, bounds, center)
+        kind: Kind | None = self._judge_jump(step, value, bounds, center)
         kind = kind or self._judge_climb(step, value, bounds, best)
         kind = kind or self._judge_plateau()
         note = self._spike(step, value, bounds) if len(self._jump.values) == 1 else None
@@ -130,6 +138,8 @@ class LossLevelMonitor(Stateful):
         if self._jump.score == 0.0:
             if self._climb.score == 0.0 and not kind:
                 self._is_open = False
+            self._recovered *= 0.5 ** (1.0 / self.level.count)
+            self._topped *= 0.5 ** (1.0 / self.level.count)
             self._accept(step, value, gradient, best + 0.25 * bounds.climb)
         return finding
 
@@ -137,9 +147,15 @@ class LossLevelMonitor(Stateful):
         """Return what matters now: shares of the progress, spreads of the noise, rises that recovered."""
         level, progress, spread = self.level, self.level.progress, self.level.spread
         few = max(1.0, FEW_VALUES / level.count)
-        jump = max(JUMP_SHARE * progress, JUMP_MOVEMENTS * level.movement)
-        jump = max(jump, _spreads(JUMP_SPREADS * few, progress, spread))
-        climb = max(CLIMB_SHARE * progress, CLIMB_MOVEMENTS * level.movement_at_best)
+        size = abs(level.center)
+        # Before anything certain is learnt there is nothing to lose: only the size of the loss measures a rise.
+        share = 1.0 / (1.0 + min(1e6, progress / spread) ** 2) if spread > 0.0 else 0.0 if progress else 1.0
+        unlearnt = share * size
+        least = max(RESOLUTION * size, JUMP_MOVEMENTS * level.movement)
+        jump = max(least, JUMP_SHARE * progress, FULL_SHARE * unlearnt, _spreads(JUMP_SPREADS * few, progress, spread))
+        climb = max(CLIMB_SHARE * progress, CLIMB_MOVEMENTS * level.movement_at_best, RESOLUTION * size)
+        if share > 0.5:
+            climb = max(climb, SURGE * abs(_or_center(level.best, level.center)))
         climb = max(climb, _spreads(CLIMB_SPREADS * few, progress, level.spread_at_best))
         # A rise like one that recovered may recover too; losing all that was learnt is always reported.
         recovered = min(RECOVERED_FACTOR * self._recovered, progress)
@@ -147,19 +163,25 @@ class LossLevelMonitor(Stateful):
         scale = max(FULL_SHARE * progress, spread / 2.563)
         if scale <= 0.0:
             # A constant so far: its scale is known from its size alone.
-            scale = max(RESOLUTION * abs(value), 1e-300)
+            scale = max(RESOLUTION * abs(level.center), 1e-300)
         jump, climb = jump or scale, climb or scale
         patience = max(
             LEAST_PATIENCE, -(-PATIENCE // self._gap), min(PATIENCE, level.count / HISTORY_PER_PATIENCE)
         )
         return _Bounds(
-            progress, jump, climb, scale, max(0.1 * progress, 2.0 * level.noise) or scale, PATIENCE / patience
+            progress, jump, climb, scale, max(0.1 * progress, 2.0 * level.noise) or scale, PATIENCE / patience, share
         )
 
     def _judge_jump(self, step: int, value: float, bounds: _Bounds, center: float) -> Kind | None:
         rise, weight = self._jump, bounds.weight
         was_rising = rise.score > 0.0
         rise.add(step, value, (value - self.level.upper) / bounds.jump_scale, weight)
+        if self._is_surge(value, center, bounds):
+            return "jump"
+        if self.level.is_policy_like:
+            if not self._surge:
+                self._take_back()
+            return None
         if rise.score == 0.0:
             if was_rising:
                 self._take_back()
@@ -170,20 +192,44 @@ class LossLevelMonitor(Stateful):
         if rise.score >= JUMP_SCORE / self.sensitivity:
             if (
                 not self._is_open
-                and height >= bounds.jump
+                and rise.late_level(0.25) - center >= bounds.jump
                 and not self._is_recovering(rise, center, bounds.jump, bounds)
             ):
                 return "jump"
             rise.score = min(rise.score, 2.0 * JUMP_SCORE / self.sensitivity)
-        if count > SLOW_RISE and rise.peak < bounds.jump:
-            # Too slow or too small for a jump: part of the baseline now; a climb is measured from the best level.
+        if count > SLOW_RISE and (rise.peak < bounds.jump or height < 0.5 * bounds.jump):
+            # Over, or too slow or too small: part of the baseline now; a climb is measured from the best level.
             self._take_back()
         return None
+
+    def _is_surge(self, value: float, center: float, bounds: _Bounds) -> bool:
+        """Return whether the last values in a row lie so far above all before that few of them are enough."""
+        reach = max(self.level.reach, abs(center), self._topped, 1e-300)
+        reach *= SURGE if bounds.unlearnt > 0.5 else 1.0
+        size = (value - center) / reach
+        if size <= 1.0:
+            if self._surge:
+                self._topped = max(self._topped, max(self._surge) - center)
+            self._surge.clear()
+            self._surge_score = 0.0
+            return False
+        pull = self.gradients.pull(1)
+        is_pulled = pull is not None and pull > PULL
+        self._surge.append(value)
+        patience = max(LEAST_PATIENCE, min(PATIENCE, self.level.count / 3))
+        self._surge_score += max(PATIENCE / patience, 1.0 + (1.0 if is_pulled else 3.3) * math.log10(size)) - DRIFT
+        if self._is_open or self._surge_score < JUMP_SCORE / self.sensitivity:
+            return False
+        if len(self._surge) < 2 and size < SURGE**3:
+            return False
+        if value <= RECOVERY * self._surge[0]:
+            return False
+        return size >= SURGE or not self._is_recovering(self._jump, center, bounds.jump, bounds)
 
     def _judge_climb(self, step: int, value: float, bounds: _Bounds, best: float) -> Kind | None:
         climb = self._climb
         climb.add(step, value, (value - best - bounds.climb) / bounds.climb_scale, bounds.weight)
-        if climb.score < CLIMB_SCORE / self.sensitivity or self._is_open:
+        if climb.score < CLIMB_SCORE / self.sensitivity or self._is_open or self.level.is_policy_like:
             return None
         if median(climb.values[-PATIENCE:]) - best < max(bounds.climb, CLIMB_NOISES * self.level.noise):
             return None
@@ -197,7 +243,7 @@ class LossLevelMonitor(Stateful):
         noise = PLATEAU_NOISES * max(level.noise, level.early_noise)
         gained, lost, gap = level.initial - lowest, level.center - lowest, level.lower - second
         far = (
-            gained > noise
+            gained > max(noise, JUMP_SHARE * abs(level.initial))
             and lost > PLATEAU_NOISES * level.early_noise
             and gap > PLATEAU_NOISES * level.noise
         )
@@ -205,12 +251,14 @@ class LossLevelMonitor(Stateful):
 
     def _is_recovering(self, rise: RiseCusum, base: float, need: float, bounds: _Bounds) -> bool:
         return rise.is_recovering(
-            base, need, bounds.progress, self.gradients.pull(len(rise.values)), bounds.weight
+            base, need, bounds.progress, self.gradients.pull(max(3, len(rise.values))), bounds.weight
         )
 
     def _take_back(self) -> None:
         """Let the values of a rise that is over into the baseline, so that the next such rise is in range."""
         rise = self._jump
+        if rise.values:
+            self._topped = max(self._topped, max(rise.values) - self.level.center)
         if len(rise.values) >= PATIENCE or rise.highest_score >= 0.5 * JUMP_SCORE:
             self._recovered = max(self._recovered, rise.peak)
         for value in rise.values[-RETURNED:]:
