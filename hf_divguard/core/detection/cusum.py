@@ -5,26 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.baseline import PATIENCE, median
+from hf_divguard.core.detection.surge import FALL, SURGE
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["RiseCusum"]
 
 # docs/detectors.md gives the source of each number.
-PATIENCE = 9
 LONGEST = 256
 DRIFT = 0.1
-WIDTH = 9
-RECOVERY = 0.9
-RECOVERY_LEAST = 0.95
-PATIENCES_PULLED = 3.0
-PARTIAL = 0.75
-BUDGET_UNKNOWN = 4.0
-BUDGET_PULLED = 8.0
-BUDGET_STUCK = 2.0
 PULL = 1.5
-CAP = 10.0
-ELAPSED_TO_RECOVER = 1.0
+PARTIAL = 0.75
+PATIENCES_PULLED = 3.0
+TIME_PULLED = 8.0
+TIME_UNKNOWN = 4.0
+TIME_STUCK = 1.0
 
 
 @dataclass
@@ -72,7 +67,7 @@ class RiseCusum(Stateful):
 
     def late_level(self, share: float = 0.5) -> float:
         """Return the median (or another quantile) of the last values: at most half of the rise, at most 9."""
-        late = sorted(self.values[-max(1, min(WIDTH, len(self.values) // 2)) :])
+        late = sorted(self.values[-max(1, min(PATIENCE, len(self.values) // 2)) :])
         return median(late) if share == 0.5 else late[int(share * len(late))]
 
     def is_recovering(
@@ -88,25 +83,22 @@ class RiseCusum(Stateful):
             weight: For how many values of a full patience one value stands.
         """
         count, patience = len(self.values), PATIENCE / weight
-        early, late = self._halves(base, CAP * max(progress, need) if pull is None else math.inf)
-        if pull is not None and pull > PULL and count < patience * (1.0 if late >= PARTIAL * progress else PATIENCES_PULLED):
+        # Without gradients a fall from an absurd height is no sign of recovery yet, hence the cap.
+        early, late = self._halves(base, SURGE * max(progress, need) if pull is None else math.inf)
+        is_pulled = pull is not None and pull > PULL
+        if is_pulled and count < patience * (1.0 if late >= PARTIAL * progress else PATIENCES_PULLED):
             return True
-        if early <= 0.0 or late > RECOVERY_LEAST * early:
+        if early <= 0.0 or late > FALL * early:
             return False
         # Halvings still to go, at the pace of the last half, must fit into the time left to recover.
         halvings, pace = math.log2(max(1.0, late / need)), math.log2(early / late) if late > 0.0 else math.inf
-        budget = BUDGET_UNKNOWN if pull is None else BUDGET_PULLED if pull > PULL else BUDGET_STUCK
-        return halvings * 0.5 * count <= pace * (budget * patience + ELAPSED_TO_RECOVER * count)
+        time = TIME_UNKNOWN if pull is None else TIME_PULLED if is_pulled else TIME_STUCK
+        return halvings * 0.5 * count <= pace * (time * patience + count)
 
     def _halves(self, base: float, cap: float) -> tuple[float, float]:
-        count = len(self.values)
-        width = max(1, min(WIDTH, count // 2), count // 4)
-        return self._means(base, cap, width, count // 2)
-
-    def _means(self, base: float, cap: float, width: int, until: int) -> tuple[float, float]:
-        early = self.values[max(0, until - width) : until] or self.values[:1]
-        late = self.values[-width:]
-        return (
-            sum(min(value - base, cap) for value in early) / len(early),
-            sum(min(value - base, cap) for value in late) / len(late),
-        )
+        """Return the mean heights above ``base``, at most ``cap``, at the end of each half."""
+        half = len(self.values) // 2
+        width = max(1, min(PATIENCE, half), len(self.values) // 4)
+        early = self.values[max(0, half - width) : half] or self.values[:1]
+        heights = [[min(value - base, cap) for value in part] for part in (early, self.values[-width:])]
+        return sum(heights[0]) / len(heights[0]), sum(heights[1]) / len(heights[1])

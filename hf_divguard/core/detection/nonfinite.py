@@ -10,6 +10,7 @@ from typing import ClassVar
 from hf_divguard.core.detection.baseline import median
 from hf_divguard.core.detection.detector import check_setting, non_finite_finding
 from hf_divguard.core.findings import Finding, Kind, Severity
+from hf_divguard.core.metrics import greater_is_better as direction_of
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["NonFiniteRule"]
@@ -19,6 +20,7 @@ _SAME_IN_A_ROW = 3
 _ZEROS_IN_A_ROW = 5
 _ABRUPT_SHARE = 0.01
 _STEADY_SHARE = 0.1
+_VALUES_BEFORE = 9
 
 
 @dataclass
@@ -31,8 +33,8 @@ class NonFiniteRule(Stateful):
     - the value is exactly 0.0 and the gradient norm is not finite (``"nan_filtered"``): this is
       what ``logging_nan_inf_filter=True``, the Trainer's default, makes of a NaN loss;
     - the same value is logged 3 times running while the gradient norm is not finite, or
-      the value falls abruptly to exactly 0.0 and stays there for 5 values in a log without
-      gradient norms (``"nan_filtered"``);
+      the value falls from a steady level to exactly 0.0 and stays there for 5 values,
+      whatever the gradient norm (``"nan_filtered"``);
     - the gradient norm stays non-finite over ``scaler_patience`` optimizer steps
       (``"non_finite"`` of ``grad_norm``).
 
@@ -79,7 +81,7 @@ class NonFiniteRule(Stateful):
     _same: int = memory(0)
     _zeros: int = memory(0)
     _zeros_since: int | None = memory(None)
-    _before_zero: deque[float] = memory(lambda: deque(maxlen=9))
+    _before_zero: deque[float] = memory(lambda: deque(maxlen=_VALUES_BEFORE))
     _largest: float = memory(0.0)
     _reaches_zero: bool = memory(False)
 
@@ -204,13 +206,9 @@ class NonFiniteRule(Stateful):
         self._zeros += 1
         if self._zeros == 1 or self._zeros_since is None:
             self._zeros_since = min(step, step if self._good_before is None else self._good_before)
-        before, last = self._before_zero, self._before_zero[-1] if self._before_zero else 0.0
-        is_long = self._zeros >= max(_ZEROS_IN_A_ROW, 9 - len(before))
-        is_steady = bool(before) and min(before) * max(before) > 0.0 and (
-            min(map(abs, before)) >= _STEADY_SHARE * median(map(abs, before))
-        )
-        if self._reaches_zero or not (is_long and is_steady) or abs(last) <= _ABRUPT_SHARE * self._largest:
+        if not self._is_abrupt() or direction_of(self.metric_key):
             return None
+        last = self._before_zero[-1]
         message = (
             f"`{self.metric_key}` fell from {last:.6g} to exactly 0 at step {self._zeros_since} and stayed there for "
             f"{self._zeros} values: this is what a loss that is filtered because it is not finite, a broken kernel or "
@@ -218,6 +216,19 @@ class NonFiniteRule(Stateful):
         )
         evidence: dict[str, float | int | str] = {"last_nonzero": last, "in_a_row": self._zeros}
         return self._finding(step, self._zeros_since, "nan_filtered", value, message, evidence)
+
+    def _is_abrupt(self) -> bool:
+        """Return whether the values before the zeros were far from zero, and zero was never reached before."""
+        before = self._before_zero
+        if (
+            self._reaches_zero
+            or not before
+            or self._zeros < max(_ZEROS_IN_A_ROW, _VALUES_BEFORE - len(before))
+        ):
+            return False
+        smallest = min(map(abs, before))
+        is_steady = min(before) * max(before) > 0.0 and smallest >= _STEADY_SHARE * median(map(abs, before))
+        return is_steady and abs(before[-1]) > _ABRUPT_SHARE * self._largest
 
     def _finding(
         self,
