@@ -16,7 +16,7 @@ __all__ = [
 LOWER_IS_BETTER = frozenset(
     "loss nll perplexity ppl bpb bpc bits_per_byte wer cer ter mer wil error err errors mse rmse mae mape "
     "smape msle rmsle brier brier_score fid kid kl kl_div cross_entropy crossentropy entropy eer divergence "
-    "distance edit_distance hamming_loss ece log_loss calibration_error equal_error_rate".split()
+    "distance edit_distance hamming_loss ece log_loss calibration_error equal_error_rate grad_norm".split()
 )
 """Last part of the names whose smaller values are better."""
 
@@ -26,7 +26,7 @@ HIGHER_IS_BETTER = frozenset(
     "rouge rouge1 rouge2 rougel rougelsum meteor chrf chrf++ bertscore bert_score spearman spearmanr spearman_rho "
     "pearson pearsonr mcc matthews matthews_correlation kappa cohen_kappa r2 r2_score r_squared iou miou mean_iou "
     "jaccard dice dice_score psnr ssim exact exact_match em pass_at_1 reward win_rate "
-    "rewards/accuracies rewards/margins".split()
+    "rewards_accuracies rewards_margins".split()
 )
 """Last part of the names whose greater values are better."""
 
@@ -46,7 +46,7 @@ def greater_is_better(name: str) -> bool | None:
 
     The longest known ending decides, with or without ``eval_`` and the name of an
     evaluation set before it, so ``eval_squad_f1`` is read as ``f1`` and
-    ``cosine_accuracy@10`` as ``accuracy``.
+    ``cosine_accuracy@10`` as ``accuracy``. Parts are separated by ``_``, ``-``, ``/`` or a space.
 
     Returns:
         ``True`` or ``False`` for a known name, ``None`` for one the table does not hold.
@@ -55,7 +55,7 @@ def greater_is_better(name: str) -> bool | None:
         >>> greater_is_better("eval_accuracy"), greater_is_better("eval_wer"), greater_is_better("eval_zork")
         (True, False, None)
     """
-    parts = re.sub(r"@\d+$", "", name.lower()).removeprefix("eval_").replace("-", "_").split("_")
+    parts = re.split(r"[-_/ ]", re.sub(r"@\d+$", "", name.lower()).removeprefix("eval_"))
     for first in range(len(parts)):
         ending = "_".join(parts[first:])
         if ending in LOWER_IS_BETTER:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from hf_divguard.core.detection.eval_rise import EvalRise
 from hf_divguard.core.detection.level import LossLevelMonitor
 from hf_divguard.core.detection.nonfinite import NonFiniteRule
 from hf_divguard.core.findings import SEVERITIES, Finding, Severity
+from hf_divguard.core.metrics import greater_is_better as direction_of
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["AdaptiveRule"]
@@ -28,8 +30,10 @@ class AdaptiveRule(Stateful):
 
     - ``non_finite``, ``nan_filtered`` (error), ``scaler_skip`` (note): as in ``NonFiniteRule``;
     - ``jump`` (error): the loss rose at once by a quarter of ``P`` or more, has stayed up
-      for 9 values or longer, and does not recover;
-    - ``climb`` (error): it has crept up over the best level by 0.45 ``P`` or more;
+      for 9 values or longer, and does not recover; the higher it rose above everything
+      before, the fewer values are needed, down to 2, or 1 at a thousand times;
+    - ``climb`` (error): it has crept up over the best level by 0.4 ``P`` or more;
+    - ``drop`` (error): a jump or climb of a metric whose greater values are better;
     - ``plateau`` (error): its two best values were in the first eighth of the run, and it
       has kept far away from them since;
     - ``grad_explosion`` (warning): the gradient norm is 100 times its baseline;
@@ -47,11 +51,14 @@ class AdaptiveRule(Stateful):
             because the last checkpoint of an overfitted run is still a good one.
         grace_values: Number of values, at least 0, in which no rise is judged after
             ``start_grace()``. The default 10 is one patience and one value.
+        greater_is_better: Whether a drop of the metric is bad. ``None`` takes it from the
+            name of the metric; where that is not known, only values that are not finite
+            are reported, with a warning at the start.
         metric_key: Log key of the series, for messages.
 
     Raises:
         ValueError: If a setting is outside its range.
-        TypeError: If a number of values or steps is not a whole number.
+        TypeError: If a setting is not a number, or not a whole number where it counts.
 
     Example:
         >>> rule = AdaptiveRule()
@@ -73,6 +80,7 @@ class AdaptiveRule(Stateful):
     scaler_patience: int = 17
     eval_severity: Severity = "warning"
     grace_values: int = 10
+    greater_is_better: bool | None = None
     metric_key: str = "loss"
 
     _non_finite: NonFiniteRule = memory(NonFiniteRule)
@@ -88,13 +96,23 @@ class AdaptiveRule(Stateful):
                 f"`eval_severity` must be one of {', '.join(SEVERITIES)}, got {self.eval_severity!r} "
                 f"(detector {self.name!r})."
             )
+        self._direction = (
+            direction_of(self.metric_key) if self.greater_is_better is None else self.greater_is_better
+        )
+        if self._direction is None:
+            warnings.warn(
+                f"The direction of `{self.metric_key}` must be known to judge its level, and its name does not say it: "
+                "only values that are not finite are reported. Set `greater_is_better` to true or false.",
+                UserWarning,
+                stacklevel=3,
+            )
         self.reset()
 
     def reset(self) -> None:
         """Forget everything that was observed."""
         super().reset()
         self._non_finite.metric_key = self._watch.metric_key = self.metric_key
-        self._watch.sensitivity = self.sensitivity
+        self._watch.sensitivity, self._watch.sign = self.sensitivity, -1.0 if self._direction else 1.0
 
     def start_grace(self, values: int | None = None) -> None:
         """Keep the baseline, drop what is suspected, and judge no rise for a while.
@@ -139,12 +157,14 @@ class AdaptiveRule(Stateful):
             if finding is not None and since is not None:
                 finding = replace(finding, onset_step=min(finding.onset_step, since))
             return finding
+        if self._direction is None:
+            return finding
         gradient = None
         if grad_norm is not None and math.isfinite(grad_norm):
             gradient = float(grad_norm)
             watch.gradients.see(gradient)
         explosion = watch.gradients.judge(step)
-        rise = watch.observe(step, max(-_HUGE, min(_HUGE, value)), gradient)
+        rise = watch.observe(step, watch.sign * max(-_HUGE, min(_HUGE, value)), gradient)
         found = [entry for entry in (finding, rise, explosion) if entry is not None]
         return max(found, key=lambda entry: SEVERITIES.index(entry.severity), default=None)
 

@@ -7,28 +7,27 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["RobustBaseline", "SortedWindow", "median"]
+__all__ = ["PATIENCE", "RobustBaseline", "SortedWindow", "median"]
 
 # Lengths are counted in values. docs/detectors.md gives the source of each number.
 LONGEST_WINDOW = 100
 SHORTEST_WINDOW = 7
 WINDOW_SHARE = 3
 NOISE_WINDOW = 30
-LEVEL_WINDOW = 9
+PATIENCE = 9
 LEVEL_SHARE = 6
-INITIAL = 5
-EARLY = 20
-UPPER = 0.9
-LOWER = 0.1
+FIRST_VALUES = 3
+EDGE = 0.1
 
 # For values with normal noise of spread 1:
-_MEDIAN_DIFFERENCE = 0.9539  # median of |a - b|: 0.6745 * sqrt(2)
+_MEDIAN_DIFFERENCE = 0.8261  # median of |b - (a + c) / 2|: 0.6745 * sqrt(1.5)
 _MEDIAN_ERROR = 1.2533  # spread of a median of n is this over sqrt(n): sqrt(pi / 2)
-_UPPER_DIFFERENCE = 1.645 * math.sqrt(2.0)  # 0.9 quantile of |a - b|
+_NORMAL_EDGE = 1.2816  # 0.9 quantile
 
 _HUGE = 1e300
 
@@ -68,6 +67,11 @@ class SortedWindow(deque[float]):
         while len(ordered) > size:
             del ordered[bisect_left(ordered, self.popleft())]
 
+    @property
+    def largest(self) -> float:
+        """The largest value; 0 if there is none."""
+        return self._sorted[-1] if self._sorted else 0.0
+
     def quantile(self, share: float) -> float:
         """Return the value below which a ``share`` (under 1) of the window lies; 0 if it is empty."""
         ordered = self._sorted
@@ -85,7 +89,9 @@ class RobustBaseline(Stateful):
 
     ``center``, ``upper`` and ``lower`` are the middle and the edges of the window (a tenth of
     the values lies beyond each edge), ``spread`` is the distance of the edges: noise, movement
-    and tails together. ``progress`` is how far the level has certainly fallen since the first
+    and tails together. Until the window is full, what a falling trend adds to them is left
+    out. ``reach`` is the distance from the highest value in the window, or the first ones,
+    to the lowest. ``progress`` is how far the level has certainly fallen since the first
     values, ``initial``; it is never negative.
 
     Example:
@@ -99,16 +105,17 @@ class RobustBaseline(Stateful):
 
     count: int = memory(0)
     noise: float = memory(0.0)
-    early_noise: float = memory(0.0)
     movement: float = memory(0.0)
     best: float | None = memory(None)
     spread_at_best: float = memory(0.0)
     movement_at_best: float = memory(0.0)
+    noise_at_best: float = memory(0.0)
     level: float | None = memory(None)
     lowest: list[tuple[float, int]] = memory(list)
     _first: list[float] = memory(list)
-    _last: float | None = memory(None)
+    _last: deque[float] = memory(lambda: deque(maxlen=2))
     _window: SortedWindow = memory(SortedWindow)
+    _trail: deque[float] = memory(deque)
     _differences: SortedWindow = memory(SortedWindow)
     _moves: SortedWindow = memory(SortedWindow)
     _recent: deque[float] = memory(deque)
@@ -120,9 +127,8 @@ class RobustBaseline(Stateful):
     def see(self, value: float) -> None:
         """Count a finite value, whether it is in the normal range or not."""
         self.count += 1
-        if len(self._first) < INITIAL:
+        if len(self._first) < FIRST_VALUES:
             self._first.append(value)
-            self.initial = median(self._first)
         if len(self.lowest) < 2:
             self.lowest = sorted([*self.lowest, (value, self.count)])
         elif value < self.lowest[1][0]:
@@ -137,13 +143,16 @@ class RobustBaseline(Stateful):
         """Let a value into the baseline."""
         size = self.size
         self._window.push(value, size)
-        if self._last is not None:
-            self._differences.push(min(abs(value - self._last), _HUGE), max(NOISE_WINDOW, size))
+        self._trail.append(value if self.level is None else self.level)
+        while len(self._trail) > len(self._window):
+            self._trail.popleft()
+        if len(self._last) == 2:
+            # The distance of a value from the mean of its neighbours: a steady trend adds nothing to it.
+            bend = abs(self._last[1] - 0.5 * self._last[0] - 0.5 * value)
+            self._differences.push(min(bend, _HUGE), max(NOISE_WINDOW, size))
             self.noise = self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE
-            if self.count <= EARLY:
-                self.early_noise = self.noise
-        self._last = value
-        width = max(3, min(LEVEL_WINDOW, self.count // LEVEL_SHARE))
+        self._last.append(value)
+        width = max(3, min(PATIENCE, self.count // LEVEL_SHARE))
         recent = self._recent
         recent.append(value)
         while len(recent) > width:
@@ -156,30 +165,54 @@ class RobustBaseline(Stateful):
                 self.best = certain
                 self._measure()
                 self.spread_at_best, self.movement_at_best = self.spread, self.movement
+                self.noise_at_best = self.noise
                 return
         self._measure()
 
     def _learn_movement(self, level: float, width: int, size: int) -> None:
-        """Learn how far the level moves, beyond noise, while the values it is taken from are replaced."""
+        """Learn how far the level rises, beyond noise, while the values it is taken from are replaced."""
         levels = self._levels
         levels.append(level)
         while len(levels) > width + 1:
             levels.popleft()
         if len(levels) <= width:
             return
-        self._moves.push(min(abs(level - levels[0]), _HUGE), size)
-        move = self._moves.quantile(UPPER)
-        by_noise = _UPPER_DIFFERENCE * _MEDIAN_ERROR * self.noise / math.sqrt(width)
+        self._moves.push(min(max(0.0, level - levels[0]), _HUGE), size)
+        move = self._moves.quantile(1.0 - EDGE)
+        by_noise = _NORMAL_EDGE * math.sqrt(2.0) * _MEDIAN_ERROR * self.noise / math.sqrt(width)
         self.movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
 
     def _measure(self) -> None:
         """Derive from the window what is asked for at every value."""
         window = self._window
-        self.center, self.upper, self.lower = map(window.quantile, (0.5, UPPER, LOWER))
+        self.center, self.upper, self.lower = map(window.quantile, (0.5, 1.0 - EDGE, EDGE))
         self.spread = self.upper - self.lower
-        self.initial = median(self._first) if self._first else 0.0
-        doubt = _MEDIAN_ERROR / math.sqrt(3.0) * self.early_noise
-        self.progress = 0.0 if self.best is None else max(0.0, self.initial - doubt - self.best)
+        # The mean of the lowest so far: the first value counts most, an early outlier does not.
+        self.initial = sum(accumulate(self._first, min)) / max(1, len(self._first))
+        self.reach = max(self.initial, window.largest) - window.quantile(0.0)
+        if self.level is not None and len(window) < LONGEST_WINDOW:
+            # A falling trend is no noise, and its early values are no upper edge.
+            fall = self._fall(self.level)
+            self.spread = max(self.spread - fall, min(self.spread, 2.0 * _NORMAL_EDGE * self.noise))
+            self.upper = min(self.upper, max(self.upper - fall, self.level + 0.5 * self.spread))
+            self.center = min(self.center, max(self.center - fall, self.level))
+        self.progress = 0.0 if self.best is None else max(0.0, self.initial - self.best)
+
+    def _fall(self, level: float) -> float:
+        """Return how far the level has steadily fallen within the window: 0 unless each third lies below the last."""
+        trail = list(self._trail)
+        third = len(trail) // 3
+        steady = min(trail[:third], default=0.0) - max(trail[-third:], default=0.0)
+        return max(0.0, min(3.0 * steady, trail[0] - level - self.noise)) if third else 0.0
+
+    @property
+    def is_policy_like(self) -> bool:
+        """Whether the loss never fell by more than its noise and is best at zero, give or take that noise.
+
+        Such is the loss of a policy gradient or of a game: its level does not say how good the model is.
+        """
+        normal_spread = 2.0 * _NORMAL_EDGE * self.noise_at_best
+        return self.best is None or (self.progress <= normal_spread and abs(self.best) <= normal_spread)
 
     def reset(self) -> None:
         """Forget everything that was observed."""

@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.baseline import PATIENCE, median
+from hf_divguard.core.detection.surge import FALL, SURGE
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["RiseCusum"]
 
 # docs/detectors.md gives the source of each number.
-PATIENCE = 9
 LONGEST = 256
 DRIFT = 0.1
-WIDTH = 9
-RECOVERY = 0.9
-RECOVERY_WITH_GRADIENT = 0.93
-RECOVERY_WITHOUT_GRADIENT = 0.85
 PULL = 1.5
-CAP = 4.0
 PARTIAL = 0.75
-PATIENCES_WITH_GRADIENT = 3.0
-PATIENCES_TO_RECOVER = 8.0
-ELAPSED_TO_RECOVER = 2.0
+PATIENCES_PULLED = 3.0
+TIME_PULLED = 8.0
+TIME_UNKNOWN = 4.0
+TIME_STUCK = 1.0
 
 
 @dataclass
@@ -69,10 +65,10 @@ class RiseCusum(Stateful):
         """Forget the rise."""
         self.score, self.highest_score, self.peak, self.values = 0.0, 0.0, 0.0, []
 
-    def late_level(self) -> float:
-        """Return the median of the last values: at most half of the rise, at most 9."""
-        values = self.values
-        return median(values[-max(1, min(WIDTH, len(values) // 2)) :])
+    def late_level(self, share: float = 0.5) -> float:
+        """Return the median (or another quantile) of the last values: at most half of the rise, at most 9."""
+        late = sorted(self.values[-max(1, min(PATIENCE, len(self.values) // 2)) :])
+        return median(late) if share == 0.5 else late[int(share * len(late))]
 
     def is_recovering(
         self, base: float, need: float, progress: float, pull: float | None, weight: float
@@ -86,40 +82,23 @@ class RiseCusum(Stateful):
             pull: Gradient norm of the last values over its baseline, ``None`` if unknown.
             weight: For how many values of a full patience one value stands.
         """
-        if pull is None:
-            # A fall from an absurd height is no sign of recovery yet, hence the cap.
-            early, late = self._halves(base, CAP * max(progress, need))
-            return early > 0.0 and late <= RECOVERY * early
-        if pull <= PULL:
-            # High, and no large gradient pulls it back: only a clear fall within the last two thirds counts.
-            early, late = self._thirds(base)
-            return early > 0.0 and late <= RECOVERY_WITHOUT_GRADIENT * early
-        early, late = self._halves(base, math.inf)
-        if early <= 0.0:
-            return False
-        patience, count = PATIENCE / weight, len(self.values)
-        if count < patience * (1.0 if late >= PARTIAL * progress else PATIENCES_WITH_GRADIENT):
+        count, patience = len(self.values), PATIENCE / weight
+        # Without gradients a fall from an absurd height is no sign of recovery yet, hence the cap.
+        early, late = self._halves(base, SURGE * max(progress, need) if pull is None else math.inf)
+        is_pulled = pull is not None and pull > PULL
+        if is_pulled and count < patience * (1.0 if late >= PARTIAL * progress else PATIENCES_PULLED):
             return True
+        if early <= 0.0 or late > FALL * early:
+            return False
         # Halvings still to go, at the pace of the last half, must fit into the time left to recover.
-        halvings = math.log2(max(1.0, late / need))
-        time_left = PATIENCES_TO_RECOVER * patience + ELAPSED_TO_RECOVER * count
-        pace: float = 2.0 ** (-0.5 * halvings * count / time_left)
-        return late <= early * min(RECOVERY_WITH_GRADIENT, pace)
+        halvings, pace = math.log2(max(1.0, late / need)), math.log2(early / late) if late > 0.0 else math.inf
+        time = TIME_UNKNOWN if pull is None else TIME_PULLED if is_pulled else TIME_STUCK
+        return halvings * 0.5 * count <= pace * (time * patience + count)
 
     def _halves(self, base: float, cap: float) -> tuple[float, float]:
-        count = len(self.values)
-        width = max(1, min(WIDTH, count // 2), count // 4)
-        return self._means(base, cap, width, count // 2)
-
-    def _thirds(self, base: float) -> tuple[float, float]:
-        count = len(self.values)
-        width = max(1, min(WIDTH, count // 3), count // 4)
-        return self._means(base, math.inf, width, count - count // 3)
-
-    def _means(self, base: float, cap: float, width: int, until: int) -> tuple[float, float]:
-        early = self.values[max(0, until - width) : until] or self.values[:1]
-        late = self.values[-width:]
-        return (
-            sum(min(value - base, cap) for value in early) / len(early),
-            sum(min(value - base, cap) for value in late) / len(late),
-        )
+        """Return the mean heights above ``base``, at most ``cap``, at the end of each half."""
+        half = len(self.values) // 2
+        width = max(1, min(PATIENCE, half), len(self.values) // 4)
+        early = self.values[max(0, half - width) : half] or self.values[:1]
+        heights = [[min(value - base, cap) for value in part] for part in (early, self.values[-width:])]
+        return sum(heights[0]) / len(heights[0]), sum(heights[1]) / len(heights[1])

@@ -57,7 +57,7 @@ class Gradients(Stateful):
         baseline = self._baseline.quantile(0.5)
         if len(self._baseline) < LEAST or len(self._last) < LEAST or baseline <= 0.0:
             return None
-        return median(list(self._last)[-max(LEAST, min(LAST, count)) :]) / baseline
+        return median(list(self._last)[-min(LAST, count) :]) / baseline
 
     def is_large(self, norm: float) -> bool:
         """Return whether ``norm`` is 100 times the baseline."""

@@ -6,22 +6,23 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hf_divguard.core.detection.baseline import RobustBaseline, median
-from hf_divguard.core.detection.cusum import PATIENCE, RiseCusum
+from hf_divguard.core.detection.baseline import PATIENCE, RobustBaseline, median
+from hf_divguard.core.detection.cusum import PULL, RiseCusum
 from hf_divguard.core.detection.gradients import Gradients
-from hf_divguard.core.findings import Finding, Kind, rise_in_words
+from hf_divguard.core.detection.surge import SURGE, Surge
+from hf_divguard.core.findings import Finding, Kind, Severity, rise_in_words
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["LossLevelMonitor"]
 
 # docs/detectors.md gives the source of each number.
-FIRST_VALUES = 5
-LEAST_PATIENCE = 3
+SILENT_VALUES = 5
+LEAST_PATIENCE = 4
 HISTORY_PER_PATIENCE = 10
+HISTORY_PER_SURGE = 3
 JUMP_SCORE = 8.0
 CLIMB_SCORE = 30.0
 JUMP_SHARE = 0.25
-CLIMB_SHARE = 0.45
 FULL_SHARE = 0.4
 JUMP_SPREADS = 3.0
 CLIMB_SPREADS = 10.0
@@ -29,15 +30,11 @@ LEAST_SPREADS = 0.3
 FEW_VALUES = 50
 JUMP_MOVEMENTS = 2.0
 CLIMB_MOVEMENTS = 5.0
-CLIMB_NOISES = 3.0
 RECOVERED_FACTOR = 1.5
 SLOW_RISE = 20
-RETURNED = 25
-SPIKE_SPREADS = 5.0
-PLATEAU_VALUES = 16
 PLATEAU_RATIO = 8
 PLATEAU_NOISES = 4.0
-RESOLUTION = 1e-3
+RESOLUTION = 0.01
 _HUGE = 1e300
 
 
@@ -45,6 +42,7 @@ class _Bounds(NamedTuple):
     """What a rise has to reach at this value to matter."""
 
     progress: float
+    is_unlearnt: bool
     jump: float
     climb: float
     jump_scale: float
@@ -60,12 +58,14 @@ class LossLevelMonitor(Stateful):
         sensitivity: How readily findings are made. 2.0 asks for half the height and half
             the evidence of 1.0.
         metric_key: Log key of the series, for messages.
+        sign: 1 where a rise is bad. With -1 the series is fed with its sign changed, and
+            findings are about the series as it is logged.
 
     Example:
-        >>> watch = LossLevelMonitor()
+        >>> monitor = LossLevelMonitor()
         >>> kinds = []
         >>> for step in range(80):
-        ...     finding = watch.observe(step, 1.0 if step < 50 else 3.0, None)
+        ...     finding = monitor.observe(step, 1.0 if step < 50 else 3.0, None)
         ...     kinds += [(step, finding.kind)] if finding else []
         >>> kinds
         [(50, 'spike'), (58, 'jump')]
@@ -73,6 +73,7 @@ class LossLevelMonitor(Stateful):
 
     sensitivity: float = 1.0
     metric_key: str = "loss"
+    sign: float = 1.0
 
     gradients: Gradients = memory(Gradients)
     level: RobustBaseline = memory(RobustBaseline)
@@ -82,6 +83,7 @@ class LossLevelMonitor(Stateful):
     _lowest_step: int | None = memory(None)
     _jump: RiseCusum = memory(RiseCusum)
     _climb: RiseCusum = memory(RiseCusum)
+    _surge: Surge = memory(Surge)
     _step: int | None = memory(None)
     _gap: int = memory(1)
     _is_open: bool = memory(False)
@@ -90,6 +92,7 @@ class LossLevelMonitor(Stateful):
         """Keep the baseline, drop what is suspected, and judge no rise for ``values`` values."""
         self.grace = values
         self._jump, self._climb = RiseCusum(), RiseCusum()
+        self._surge.clear()
         self._step, self._gap, self._is_open = None, 1, False
 
     @property
@@ -128,7 +131,7 @@ class LossLevelMonitor(Stateful):
         level.see(value)
         if level.count in (level.lowest[0][1], level.lowest[-1][1]):
             self._lowest_step = step
-        if level.count <= FIRST_VALUES:
+        if level.count <= SILENT_VALUES:
             self._accept(step, value, gradient, math.inf)
             return None
         if self.grace > 0:
@@ -136,11 +139,9 @@ class LossLevelMonitor(Stateful):
             if value <= level.upper:
                 self._accept(step, value, gradient, math.inf)
             return None
-        bounds = self._bounds(value)
-        center, best = level.center, _or_center(level.best, level.center)
+        bounds, center, best = self._bounds(), level.center, _or_center(level)
         kind = self._judge_jump(step, value, bounds, center)
-        kind = kind or self._judge_climb(step, value, bounds, best)
-        kind = kind or self._judge_plateau()
+        kind = kind or self._judge_climb(step, value, bounds, best) or self._judge_plateau()
         note = self._spike(step, value, bounds) if len(self._jump.values) == 1 else None
         finding = self._level_finding(kind, step, value, bounds) if kind and not self._is_open else note
         self._is_open = self._is_open or kind is not None
@@ -150,163 +151,204 @@ class LossLevelMonitor(Stateful):
             self._accept(step, value, gradient, best + 0.25 * bounds.climb)
         return finding
 
-    def _bounds(self, value: float) -> _Bounds:
+    def _bounds(self) -> _Bounds:
         """Return what matters now: shares of the progress, spreads of the noise, rises that recovered."""
-        level, progress, spread = self.level, self.level.progress, self.level.spread
+        level, progress, spread, size = (
+            self.level,
+            self.level.progress,
+            self.level.spread,
+            abs(self.level.center),
+        )
         few = max(1.0, FEW_VALUES / level.count)
-        jump = max(JUMP_SHARE * progress, JUMP_MOVEMENTS * level.movement)
-        jump = max(jump, _spreads(JUMP_SPREADS * few, progress, spread))
-        climb = max(CLIMB_SHARE * progress, CLIMB_MOVEMENTS * level.movement_at_best)
-        climb = max(climb, _spreads(CLIMB_SPREADS * few, progress, level.spread_at_best))
+        # Without certain progress there is nothing to lose: then a rise is measured by the size of the loss itself.
+        unlearnt = 1.0 / (1.0 + min(1e6, progress / spread) ** 2) if spread > 0.0 else float(progress <= 0.0)
+        jump = max(
+            RESOLUTION * size,
+            JUMP_SHARE * progress,
+            FULL_SHARE * unlearnt * size,
+            JUMP_MOVEMENTS * level.movement,
+            _spreads(JUMP_SPREADS * few, progress, spread),
+        )
+        climb = max(
+            RESOLUTION * size,
+            FULL_SHARE * progress,
+            SURGE**2 * abs(_or_center(level)) if unlearnt > 0.5 else 0.0,
+            CLIMB_MOVEMENTS * level.movement_at_best,
+            _spreads(CLIMB_SPREADS * few, progress, level.spread_at_best),
+        )
         # A rise like one that recovered may recover too; losing all that was learnt is always reported.
-        recovered = min(RECOVERED_FACTOR * self._recovered, progress)
+        recovered = min(RECOVERED_FACTOR * self._recovered, max(progress, level.reach))
         jump, climb = max(jump, recovered) / self.sensitivity, max(climb, recovered) / self.sensitivity
-        scale = max(FULL_SHARE * progress, spread / 2.563)
-        if scale <= 0.0:
-            # A constant so far: its scale is known from its size alone.
-            scale = max(RESOLUTION * abs(value), 1e-300)
-        jump, climb = jump or scale, climb or scale
+        # For a constant so far the scale is known from its size alone.
+        scale = max(FULL_SHARE * progress, spread / 2.563) or max(RESOLUTION * size, 1e-300)
         patience = max(
             LEAST_PATIENCE, -(-PATIENCE // self._gap), min(PATIENCE, level.count / HISTORY_PER_PATIENCE)
         )
         return _Bounds(
-            progress, jump, climb, scale, max(0.1 * progress, 2.0 * level.noise) or scale, PATIENCE / patience
+            progress=progress,
+            is_unlearnt=unlearnt > 0.5,
+            jump=jump or scale,
+            climb=climb or scale,
+            jump_scale=scale,
+            climb_scale=max(0.1 * progress, 2.0 * level.noise) or scale,
+            weight=PATIENCE / patience,
         )
 
     def _judge_jump(self, step: int, value: float, bounds: _Bounds, center: float) -> Kind | None:
-        rise, weight = self._jump, bounds.weight
-        was_rising = rise.score > 0.0
-        rise.add(step, value, (value - self.level.upper) / bounds.jump_scale, weight)
+        rise, was_rising = self._jump, self._jump.score > 0.0
+        rise.add(step, value, (value - self.level.upper) / bounds.jump_scale, bounds.weight)
+        if self._is_surge(value - center, bounds, center):
+            return "jump"
+        if self.level.is_policy_like:
+            # Its level says nothing, so that all but a surge belongs to the baseline.
+            if self._surge.length == 0:
+                self._take_back()
+            return None
         if rise.score == 0.0:
             if was_rising:
                 self._take_back()
             return None
-        height, count = rise.late_level() - center, len(rise.values) * weight
+        height, count = rise.late_level() - center, len(rise.values) * bounds.weight
         if count >= 6.0:
             rise.peak = max(rise.peak, min(height, _HUGE))
         if rise.score >= JUMP_SCORE / self.sensitivity:
-            if (
-                not self._is_open
-                and height >= bounds.jump
-                and not self._is_recovering(rise, center, bounds.jump, bounds)
-            ):
+            is_up = rise.late_level(0.25) - center >= bounds.jump
+            if not self._is_open and is_up and not self._is_recovering(rise, center, bounds.jump, bounds):
                 return "jump"
             rise.score = min(rise.score, 2.0 * JUMP_SCORE / self.sensitivity)
-        if count > SLOW_RISE and rise.peak < bounds.jump:
-            # Too slow or too small for a jump: part of the baseline now; a climb is measured from the best level.
+        if count > SLOW_RISE and (rise.peak < bounds.jump or height < 0.5 * bounds.jump):
+            # Over, or too slow or too small: part of the baseline now; a climb is measured from the best level.
             self._take_back()
         return None
+
+    def _is_surge(self, height: float, bounds: _Bounds, center: float) -> bool:
+        """Return whether the last values in a row lie so far above all before that few of them are enough."""
+        reach = max(self.level.reach, abs(center), self._surge.highest, 1e-300)
+        reach *= SURGE if bounds.is_unlearnt else 1.0
+        pull = self.gradients.pull(1)
+        patience = max(LEAST_PATIENCE, min(PATIENCE, self.level.count / HISTORY_PER_SURGE))
+        is_pulled = pull is not None and pull > PULL
+        self._surge.add(height, reach=reach, least=PATIENCE / patience, is_pulled=is_pulled)
+        if self._is_open or not self._surge.is_over(JUMP_SCORE / self.sensitivity, reach):
+            return False
+        is_extreme = self._surge.last >= SURGE * reach
+        return is_extreme or not self._is_recovering(self._jump, center, bounds.jump, bounds)
 
     def _judge_climb(self, step: int, value: float, bounds: _Bounds, best: float) -> Kind | None:
         climb = self._climb
         climb.add(step, value, (value - best - bounds.climb) / bounds.climb_scale, bounds.weight)
-        if climb.score < CLIMB_SCORE / self.sensitivity or self._is_open:
+        if climb.score < CLIMB_SCORE / self.sensitivity or self._is_open or self.level.is_policy_like:
             return None
-        if median(climb.values[-PATIENCE:]) - best < max(bounds.climb, CLIMB_NOISES * self.level.noise):
+        if median(climb.values[-PATIENCE:]) - best < bounds.climb:
             return None
         return None if self._is_recovering(climb, best, bounds.climb, bounds) else "climb"
 
     def _judge_plateau(self) -> Kind | None:
         level = self.level
         (lowest, first), (second, other) = level.lowest
-        if level.count < max(PLATEAU_VALUES, PLATEAU_RATIO * max(first, other)):
+        if level.count < PLATEAU_RATIO * max(2, first, other) or level.is_policy_like:
             return None
-        noise = PLATEAU_NOISES * max(level.noise, level.early_noise)
         gained, lost, gap = level.initial - lowest, level.center - lowest, level.lower - second
-        far = (
-            gained > noise
-            and lost > PLATEAU_NOISES * level.early_noise
-            and gap > PLATEAU_NOISES * level.noise
-        )
-        return "plateau" if far and gap > 0.0 and lost >= JUMP_SHARE / self.sensitivity * gained else None
+        noise = PLATEAU_NOISES * max(level.noise, level.noise_at_best)
+        if gained <= max(noise, JUMP_SHARE * abs(level.initial)) or min(gap, lost) <= noise or gap <= 0.0:
+            return None
+        return "plateau" if lost >= JUMP_SHARE / self.sensitivity * gained else None
 
     def _is_recovering(self, rise: RiseCusum, base: float, need: float, bounds: _Bounds) -> bool:
-        return rise.is_recovering(
-            base, need, bounds.progress, self.gradients.pull(len(rise.values)), bounds.weight
-        )
+        pull = self.gradients.pull(len(rise.values))
+        return rise.is_recovering(base, need, bounds.progress, pull, bounds.weight)
 
     def _take_back(self) -> None:
         """Let the values of a rise that is over into the baseline, so that the next such rise is in range."""
         rise = self._jump
         if len(rise.values) >= PATIENCE or rise.highest_score >= 0.5 * JUMP_SCORE:
             self._recovered = max(self._recovered, rise.peak)
-        for value in rise.values[-RETURNED:]:
+        for value in rise.values[-SLOW_RISE:]:
             self.level.accept(value)
         rise.clear()
 
     def _accept(self, step: int, value: float, gradient: float | None, calm: float) -> None:
-        self.level.accept(value)
+        level = self.level
+        level.accept(value)
         if gradient is not None:
-            self.gradients.accept(gradient, self.level.size)
-        if self.level.level is not None and self.level.level <= calm:
+            self.gradients.accept(gradient, level.size)
+        if level.level is not None and level.level <= calm:
             self._calm_step = step
+        # What recovered raises the bar for as long again as the run had lasted, and then ever less.
+        fading = 0.5 ** (1.0 / level.count)
+        self._recovered *= fading
+        self._surge.highest *= fading
 
     # ---- findings
 
     def _spike(self, step: int, value: float, bounds: _Bounds) -> Finding | None:
-        limit = self.level.upper + max(bounds.jump, SPIKE_SPREADS * self.level.spread)
+        limit = self.level.upper + max(bounds.jump, CLIMB_SPREADS * 0.5 * self.level.spread)
         if value < limit or self._is_open:
             return None
+        side = "above" if self.sign > 0 else "below"
         message = (
-            f"`{self.metric_key}` = {value:.4g} at step {step} is a spike: above {limit:.4g}, while the baseline is "
-            f"{self.level.center:.4g}."
+            f"`{self.metric_key}` = {self.sign * value:.4g} at step {step} is a spike: {side} {self.sign * limit:.4g}, "
+            f"while the baseline is {self.sign * self.level.center:.4g}."
         )
-        return Finding(
-            step=step,
-            onset_step=step,
-            kind="spike",
-            severity="note",
-            metric=self.metric_key,
-            value=value,
-            limit=limit,
-            message=message,
-            evidence={"baseline": self.level.center, "spread": self.level.spread},
-        )
+        evidence = {"baseline": self.sign * self.level.center, "spread": self.level.spread}
+        return self._finding("spike", "note", (step, step), (value, limit), message, evidence)
 
     def _level_finding(self, kind: Kind, step: int, value: float, bounds: _Bounds) -> Finding:
-        level, best = self.level, _or_center(self.level.best, self.level.center)
+        level, best = self.level, _or_center(self.level)
+        up, climbed, sign = ("up", "climbed", 1.0) if self.sign > 0 else ("down", "fallen", -1.0)
         if kind == "jump":
             before, now, limit = level.center, self._jump.late_level(), level.center + bounds.jump
             onset = step if self._jump.onset_step is None else min(step, self._jump.onset_step)
-            said = f"has stayed up since it jumped at step {onset}: {before:.4g} before, {now:.4g} now"
+            said = f"has stayed {up} since it {'jumped' if sign > 0 else 'dropped'} at step {onset}"
+            at = "before"
         elif kind == "climb":
             before, now, limit = best, median(self._climb.values[-PATIENCE:]), best + bounds.climb
-            onset = _after(self._calm_step, step)
-            said = f"has climbed from step {onset} on: {before:.4g} at its best, {now:.4g} now"
+            onset, at = _after(self._calm_step, step), "at its best"
+            said = f"has {climbed} from step {onset} on"
         else:
             before, now, limit = level.lowest[0][0], level.center, level.lowest[1][0]
-            onset = _after(self._lowest_step, step)
-            said = f"has been stuck from step {onset} on: {before:.4g} at its best, {now:.4g} now"
-        evidence: dict[str, float | int | str] = {
-            "before": before,
-            "now": now,
-            "best": best,
-            "progress": bounds.progress,
-            "noise": level.noise,
-        }
+            onset, at = _after(self._lowest_step, step), "at its best"
+            said = f"has been stuck from step {onset} on"
+        evidence = {"before": sign * before, "now": sign * now, "best": sign * best}
+        evidence |= {"progress": bounds.progress, "noise": level.noise}
         if bounds.progress > 0.0:
             evidence["lost_share"] = (now - before) / bounds.progress
-        lost = rise_in_words(before, now, bounds.progress)
-        lost = f", {lost}" if lost else ""
         pull = self.gradients.pull()
         if pull is not None:
             evidence["grad_norm_ratio"] = pull
+        lost = rise_in_words(before, now, bounds.progress)
+        message = (
+            f"`{self.metric_key}` = {sign * value:.4g} at step {step} {said}: {sign * before:.4g} {at}, "
+            f"{sign * now:.4g} now (limit {sign * limit:.4g}){f', {lost}' if lost else ''}."
+        )
+        named: Kind = "drop" if sign < 0 and kind != "plateau" else kind
+        return self._finding(named, "error", (step, onset), (value, limit), message, evidence)
+
+    def _finding(
+        self,
+        kind: Kind,
+        severity: Severity,
+        steps: tuple[int, int],
+        values: tuple[float, float],
+        message: str,
+        evidence: dict[str, float],
+    ) -> Finding:
         return Finding(
-            step=step,
-            onset_step=onset,
+            step=steps[0],
+            onset_step=steps[1],
             kind=kind,
-            severity="error",
+            severity=severity,
             metric=self.metric_key,
-            value=value,
-            limit=limit,
-            message=f"`{self.metric_key}` = {value:.4g} at step {step} {said} (limit {limit:.4g}){lost}.",
-            evidence=evidence,
+            value=self.sign * values[0],
+            limit=self.sign * values[1],
+            message=message,
+            evidence=dict(evidence),
         )
 
 
-def _or_center(best: float | None, center: float) -> float:
-    """Return ``best``, or ``center`` while there is none."""
-    return center if best is None else best
+def _or_center(level: RobustBaseline) -> float:
+    """Return the best level, or the center while there is none."""
+    return level.center if level.best is None else level.best
 
 
 def _after(last_good: int | None, step: int) -> int:

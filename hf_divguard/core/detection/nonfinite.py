@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
+from hf_divguard.core.detection.baseline import median
 from hf_divguard.core.detection.detector import check_setting, non_finite_finding
 from hf_divguard.core.findings import Finding, Kind, Severity
+from hf_divguard.core.metrics import greater_is_better as direction_of
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["NonFiniteRule"]
@@ -16,6 +19,8 @@ _HARMLESS_IN_A_ROW = 2
 _SAME_IN_A_ROW = 3
 _ZEROS_IN_A_ROW = 5
 _ABRUPT_SHARE = 0.01
+_STEADY_SHARE = 0.1
+_VALUES_BEFORE = 9
 
 
 @dataclass
@@ -28,8 +33,8 @@ class NonFiniteRule(Stateful):
     - the value is exactly 0.0 and the gradient norm is not finite (``"nan_filtered"``): this is
       what ``logging_nan_inf_filter=True``, the Trainer's default, makes of a NaN loss;
     - the same value is logged 3 times running while the gradient norm is not finite, or
-      the value falls abruptly to exactly 0.0 and stays there for 5 values in a log without
-      gradient norms (``"nan_filtered"``);
+      the value falls from a steady level to exactly 0.0 and stays there for 5 values,
+      whatever the gradient norm (``"nan_filtered"``);
     - the gradient norm stays non-finite over ``scaler_patience`` optimizer steps
       (``"non_finite"`` of ``grad_norm``).
 
@@ -76,8 +81,9 @@ class NonFiniteRule(Stateful):
     _same: int = memory(0)
     _zeros: int = memory(0)
     _zeros_since: int | None = memory(None)
-    _last_nonzero: float = memory(0.0)
+    _before_zero: deque[float] = memory(lambda: deque(maxlen=_VALUES_BEFORE))
     _largest: float = memory(0.0)
+    _reaches_zero: bool = memory(False)
 
     def __post_init__(self) -> None:
         check_setting(self.name, "scaler_patience", self.scaler_patience, at_least=1, unit="step")
@@ -136,13 +142,10 @@ class NonFiniteRule(Stateful):
         if grad_norm is not None and not math.isfinite(grad_norm):
             return self._judge_bad_gradient(step, value, grad_norm)
         self._bad_gradients = 0
-        if grad_norm is None:
-            return self._judge_zeros(step, value)
-        self._zeros = 0
-        return None
+        return self._judge_zeros(step, value)
 
     def _judge_non_finite_value(self, step: int, value: float, grad_norm: float | None) -> Finding | None:
-        self._previous, self._same, self._zeros = None, 0, 0
+        self._previous, self._same = None, 0
         if grad_norm == 0.0:
             self._harmless += 1
             if self._harmless <= _HARMLESS_IN_A_ROW:
@@ -161,7 +164,6 @@ class NonFiniteRule(Stateful):
         return min([step, *since])
 
     def _judge_bad_gradient(self, step: int, value: float, grad_norm: float) -> Finding:
-        self._zeros = 0
         self._bad_gradients += 1
         if self._bad_gradients == 1 or self._bad_since is None:
             self._bad_since = min(step, step if self._good_before is None else self._good_before)
@@ -204,22 +206,38 @@ class NonFiniteRule(Stateful):
 
     def _judge_zeros(self, step: int, value: float) -> Finding | None:
         if value != 0.0:
+            # A loss that is zero now and then reaches zero by itself.
+            self._reaches_zero = self._reaches_zero or self._zeros > 0
             self._zeros = 0
-            self._last_nonzero = value
+            self._before_zero.append(value)
             self._largest = max(self._largest, abs(value))
             return None
         self._zeros += 1
         if self._zeros == 1 or self._zeros_since is None:
             self._zeros_since = min(step, step if self._good_before is None else self._good_before)
-        if self._zeros < _ZEROS_IN_A_ROW or abs(self._last_nonzero) <= _ABRUPT_SHARE * self._largest:
+        if not self._is_abrupt() or direction_of(self.metric_key):
             return None
+        last = self._before_zero[-1]
         message = (
-            f"`{self.metric_key}` fell from {self._last_nonzero:.6g} to exactly 0 at step {self._zeros_since} and stayed "
-            f"there for {self._zeros} values: a loss that is filtered because it is not finite looks like this "
-            "(the log has no `grad_norm` to confirm it)."
+            f"`{self.metric_key}` fell from {last:.6g} to exactly 0 at step {self._zeros_since} and stayed there for "
+            f"{self._zeros} values: this is what a loss that is filtered because it is not finite, a broken kernel or "
+            "batches without labels look like."
         )
-        evidence: dict[str, float | int | str] = {"last_nonzero": self._last_nonzero, "in_a_row": self._zeros}
+        evidence: dict[str, float | int | str] = {"last_nonzero": last, "in_a_row": self._zeros}
         return self._finding(step, self._zeros_since, "nan_filtered", value, message, evidence)
+
+    def _is_abrupt(self) -> bool:
+        """Return whether the values before the zeros were far from zero, and zero was never reached before."""
+        before = self._before_zero
+        if (
+            self._reaches_zero
+            or not before
+            or self._zeros < max(_ZEROS_IN_A_ROW, _VALUES_BEFORE - len(before))
+        ):
+            return False
+        smallest = min(map(abs, before))
+        is_steady = min(before) * max(before) > 0.0 and smallest >= _STEADY_SHARE * median(map(abs, before))
+        return is_steady and abs(before[-1]) > _ABRUPT_SHARE * self._largest
 
     def _finding(
         self,
