@@ -25,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all cov style quality types docs-check notebooks \
 	bench bench-kill bench-detection bench-recovery bench-overhead \
-	old-transformers ci-long build clean
+	bench-crash-points trace old-transformers ci-long build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,7 +68,7 @@ cov: $(READY) ## Run the tests that are not slow and show which lines they miss
 old-transformers: $(OLD_READY) ## Run the tests with the oldest Transformers that is supported
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(PYTEST)
 
-style: $(READY) ## Mend and format the code
+style: $(READY) ## Fix and format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
@@ -90,20 +90,26 @@ notebooks: $(READY) ## Run every notebook from top to bottom
 bench: bench-overhead bench-detection bench-kill bench-recovery ## Run every benchmark (hours)
 
 bench-kill: $(READY) ## Kill training runs and resume them, stock and guarded
-	@$(BIN)/python benchmarks/kill_resume.py $(BENCH)
+	@$(BIN)/python -m benchmarks.kill_resume $(BENCH)
 
 bench-detection: $(READY) ## Compare detection rules on labelled loss curves
 	@$(BIN)/python -m benchmarks.detection.evaluate $(BENCH)
 	@$(BIN)/python -m benchmarks.detection.robustness
 
 bench-recovery: $(READY) ## Put faults into runs, compare how they end, and time a rollback
-	@$(BIN)/python benchmarks/recovery.py $(BENCH)
-	@$(BIN)/python benchmarks/rollback_time.py $(BENCH)
+	@$(BIN)/python -m benchmarks.recovery $(BENCH)
+	@$(BIN)/python -m benchmarks.rollback_time $(BENCH)
 
 bench-overhead: $(READY) ## Measure what guarding costs per value, per step and per save
 	@$(BIN)/python -m benchmarks.detection.update_cost
-	@$(BIN)/python benchmarks/step_overhead.py $(BENCH)
-	@$(BIN)/python benchmarks/save_cost.py
+	@$(BIN)/python -m benchmarks.step_overhead $(BENCH)
+	@$(BIN)/python -m benchmarks.save_cost
+
+trace: $(READY) ## Count the functions and files that one step passes
+	@$(BIN)/python -m benchmarks.trace
+
+bench-crash-points: $(READY) ## Try every crash point of saving, rotating and resuming
+	@$(BIN)/python benchmarks/crash_points.py $(BENCH)
 
 # ---- to publish it
 

@@ -22,6 +22,7 @@ __all__ = [
     "end_metrics",
     "report_best",
     "report_end",
+    "warn_of_diverged_weights",
     "warn_of_stopped_checkpoint",
 ]
 
@@ -210,6 +211,25 @@ def report_end(state: Any, outcome: RunOutcome, ledger: CheckpointLedger) -> Non
     early = "Training has ended early. " if state.global_step < state.max_steps else ""
     logger.warning(
         "%sThe fault began at step %d. %s", early, finding.onset_step, _advice(finding.onset_step, ledger)
+    )
+
+
+def warn_of_diverged_weights(state: Any, outcome: RunOutcome, ledger: CheckpointLedger) -> None:
+    """Warn that the model holds the weights of a stopped run."""
+    finding = outcome.stopped_by
+    if finding is None:
+        return
+    good = ledger.last_good(finding.onset_step)
+    way_out = (
+        "There is no good checkpoint to load instead."
+        if good is None
+        else f"For those of the last good checkpoint, {good.path}, call `trainer.load_last_good()` first."
+    )
+    logger.warning(
+        "The model is saved with the weights of step %d, after a divergence that began at step %d. %s",
+        state.global_step,
+        finding.onset_step,
+        way_out,
     )
 
 

@@ -11,9 +11,16 @@ import torch
 
 from hf_divguard.errors import CheckpointError
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
 
-__all__ = ["load_weights", "refuse_unsupported", "restore_checkpoint", "weights_kept_on_error"]
+__all__ = [
+    "load_weights",
+    "load_weights_on_all_ranks",
+    "refuse_unsupported",
+    "restore_checkpoint",
+    "weights_kept_on_error",
+]
 
 
 def refuse_unsupported(host: Host, options: Any) -> None:
@@ -120,6 +127,21 @@ def load_weights(host: Host, checkpoint: str) -> None:
         ) from cause
     if cause is not None:
         raise cause
+
+
+def load_weights_on_all_ranks(host: Host, checkpoint: str, ranks: Ranks) -> None:
+    """Load the weights of ``checkpoint`` on every rank, or on none.
+
+    Raises:
+        CheckpointError: On every rank, if one of them cannot; the weights are then as they were.
+    """
+    error: BaseException | None = None
+    with weights_kept_on_error(host.model):
+        try:
+            load_weights(host, checkpoint)
+        except Exception as caught:
+            error = caught
+        ranks.raise_if_any_failed(error, f"Loading the weights of {checkpoint}")
 
 
 def _is_adapted(model: Any) -> bool:

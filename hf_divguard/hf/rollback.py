@@ -101,6 +101,7 @@ class Rollback:
         )
         self.journal = journal
         self.error: TrainingDivergedError | None = None
+        self.last_event: RollbackEvent | None = None
         self.save_pending = False
         """Whether the state of a rollback is still to be saved in this step."""
 
@@ -233,6 +234,7 @@ class Rollback:
         event = self.perform(model, tr_loss)
         if event is None:
             return False
+        self.last_event = event
         self.save_pending = switches.saves_checkpoints(self._host.args) and event.target != "memory"
         switches.request_save(self._host.control, save_was_due or self.save_pending)
         return True

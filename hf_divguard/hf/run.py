@@ -26,8 +26,10 @@ from hf_divguard.hf.reports import (
     RunJournal,
     report_best,
     report_end,
+    warn_of_diverged_weights,
     warn_of_stopped_checkpoint,
 )
+from hf_divguard.hf.restore import load_weights_on_all_ranks
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
@@ -73,6 +75,8 @@ class GuardedRun:
         self.options = options
         self.events = RunEvents(self)
         self.is_training = False
+        self.loaded: str | None = None
+        """Checkpoint whose weights the model was given after the run."""
         self._run_dir = run_dir
         self._resumed_from = resumed_from
         self._initial_states = initial_states
@@ -195,6 +199,30 @@ class GuardedRun:
             greater = self.checkpoints.greater_is_better
             report_best(self.checkpoints.ledger, key, greater, self.options.preserve_n_best)
 
+    # ---- after training
+
+    def load_last_good(self) -> str:
+        """Load the weights of the last good checkpoint; see :meth:`DivGuardMixin.load_last_good`."""
+        finding = self.outcome.stopped_by
+        onset_step = self.host.state.global_step + 2 if finding is None else finding.onset_step
+        good = self.checkpoints.ledger.last_good(onset_step)
+        if good is None:
+            raise ValueError(
+                f"{self._run_dir} holds no good checkpoint from before step {onset_step}, so there is nothing to load."
+            )
+        load_weights_on_all_ranks(self.host, good.path, self.ranks)
+        self.loaded = good.path
+        return good.path
+
+    def warn_of_weights(self) -> None:
+        """Before the model is saved: warn if it holds the weights of a run that a detector stopped."""
+        if (
+            self.loaded is None
+            and self.ranks.rank == 0
+            and (self.rollback is None or self.rollback.error is None)
+        ):
+            warn_of_diverged_weights(self.host.state, self.outcome, self.checkpoints.ledger)
+
     # ---- one step
 
     def end_step(
@@ -310,12 +338,20 @@ class GuardedRun:
         self.checkpoints.save(
             write=write,
             note_best=host_notes_best,
-            metric=self.ranks.broadcast(evaluations.metric_of_step(step)),
+            metric=self.ranks.broadcast(None if self._is_known(step) else evaluations.metric_of_step(step)),
             callback_states=self._states(running_loss),
             damaged_by=outcome.damaged_by,
         )
         if saves_rollback:
             failpoint("rollback saved")
+
+    def _is_known(self, step: int) -> bool:
+        """Return whether what is saved now are the weights of a checkpoint that is ranked already."""
+        event = None if self.rollback is None else self.rollback.last_event
+        if event is None or event.step != step:
+            return False
+        ranked = {record.step for record in self.checkpoints.ledger.records if record.metric is not None}
+        return event.target_step in ranked
 
     def _states(self, running_loss: dict[str, Any] | None) -> dict[str, Any]:
         own = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}

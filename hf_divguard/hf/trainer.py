@@ -137,6 +137,26 @@ class DivGuardMixin(_Host):
             greater_is_better=self._options.divguard_greater_is_better,
         )
 
+    def load_last_good(self) -> str:
+        """Load the weights of the last good checkpoint: the newest one from before the fault that ended the run.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            ValueError: If there is no good checkpoint.
+            CheckpointError: If its weights cannot be loaded; the model is then as it was.
+        """
+        if self._run is None:
+            raise ValueError("There is no good checkpoint to load: call `train()` first.")
+        return self._run.load_last_good()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, as the stock Trainer does; after a stopped run, warn which weights these are."""
+        if not _internal_call and self._run is not None:
+            self._run.warn_of_weights()
+        super().save_model(output_dir, _internal_call=_internal_call)
+
     # ---- the host's seams
 
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -251,6 +271,11 @@ class DivGuardMixin(_Host):
             super()._rotate_checkpoints(use_mtime, output_dir)  # type: ignore[misc, unused-ignore]
         else:
             rotate_as_host(self, use_mtime, output_dir)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._run is not None:
+            self._run.loaded = self.state.best_model_checkpoint
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # `training_args.bin` is written in here and must hold the user's own limit.

@@ -14,6 +14,7 @@ from hf_divguard.core.findings import Finding
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.losses import StepLosses
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.saving import Checkpoints
 from tests.hf.fake_host import FakeHost
@@ -35,6 +36,7 @@ class Run:
             self.host.args,
             ledger=self.checkpoints.ledger,
             ranks=self.ranks,
+            journal=RunJournal(str(folder), "run", self.ranks),
             leads=self.checkpoints.leads,
             detectors={},
             watches_damage=False,
