@@ -75,7 +75,7 @@ def replay(
         >>> found = replay({"steps": range(80), "loss": loss, "grad_norm": [1.0] * 80})
         >>> for finding in found.errors:
         ...     print(finding.kind, finding.onset_step, finding.step)
-        jump 60 68
+        jump 60 64
         >>> replay({"steps": range(80), "loss": loss}, detector="ema", threshold=1.0).errors[0].step
         68
     """

@@ -3,7 +3,7 @@
 Each rule sees each run value by value, once as it was logged and once for each ``--every`` as
 a Trainer with that ``logging_steps`` would have logged it. The first error ends a run. Rates
 are means over families of means over the runs of a family, since the runs of one family are
-not independent. Writes ``table.md``, ``families.md``, ``tradeoff.md``, ``results.csv`` and
+not independent. Writes ``table.md``, ``halves.md``, ``families.md``, ``tradeoff.md``, ``results.csv`` and
 ``picture.png``; the same corpus gives the same files.
 
     python -m benchmarks.detection.evaluate                   # all rules, 2 minutes
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.detection.peers import PEERS
-from benchmarks.detection.runs import CORPUS, Alarm, Run, Score, read_runs, score
+from benchmarks.detection.runs import CORPUS, Alarm, Run, Score, is_judging, read_runs, score
 from hf_divguard.core.detection.registry import make_rule
 
 OURS = {
@@ -81,6 +81,21 @@ def family_table(scores: dict[str, Score]) -> str:
                 cell(s.recall_by_family.get(family, math.nan), 2),
                 cell(s.delay_by_family.get(family, math.nan), 0),
             ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def halves_table(runs: list[Run], settings: dict[str, tuple[list[Run], int]]) -> str:
+    """Return how the adaptive rule does on the families its constants were chosen on, and on the others."""
+    families = [run.family for run in runs]
+    lines = ["| half of the families | " + " | ".join(f"{name}: false | recall" for name in settings) + " |"]
+    lines.append("|---" * (1 + 2 * len(settings)) + "|")
+    for judging, name in ((False, "choosing"), (True, "judging")):
+        row = [name]
+        for chosen, every in settings.values():
+            half = [run for run in chosen if is_judging(run.family, families) is judging]
+            s = score(errors_of("adaptive"), half, every)
+            row += [cell(s.false), cell(s.recall)]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -170,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table(results, list(settings)), encoding="utf-8")
+    (out / "halves.md").write_text(halves_table(runs, settings), encoding="utf-8")
     (out / "families.md").write_text(family_table(results["adaptive"]), encoding="utf-8")
     lines = ["| sensitivity | " + " | ".join(f"{k}: false | recall | delay 50 %" for k in curves) + " |"]
     lines.append("|---" * (1 + 3 * len(curves)) + "|")

@@ -1,6 +1,6 @@
 """Move every constant of the adaptive rule by a quarter, and stretch, shift and thin the runs: what changes?
 
-    python -m benchmarks.detection.robustness          # 4 minutes
+    python -m benchmarks.detection.robustness          # 8 minutes
 
 Writes ``robustness.md``: one row per constant and direction with the scores at every step, at
 every 10 steps and on the public runs; then one row per way of changing the runs.
@@ -18,9 +18,9 @@ from types import ModuleType
 
 from benchmarks.detection.evaluate import cell, errors_of
 from benchmarks.detection.runs import CORPUS, Run, read_runs, score
-from hf_divguard.core.detection import baseline, cusum, level
+from hf_divguard.core.detection import baseline, cusum, level, surge
 
-MODULES = (baseline, cusum, level)
+MODULES = (baseline, cusum, level, surge)
 INTRO = (
     "# The adaptive rule with each constant moved by a quarter, and on changed runs\n\n"
     "Written by `python -m benchmarks.detection.robustness`; "

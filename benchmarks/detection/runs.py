@@ -17,6 +17,11 @@ FAILING = ("diverged", "nan", "collapsed_to_zero")
 SILENT = ("healthy", "healthy_shift", "spike_recovered")
 
 
+def is_judging(family: str, families: Sequence[str]) -> bool:
+    """Return whether a family is in the half that no constant was chosen on: every second one by name."""
+    return sorted(set(families)).index(family) % 2 == 1
+
+
 @dataclass(frozen=True)
 class Run:
     """One labelled training run."""

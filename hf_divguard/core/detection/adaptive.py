@@ -7,6 +7,7 @@ import warnings
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
+from hf_divguard.core.detection.baseline import HUGE
 from hf_divguard.core.detection.detector import check_setting
 from hf_divguard.core.detection.eval_rise import EvalRise
 from hf_divguard.core.detection.level import LossLevelMonitor
@@ -16,8 +17,6 @@ from hf_divguard.core.metrics import greater_is_better as direction_of
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["AdaptiveRule"]
-
-_HUGE = 1e300
 
 
 @dataclass
@@ -70,7 +69,7 @@ class AdaptiveRule(Stateful):
         >>> for part in found[0].message.split(": "):
         ...     print(part)
         `loss` = 4 at step 68 has stayed up since it jumped at step 60
-        2.017 before, 4 now (limit 2.6), 85% of the progress lost.
+        2.009 before, 4 now (limit 2.684), 74% of the progress lost.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -164,7 +163,7 @@ class AdaptiveRule(Stateful):
             gradient = float(grad_norm)
             watch.gradients.see(gradient)
         explosion = watch.gradients.judge(step)
-        rise = watch.observe(step, watch.sign * max(-_HUGE, min(_HUGE, value)), gradient)
+        rise = watch.observe(step, watch.sign * max(-HUGE, min(HUGE, value)), gradient)
         found = [entry for entry in (finding, rise, explosion) if entry is not None]
         return max(found, key=lambda entry: SEVERITIES.index(entry.severity), default=None)
 

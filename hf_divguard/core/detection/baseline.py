@@ -8,11 +8,20 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["PATIENCE", "RobustBaseline", "SortedWindow", "median"]
+__all__ = [
+    "CERTAIN_NOISES",
+    "EDGE",
+    "HUGE",
+    "LONGEST_WINDOW",
+    "PATIENCE",
+    "RobustBaseline",
+    "SortedWindow",
+    "median",
+]
 
 # Lengths are counted in values. docs/detectors.md gives the source of each number.
 LONGEST_WINDOW = 100
@@ -23,13 +32,15 @@ PATIENCE = 9
 LEVEL_SHARE = 6
 FIRST_VALUES = 3
 EDGE = 0.1
+CERTAIN_NOISES = 4.0
 
 # For values with normal noise of spread 1:
 _MEDIAN_DIFFERENCE = 0.8261  # median of |b - (a + c) / 2|: 0.6745 * sqrt(1.5)
 _MEDIAN_ERROR = 1.2533  # spread of a median of n is this over sqrt(n): sqrt(pi / 2)
 _NORMAL_EDGE = 1.2816  # 0.9 quantile
 
-_HUGE = 1e300
+HUGE: Final = 1e300
+"""Larger numbers are cut to this, so that differences stay finite."""
 
 
 def median(values: Iterable[float]) -> float:
@@ -149,7 +160,7 @@ class RobustBaseline(Stateful):
         if len(self._last) == 2:
             # The distance of a value from the mean of its neighbours: a steady trend adds nothing to it.
             bend = abs(self._last[1] - 0.5 * self._last[0] - 0.5 * value)
-            self._differences.push(min(bend, _HUGE), max(NOISE_WINDOW, size))
+            self._differences.push(min(bend, HUGE), max(NOISE_WINDOW, size))
             self.noise = self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE
         self._last.append(value)
         width = max(3, min(PATIENCE, self.count // LEVEL_SHARE))
@@ -177,7 +188,7 @@ class RobustBaseline(Stateful):
             levels.popleft()
         if len(levels) <= width:
             return
-        self._moves.push(min(max(0.0, level - levels[0]), _HUGE), size)
+        self._moves.push(min(max(0.0, level - levels[0]), HUGE), size)
         move = self._moves.quantile(1.0 - EDGE)
         by_noise = _NORMAL_EDGE * math.sqrt(2.0) * _MEDIAN_ERROR * self.noise / math.sqrt(width)
         self.movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
@@ -211,8 +222,8 @@ class RobustBaseline(Stateful):
 
         Such is the loss of a policy gradient or of a game: its level does not say how good the model is.
         """
-        normal_spread = 2.0 * _NORMAL_EDGE * self.noise_at_best
-        return self.best is None or (self.progress <= normal_spread and abs(self.best) <= normal_spread)
+        noise = CERTAIN_NOISES * self.noise_at_best
+        return self.best is None or (self.progress <= noise and abs(self.best) <= noise)
 
     def reset(self) -> None:
         """Forget everything that was observed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.baseline import HUGE, median
 from hf_divguard.core.findings import Finding, Severity
 from hf_divguard.core.state import Stateful, memory
 
@@ -59,7 +59,7 @@ class EvalRise(Stateful):
             metric_key: Log key of the evaluation loss, for the message.
             severity: Severity of the finding.
         """
-        value = max(-1e300, min(1e300, value))
+        value = max(-HUGE, min(HUGE, value))
         if self._first is None:
             self._first = value
         self._values.append(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import SortedWindow, median
+from hf_divguard.core.detection.baseline import HUGE, PATIENCE, SortedWindow, median
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.state import Stateful, memory
 
@@ -15,8 +15,6 @@ __all__ = ["Gradients"]
 LAST = 5
 LEAST = 3
 EXPLOSION = 100.0
-SEEN_BEFORE = 18
-_HUGE = 1e300
 
 
 @dataclass
@@ -45,12 +43,12 @@ class Gradients(Stateful):
 
     def see(self, norm: float) -> None:
         """Take a finite gradient norm."""
-        self._last.append(min(norm, _HUGE))
+        self._last.append(min(norm, HUGE))
         self._seen += 1
 
     def accept(self, norm: float, size: int) -> None:
         """Let the gradient norm of a loss in the normal range into the baseline; keep ``size`` of them."""
-        self._baseline.push(min(norm, _HUGE), size)
+        self._baseline.push(min(norm, HUGE), size)
 
     def pull(self, count: int = LAST) -> float | None:
         """Return the median of the last norms, ``count`` of 3 to 5, over the baseline; ``None`` if unknown."""
@@ -61,7 +59,7 @@ class Gradients(Stateful):
 
     def is_large(self, norm: float) -> bool:
         """Return whether ``norm`` is 100 times the baseline."""
-        return self._seen >= SEEN_BEFORE and norm >= EXPLOSION * self._baseline.quantile(0.5)
+        return self._seen >= 2 * PATIENCE and norm >= EXPLOSION * self._baseline.quantile(0.5)
 
     def forget_last(self) -> None:
         """Keep the baseline and drop the last norms: for after a rollback."""

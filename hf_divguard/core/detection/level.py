@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hf_divguard.core.detection.baseline import PATIENCE, RobustBaseline, median
+from hf_divguard.core.detection.baseline import CERTAIN_NOISES, HUGE, PATIENCE, RobustBaseline, median
 from hf_divguard.core.detection.cusum import PULL, RiseCusum
 from hf_divguard.core.detection.gradients import Gradients
 from hf_divguard.core.detection.surge import SURGE, Surge
@@ -33,9 +33,7 @@ CLIMB_MOVEMENTS = 5.0
 RECOVERED_FACTOR = 1.5
 SLOW_RISE = 20
 PLATEAU_RATIO = 8
-PLATEAU_NOISES = 4.0
 RESOLUTION = 0.01
-_HUGE = 1e300
 
 
 class _Bounds(NamedTuple):
@@ -176,8 +174,9 @@ class LossLevelMonitor(Stateful):
             CLIMB_MOVEMENTS * level.movement_at_best,
             _spreads(CLIMB_SPREADS * few, progress, level.spread_at_best),
         )
-        # A rise like one that recovered may recover too; losing all that was learnt is always reported.
-        recovered = min(RECOVERED_FACTOR * self._recovered, max(progress, level.reach))
+        # A rise like one that recovered may recover too; losing all that was learnt is reported all the same, except
+        # at the start, where that is little.
+        recovered = min(RECOVERED_FACTOR * self._recovered, level.reach if few > 1.0 else progress)
         jump, climb = max(jump, recovered) / self.sensitivity, max(climb, recovered) / self.sensitivity
         # For a constant so far the scale is known from its size alone.
         scale = max(FULL_SHARE * progress, spread / 2.563) or max(RESOLUTION * size, 1e-300)
@@ -210,7 +209,7 @@ class LossLevelMonitor(Stateful):
             return None
         height, count = rise.late_level() - center, len(rise.values) * bounds.weight
         if count >= 6.0:
-            rise.peak = max(rise.peak, min(height, _HUGE))
+            rise.peak = max(rise.peak, min(height, HUGE))
         if rise.score >= JUMP_SCORE / self.sensitivity:
             is_up = rise.late_level(0.25) - center >= bounds.jump
             if not self._is_open and is_up and not self._is_recovering(rise, center, bounds.jump, bounds):
@@ -249,7 +248,7 @@ class LossLevelMonitor(Stateful):
         if level.count < PLATEAU_RATIO * max(2, first, other) or level.is_policy_like:
             return None
         gained, lost, gap = level.initial - lowest, level.center - lowest, level.lower - second
-        noise = PLATEAU_NOISES * max(level.noise, level.noise_at_best)
+        noise = CERTAIN_NOISES * max(level.noise, level.noise_at_best)
         if gained <= max(noise, JUMP_SHARE * abs(level.initial)) or min(gap, lost) <= noise or gap <= 0.0:
             return None
         return "plateau" if lost >= JUMP_SHARE / self.sensitivity * gained else None

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.baseline import PATIENCE, median
 from hf_divguard.core.detection.detector import check_setting, non_finite_finding
 from hf_divguard.core.findings import Finding, Kind, Severity
 from hf_divguard.core.metrics import greater_is_better as direction_of
@@ -20,7 +20,6 @@ _SAME_IN_A_ROW = 3
 _ZEROS_IN_A_ROW = 5
 _ABRUPT_SHARE = 0.01
 _STEADY_SHARE = 0.1
-_VALUES_BEFORE = 9
 
 
 @dataclass
@@ -81,7 +80,7 @@ class NonFiniteRule(Stateful):
     _same: int = memory(0)
     _zeros: int = memory(0)
     _zeros_since: int | None = memory(None)
-    _before_zero: deque[float] = memory(lambda: deque(maxlen=_VALUES_BEFORE))
+    _before_zero: deque[float] = memory(lambda: deque(maxlen=PATIENCE))
     _largest: float = memory(0.0)
     _reaches_zero: bool = memory(False)
 
@@ -229,11 +228,7 @@ class NonFiniteRule(Stateful):
     def _is_abrupt(self) -> bool:
         """Return whether the values before the zeros were far from zero, and zero was never reached before."""
         before = self._before_zero
-        if (
-            self._reaches_zero
-            or not before
-            or self._zeros < max(_ZEROS_IN_A_ROW, _VALUES_BEFORE - len(before))
-        ):
+        if self._reaches_zero or not before or self._zeros < max(_ZEROS_IN_A_ROW, PATIENCE - len(before)):
             return False
         smallest = min(map(abs, before))
         is_steady = min(before) * max(before) > 0.0 and smallest >= _STEADY_SHARE * median(map(abs, before))

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.baseline import EDGE, PATIENCE, median
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["RecoveryCheck"]
@@ -15,13 +15,6 @@ __all__ = ["RecoveryCheck"]
 # Losses before the target that make the baseline. Enough for a quantile, and few enough that a falling curve
 # has not fallen far over them.
 _BASELINE_VALUES = 50
-# Fewer say nothing about their spread.
-_FEWEST_VALUES = 9
-# Losses at the end of a cool-down whose median is judged: odd, so that the median is one of them, and few, so
-# that a fault which has just passed does not count.
-_JUDGED_VALUES = 9
-# The median of nine values of the baseline lies above this quantile once in some thousand times.
-_UPPER_QUANTILE = 0.9
 # Enough that the baseline of a target far back is still there.
 _MEMORY = 400
 
@@ -32,7 +25,8 @@ class RecoveryCheck(Stateful):
 
     The limit is the 0.9 quantile of the last 50 losses up to the step that was restored. The
     run has recovered when the median of its last 9 losses is not above it; where there are
-    fewer, when the least of them is not, since one or two may be high by chance.
+    fewer, when the least of them is not, since one or two may be high by chance. The median
+    of nine values of the baseline lies above that quantile once in some thousand times.
 
     Example:
         >>> check = RecoveryCheck()
@@ -70,13 +64,13 @@ class RecoveryCheck(Stateful):
 
         NaN if one is not finite, ``None`` if there is none.
         """
-        late = self._since_rollback()[-_JUDGED_VALUES:]
+        late = self._since_rollback()[-PATIENCE:]
         if not late:
             return None
         finite = [loss for _, loss in late if loss is not None]
         if len(finite) < len(late):
             return math.nan
-        return median(finite) if len(finite) == _JUDGED_VALUES else min(finite)
+        return median(finite) if len(finite) == PATIENCE else min(finite)
 
     def has_recovered(self) -> bool:
         """Return whether the last losses are at or below the limit; without a limit, whether they are finite."""
@@ -87,8 +81,7 @@ class RecoveryCheck(Stateful):
         """Return whether the median of 9 losses in a row was above the limit at any time since the rollback."""
         bad = [self._is_bad(loss) for _, loss in self._since_rollback()]
         return any(
-            sum(bad[start : start + _JUDGED_VALUES]) > _JUDGED_VALUES // 2
-            for start in range(len(bad) - _JUDGED_VALUES + 1)
+            sum(bad[start : start + PATIENCE]) > PATIENCE // 2 for start in range(len(bad) - PATIENCE + 1)
         )
 
     def began_well(self) -> bool:
@@ -112,6 +105,6 @@ class RecoveryCheck(Stateful):
 
 def _upper(losses: Sequence[float]) -> float | None:
     baseline = sorted(losses[-_BASELINE_VALUES:])
-    if len(baseline) < _FEWEST_VALUES:
+    if len(baseline) < PATIENCE:
         return None
-    return baseline[min(len(baseline) - 1, int(_UPPER_QUANTILE * len(baseline)))]
+    return baseline[min(len(baseline) - 1, int((1.0 - EDGE) * len(baseline)))]

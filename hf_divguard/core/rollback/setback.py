@@ -6,7 +6,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.baseline import EDGE, median
 from hf_divguard.core.findings import Finding, rise_in_words
 from hf_divguard.core.state import Stateful, memory
 
@@ -58,7 +58,7 @@ class SetbackCheck(Stateful):
         entries = list(self._recent)
         baseline = sorted(value for _, value in entries[:_BASELINE_VALUES])
         late = entries[_BASELINE_VALUES:]
-        center, upper = median(baseline), baseline[int(0.9 * _BASELINE_VALUES)]
+        center, upper = median(baseline), baseline[int((1.0 - EDGE) * _BASELINE_VALUES)]
         progress = median(self._first) - center
         bar = max(upper, center + _SHARE * progress)
         if progress < _LEAST_PROGRESS * (upper - center) or progress <= 0.0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from hf_divguard.core.detection.baseline import LONGEST_WINDOW
 from hf_divguard.core.detection.gradients import Gradients
 from hf_divguard.core.findings import Finding, Kind
 from hf_divguard.core.rollback.policy import RollbackPolicy
@@ -17,8 +18,6 @@ __all__ = ["UNDONE_ONCE", "RollbackTriggers"]
 UNDONE_ONCE: frozenset[Kind] = frozenset({"setback", "grad_explosion"})
 """Kinds of damage that a run may live with: one rollback if that is possible, and never the end of a run."""
 
-# Gradient norms in the baseline: as many as losses in the baseline of the loss.
-_BASELINE_NORMS = 100
 # Steps without a large gradient after which an explosion has passed: as many as show that it began.
 _CALM_NORMS = 5
 
@@ -74,7 +73,7 @@ class RollbackTriggers(Stateful):
         if norm is not None:
             self._gradients.see(norm)
             explosion = self._gradients.judge(step)
-            self._gradients.accept(norm, _BASELINE_NORMS)
+            self._gradients.accept(norm, LONGEST_WINDOW)
             if explosion is not None and self.watches_gradients:
                 found = replace(explosion, severity="error")
         self._damage = found or self._damage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from hf_divguard.core.findings import Finding
 NAN, INF = math.nan, math.inf
 
 
-def findings_of(rows: list[tuple[float, float | None]], *, every: int = 1, **params: Any) -> list[Finding]:
+def findings_of(
+    rows: Sequence[tuple[float, float | None]], *, every: int = 1, **params: Any
+) -> list[Finding]:
     rule = NonFiniteRule(**params)
     found = [rule.observe((i + 1) * every, loss, norm) for i, (loss, norm) in enumerate(rows)]
     return [finding for finding in found if finding is not None]
@@ -54,14 +57,43 @@ def test_a_loss_that_freezes_beside_a_bad_gradient_is_a_mask() -> None:
     assert "frozen at 1.95" in found[-1].message
 
 
-def test_zero_with_a_good_gradient_is_a_loss_like_any_other() -> None:
+def test_zero_from_the_start_is_a_loss_like_any_other() -> None:
     assert findings_of([(0.0, 1.0)] * 30) == []
 
 
 def test_an_abrupt_end_at_zero_is_a_mask_where_no_gradient_is_known() -> None:
-    assert summary(findings_of([(2.0, None), (1.8, None)] + [(0.0, None)] * 9)) == [
-        (7, 2, "nan_filtered", "error")
-    ]
+    falling = [(2.0 - 0.1 * t, None) for t in range(6)]
+    assert summary(findings_of(falling + [(0.0, None)] * 9)) == [(11, 6, "nan_filtered", "error")]
+
+
+@pytest.mark.parametrize("norm", [None, 0.0, 1.0], ids=["absent", "zero", "constant"])
+def test_a_loss_that_dies_at_zero_is_found_whatever_the_gradient_norm(
+    norm: float | None,
+) -> None:
+    found = findings_of([(2.0, 1.0)] * 10 + [(0.0, norm)] * 9)
+    assert [(finding.step, finding.kind) for finding in found] == [(15, "nan_filtered")]
+
+
+def test_fewer_values_before_the_zeros_ask_for_more_zeros() -> None:
+    found = findings_of([(0.03, None)] + [(0.0, None)] * 20)
+    assert [finding.step for finding in found] == [9]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [0.3, 0.0, 0.2, 0.1, 0.0, 0.2, 0.3],
+        [0.04, -0.01, 0.02, -0.03, 0.02, 0.01, -0.02, 0.03],
+        [1.0, 0.7, 0.5, 0.3, 0.04, 0.6, 0.5, 0.4, 0.5],
+    ],
+    ids=["hinge", "policy gradient", "near zero before"],
+)
+def test_a_loss_that_reaches_zero_by_itself_is_not_a_mask(before: list[float]) -> None:
+    assert findings_of([(value, 1.0) for value in before] + [(0.0, 1.0)] * 30) == []
+
+
+def test_a_metric_that_should_rise_is_not_masked_by_zeros() -> None:
+    assert findings_of([(0.9, None)] * 20 + [(0.0, None)] * 20, metric_key="eval_accuracy") == []
 
 
 def test_a_loss_that_is_learnt_down_to_zero_is_not_a_mask() -> None:
