@@ -89,12 +89,13 @@ def test_a_stopped_run_keeps_its_last_good_checkpoint_ends_with_its_weights_and_
     good = str(tmp_path / "out" / "checkpoint-30")
     assert trainer.state.best_model_checkpoint == good
     assert same_weights(weights(trainer.model), notes.at[30])
-    assert [each.step for each in trainer.best_checkpoints(9)] == [30]
-    assert [each.step for each in best_checkpoints(tmp_path / "out")] == [30]
+    last_line = [record for record in our_log.records if record.levelno >= logging.WARNING][-1].getMessage()
+    kept = [30, 20][:limit]
+    assert [each.step for each in trainer.best_checkpoints(9)] == kept
+    assert [each.step for each in best_checkpoints(tmp_path / "out")] == kept
     latest = latest_complete_checkpoint(tmp_path / "out")
     assert latest is not None
     assert latest.step == 30
-    last_line = [record for record in our_log.records if record.levelno >= logging.WARNING][-1].getMessage()
     assert f"The fault began at step {onset}" in last_line
     assert f"--resume_from_checkpoint {good}" in last_line
     assert result.metrics["divguard/onset_step"] == onset
