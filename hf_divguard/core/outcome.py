@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hf_divguard.core.findings import Finding
+from hf_divguard.core.rollback.skipping import SKIPPED
 
 __all__ = ["Action", "RunOutcome", "check_action"]
 
@@ -98,7 +99,7 @@ class RunOutcome:
         finding = self.stopped_by
         if finding is None or finding.kind not in _DAMAGES_WEIGHTS or finding.metric.startswith("eval_"):
             return None
-        return finding
+        return None if SKIPPED in finding.evidence else finding
 
     @property
     def may_save(self) -> bool:

@@ -204,6 +204,21 @@ class DivGuardArgumentsMixin(_Host):
         },
     )
 
+    divguard_skip_nonfinite: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave out the update of a step whose loss or gradient is not finite, wherever a detector is on. The "
+            "data and the learning rate go on. With false such an update goes into the weights."
+        },
+    )
+    divguard_max_skipped_in_a_row: int = field(
+        default=10,
+        metadata={
+            "help": "How many updates in a row divguard_skip_nonfinite may leave out, at least 1; with the next one "
+            "divguard_action is taken."
+        },
+    )
+
     divguard_max_rollbacks: int = field(
         default=3,
         metadata={
@@ -304,6 +319,7 @@ class DivGuardArgumentsMixin(_Host):
             "divguard_checksums",
             "divguard_fsync",
             "divguard_restore_rng",
+            "divguard_skip_nonfinite",
         ):
             _require_bool(name, getattr(self, name))
         self.best_model_greater_is_better = _optional_bool(  # type: ignore[assignment]
@@ -325,6 +341,9 @@ class DivGuardArgumentsMixin(_Host):
         _require_choice("divguard_detector", self.divguard_detector, DetectorName)
         _require_choice("divguard_action", self.divguard_action, Action)
         _require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)
+        _require_whole(
+            "divguard_max_skipped_in_a_row", self.divguard_max_skipped_in_a_row, "updates", at_least=1
+        )
         _require_whole("divguard_max_rollbacks", self.divguard_max_rollbacks, "rollbacks", at_least=1)
         for name in ("cooldown_steps", "rollback_margin_steps", "rewarm_steps", "snapshot_steps"):
             _require_whole(

@@ -111,6 +111,10 @@ class Host(Protocol):
         """Whether a loss scaler is at work: the host's own, or in fp16 that of an engine."""
 
     @property
+    def completes_step(self) -> bool:
+        """Whether the present micro-batch is the last one before the optimizer's step."""
+
+    @property
     def engine_without_rollback(self) -> str | None:
         """Why weights and optimizer cannot be restored inside the loop; ``None`` if they can."""
 
@@ -191,6 +195,10 @@ class TransformersHost:
         return (
             self.scaler is not None or getattr(self._trainer.accelerator, "mixed_precision", "no") == "fp16"
         )
+
+    @property
+    def completes_step(self) -> bool:
+        return bool(self._trainer.accelerator.sync_gradients)
 
     @property
     def engine_without_rollback(self) -> str | None:

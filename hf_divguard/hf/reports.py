@@ -14,6 +14,7 @@ from hf_divguard.storage.events import read_events, write_events
 from hf_divguard.storage.ledger import CheckpointLedger
 
 __all__ = [
+    "EVENTS",
     "STOPPED_BY",
     "RollbackJournal",
     "report_best",
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 STOPPED_BY = "divguard_stopped_by"
 """Name under which the finding that stopped a run is kept among the states of callbacks."""
+
+EVENTS = "divguard_events"
+"""Name under which the events of a run are kept among the states of callbacks."""
 
 # Lines of other trainings, and of stretches that a resume has undone, that stay in the file.
 _OLD_LINES = 1000

@@ -48,6 +48,7 @@ class Rollback:
         ledger: The checkpoints of the run.
         ranks: The processes of the run.
         leads: Whether this rank marks checkpoints on its file system.
+        journal: Gets the events.
         detectors: The detectors, whose memories are rewound too.
         watches_damage: Whether it asks by itself to undo damage that a detector waits on.
         on_rewind: Called with the step after which nothing counts any more.
@@ -64,6 +65,7 @@ class Rollback:
         ledger: CheckpointLedger,
         ranks: Ranks,
         leads: bool,
+        journal: RollbackJournal,
         detectors: dict[str, Any],
         watches_damage: bool,
         on_rewind: Callable[[int], None],
@@ -96,7 +98,7 @@ class Rollback:
         self._triggers = RollbackTriggers(
             self.policy, watches_setbacks=watches_damage, watches_gradients=self.watches_gradients
         )
-        self.journal = RollbackJournal(ledger.run_dir, ledger.run_id, ranks)
+        self.journal = journal
         self.error: TrainingDivergedError | None = None
         self.save_pending = False
         """Whether the state of a rollback is still to be saved in this step."""
@@ -107,7 +109,6 @@ class Rollback:
         """Return incidents, events and the origins of checkpoints saved after rollbacks."""
         return {
             "policy": self.policy.state_dict(),
-            "events": list(self.journal.events),
             "origins": {str(step): origin for step, origin in self._targets.origins.items()},
             "rewarm_since": self.rewarming.since,
             "watch": self._triggers.state_dict(),
@@ -120,14 +121,12 @@ class Rollback:
             ValueError: If it cannot be read.
         """
         self.policy.load_state_dict(state_dict["policy"])
-        self.journal.events = list(state_dict["events"])
         self._targets.origins = {int(step): int(origin) for step, origin in state_dict["origins"].items()}
         self.rewarming.since = state_dict["rewarm_since"]
         self._triggers.load_state_dict(state_dict["watch"])
 
     def begin(self, state: Any) -> None:
         """Start training: bring the journal on disk up to date, mute what has to stay muted."""
-        self.journal.begin(state.global_step)
         has_source = switches.saves_checkpoints(self._host.args) or self._options.divguard_snapshot_steps > 0
         if not has_source and self._ranks.rank == 0:
             logger.warning(
@@ -200,9 +199,6 @@ class Rollback:
             self._act(host_acts, model, tr_loss)
         finally:
             self.save_pending = False
-            # After the save: killed before it, the run resumes from before the rollback, and repeats it.
-            self.journal.write()
-        self.take_snapshot_if_due()
 
     def _act(self, host_acts: Callable[[], None], model: Any, tr_loss: torch.Tensor) -> None:
         """Let the host act. Detectors that work on logs and evaluations find something only then."""

@@ -19,7 +19,9 @@ from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
+    EVENTS,
     STOPPED_BY,
+    RollbackJournal,
     report_best,
     report_end,
     warn_of_stopped_checkpoint,
@@ -27,6 +29,7 @@ from hf_divguard.hf.reports import (
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
+from hf_divguard.hf.skipping import NonFiniteUpdates
 
 __all__ = ["GuardedRun"]
 
@@ -87,7 +90,14 @@ class GuardedRun:
         self.ranks = Ranks(args.process_index, args.world_size)
         self.losses = StepLosses(options.divguard_check_steps, args.world_size)
         stack.callback(self.losses.close)
-        self.callbacks = RunCallbacks(host, stack, self.losses, self._initial_states)
+        has_detector = any(isinstance(each, DivergenceDetector) for each in host.callbacks)
+        self.skipping = NonFiniteUpdates(
+            host,
+            self.ranks,
+            is_wanted=has_detector and options.divguard_skip_nonfinite,
+            max_in_a_row=options.divguard_max_skipped_in_a_row,
+        )
+        self.callbacks = RunCallbacks(host, stack, self.losses, self.skipping, self._initial_states)
         self.running_loss = RunningLoss(host, self.ranks)
         uses_options = options.preserve_best_model or options.eval_on_save
         is_active = (
@@ -97,6 +107,10 @@ class GuardedRun:
             host, options, self.ranks, self._run_dir, self._resumed_from, is_active=bool(is_active)
         )
         self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
+        ledger = self.checkpoints.ledger
+        self.journal = self.skipping.journal = RollbackJournal(ledger.run_dir, ledger.run_id, self.ranks)
+        if self.skipping.is_on:
+            self.losses.subscribe(self.skipping)
         self.rollback = self._make_rollback()
         if self.rollback is not None:
             self.losses.subscribe(self.rollback)
@@ -118,6 +132,7 @@ class GuardedRun:
             ledger=self.checkpoints.ledger,
             ranks=self.ranks,
             leads=self.checkpoints.leads,
+            journal=self.journal,
             detectors=detectors,
             watches_damage=any(each.takes_raw_losses for each in adaptive),
             on_rewind=self._forget_after,
@@ -149,8 +164,12 @@ class GuardedRun:
             self.running_loss.restore(states.get(RUNNING_LOSS))
             if STOPPED_BY in states and self.ranks.rank == 0:
                 warn_of_stopped_checkpoint(resumed_from, states[STOPPED_BY], self.checkpoints.ledger)
+            self.journal.events = list(states.get(EVENTS) or [])
             if self.rollback is not None and ROLLBACK_MEMORY in states:
                 restore_states({ROLLBACK_MEMORY: self.rollback}, states)
+        if self.detectors:
+            self.journal.begin(state.global_step)
+            self.skipping.begin(state.global_step)
         self.checkpoints.point_to_best()
         if self.rollback is not None:
             self.rollback.begin(state)
@@ -174,6 +193,13 @@ class GuardedRun:
 
     # ---- one step
 
+    def end_micro_batch(self, loss: Any) -> None:
+        """After the backward pass of a micro-batch: take its loss."""
+        if self.losses.is_collecting:
+            # A copy: a compiled model may reuse the memory of its output for the next batch.
+            self.losses.micro_batches.append(loss.detach().clone())
+        self.skipping.after_micro_batch(loss)
+
     def end_step(
         self,
         host_acts: Callable[[], None],
@@ -194,12 +220,18 @@ class GuardedRun:
         """
         if self.callbacks.stateful:
             self.running_loss.end_step(tr_loss, self.host.state.global_step)
-        if self.rollback is None:
-            host_acts()
-        else:
-            self.rollback.end_step(
-                host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
-            )
+        try:
+            if self.rollback is None:
+                host_acts()
+            else:
+                self.rollback.end_step(
+                    host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
+                )
+        finally:
+            # After the save: killed before it, the run resumes from before a rollback, and repeats it.
+            self.journal.write()
+        if self.rollback is not None:
+            self.rollback.take_snapshot_if_due()
 
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
@@ -261,6 +293,7 @@ class GuardedRun:
         )
 
     def _states(self, running_loss: dict[str, Any] | None) -> dict[str, Any]:
-        own = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}
+        own: dict[str, Any] = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}
         own |= {RUNNING_LOSS: running_loss, STOPPED_BY: self.outcome.stop_note()}
+        own |= {EVENTS: list(self.journal.events) or None}
         return self.callbacks.collect() | {name: state for name, state in own.items() if state is not None}

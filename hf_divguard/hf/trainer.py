@@ -94,9 +94,8 @@ class DivGuardMixin(_Host):
 
     @property
     def divguard_events(self) -> list[dict[str, Any]]:
-        """The rollbacks of this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
-        rollback = self._run.rollback if self._run is not None else None
-        return list(rollback.journal.events) if rollback is not None else []
+        """What the guards did in this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
+        return list(self._run.journal.events) if self._run is not None else []
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the stock Trainer does, resuming only from complete checkpoints.
@@ -160,9 +159,8 @@ class DivGuardMixin(_Host):
         if run is not None and run.is_training and self.callback_handler.callbacks[-1] is not run.events:
             run.callbacks.put_last(run.events)
         loss = super().training_step(*args, **kwargs)
-        if run is not None and run.losses.is_collecting:
-            # A copy: a compiled model may reuse the memory of its output for the next batch.
-            run.losses.micro_batches.append(loss.detach().clone())
+        if run is not None and run.is_training:
+            run.end_micro_batch(loss)
         return loss
 
     def _get_learning_rate(self) -> float:

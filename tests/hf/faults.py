@@ -179,11 +179,15 @@ def nan_run(
     model: Any = None,
     **options: Any,
 ) -> Any:
-    """Return a quick trainer whose loss is NaN in ``steps`` and that rolls back, on NaN if no detector is given."""
+    """Return a quick trainer whose loss is NaN in ``steps`` and that rolls back, on NaN if no detector is given.
+
+    The NaN reaches the weights, so there is something to roll back.
+    """
     model = model if model is not None else tiny_model(dropout=options.pop("dropout", 0.0))
     detector = detector or NonFiniteDetector(action="rollback")
     callbacks = [NaNBatch(model, steps), detector, *callbacks]
-    return make_trainer(model=model, callbacks=callbacks, **{**QUICK, **options})
+    options = {**QUICK, "divguard_skip_nonfinite": False, **options}
+    return make_trainer(model=model, callbacks=callbacks, **options)
 
 
 def moves(trainer: Any) -> list[tuple[int, int]]:

@@ -225,6 +225,7 @@ def test_a_schedule_by_evaluations_concludes_nothing_from_the_diverged_stretch(
         "metric_for_best_model": "loss",
         "divguard_rollback_lr_factor": 0.5,
         "divguard_check_steps": 20,
+        "divguard_skip_nonfinite": False,
         "logging_steps": 100,
         "save_steps": 5,
         "max_steps": 26,
