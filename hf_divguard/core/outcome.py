@@ -33,6 +33,8 @@ class RunOutcome:
         rollback_request: The finding that asks for a rollback which is still to be done.
         muted_until: Last step in which findings are ignored, after a rollback.
         rolled_back_at: Step of the last rollback; -1 if there was none.
+        is_deferring: Whether kept weights are compared before something is done.
+        deferred: A finding that waits for that, and the action that it calls for.
 
     Example:
         >>> finding = Finding(step=9, onset_step=8, kind="jump", severity="error", metric="loss",
@@ -49,6 +51,18 @@ class RunOutcome:
     rollback_request: Finding | None = None
     muted_until: int = -1
     rolled_back_at: int = -1
+    is_deferring: bool = False
+    deferred: tuple[Finding, Action] | None = None
+
+    def defers(self, finding: Finding, action: Action) -> bool:
+        """Return whether ``action`` waits until kept and present weights were compared; if so, remember it.
+
+        A comparison can say nothing about evaluations, nor about losses that are not finite.
+        """
+        if not self.is_deferring or action == "warn" or not finding.rests_on_finite_loss:
+            return False
+        self.deferred = self.deferred or (finding, action)
+        return True
 
     def report(self, finding: Finding, action: Action) -> None:
         """Take an error finding and the action that it calls for.
@@ -104,7 +118,7 @@ class RunOutcome:
     @property
     def may_save(self) -> bool:
         """Whether a checkpoint may be saved: not after an abort, nor while a rollback is still to be done."""
-        return not self.is_aborted and self.rollback_request is None
+        return not self.is_aborted and self.rollback_request is None and self.deferred is None
 
     def merge(self, outcomes: Sequence[RunOutcome]) -> None:
         """Take over what any of ``outcomes``, one of each rank, says. The reason of an abort goes first."""

@@ -204,6 +204,20 @@ class DivGuardArgumentsMixin(_Host):
         },
     )
 
+    divguard_compare: Literal["auto", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Before divguard_action is taken because of the level of a loss, compare kept with present weights "
+            "on the coming batches. auto: act only if the kept ones do better there; off: go by the curve alone."
+        },
+    )
+    divguard_compare_memory_gb: float = field(
+        default=4.0,
+        metadata={
+            "help": "CPU memory in GB that the kept states may take, above 0. They are three: of trained parameters and "
+            "buffers, and with rollback of the optimizer, which is left out where it does not fit."
+        },
+    )
     divguard_skip_nonfinite: bool = field(
         default=True,
         metadata={
@@ -338,6 +352,7 @@ class DivGuardArgumentsMixin(_Host):
         )
         _require_choice("divguard_save_mode", self.divguard_save_mode, SaveMode)
         _require_choice("divguard_on_save_error", self.divguard_on_save_error, Literal["raise", "continue"])
+        _require_choice("divguard_compare", self.divguard_compare, Literal["auto", "off"])
         _require_choice("divguard_detector", self.divguard_detector, DetectorName)
         _require_choice("divguard_action", self.divguard_action, Action)
         _require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)
@@ -348,6 +363,11 @@ class DivGuardArgumentsMixin(_Host):
         for name in ("cooldown_steps", "rollback_margin_steps", "rewarm_steps", "snapshot_steps"):
             _require_whole(
                 f"divguard_{name}", getattr(self, f"divguard_{name}"), "optimizer steps", at_least=0
+            )
+        memory_gb = self.divguard_compare_memory_gb
+        if not isinstance(memory_gb, (int, float)) or isinstance(memory_gb, bool) or not memory_gb > 0.0:
+            raise ValueError(
+                f"`divguard_compare_memory_gb` must be a number of GB above 0, got {memory_gb!r}."
             )
         factor = self.divguard_rollback_lr_factor
         if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0.0 < factor <= 1.0:

@@ -240,6 +240,9 @@ class DivergenceDetector(TrainerCallback):
             raise ValueError(
                 "`action='rollback'` needs `DivGuardTrainer`; without a trainer use 'stop' or 'abort'."
             )
+        if outcome.defers(finding, action):
+            switches.suspend_save(control)
+            return
         if _is_world_zero(state) and action != "rollback":  # a rollback reports itself when it is done
             logger.warning("%s: %s %s", self._label, finding.message, _CONSEQUENCE[action])
         outcome.report(finding, action)

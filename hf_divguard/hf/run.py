@@ -10,12 +10,14 @@ from typing import Any
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
-from hf_divguard.hf.callbacks import RunCallbacks, read_callback_states, restore_states
+from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
+from hf_divguard.hf.callbacks import RunCallbacks, collect_states, read_callback_states, restore_states
+from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.kept import KeptStates
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
@@ -30,10 +32,14 @@ from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.hf.skipping import NonFiniteUpdates
+from hf_divguard.hf.snapshots import Snapshots
 
 __all__ = ["GuardedRun"]
 
 logger = logging.getLogger(__name__)
+
+COMPARISON_MEMORY = "divguard_comparison"
+"""Name under which the memory of comparisons is kept among the states of callbacks."""
 
 ROLLBACK_MEMORY = "divguard_rollback"
 """Name under which the memory of rollbacks is kept among the states of callbacks."""
@@ -56,6 +62,7 @@ class GuardedRun:
     checkpoints: Checkpoints
     evaluations: Evaluations
     rollback: Rollback | None
+    comparison: Comparison | None
 
     def __init__(
         self,
@@ -111,6 +118,9 @@ class GuardedRun:
         self.journal = self.skipping.journal = RollbackJournal(ledger.run_dir, ledger.run_id, self.ranks)
         if self.skipping.is_on:
             self.losses.subscribe(self.skipping)
+        self.comparison = self._make_comparison()
+        if self.comparison is not None:
+            self.losses.subscribe(self.comparison)
         self.rollback = self._make_rollback()
         if self.rollback is not None:
             self.losses.subscribe(self.rollback)
@@ -119,6 +129,27 @@ class GuardedRun:
         stack.callback(lambda: host.callbacks.remove(self.events))
         self.is_training = True
         stack.callback(lambda: setattr(self, "is_training", False))
+
+    def _make_comparison(self) -> Comparison | None:
+        acting = [each for each in self.detectors.values() if each.action != "warn"]
+        by_level = [each for each in acting if not isinstance(each, NonFiniteDetector)]
+        rolls_back = any(each.action == "rollback" for each in acting)
+        options, is_on = self.options, self.options.divguard_compare == "auto" and bool(by_level)
+        margin = options.divguard_rollback_margin_steps
+        every = options.divguard_snapshot_steps
+        if is_on and every == 0:
+            limit = options.divguard_compare_memory_gb * 1e9
+            self.snapshots: Snapshots = KeptStates(self.ranks, with_optimizer=rolls_back, limit_bytes=limit)
+        else:
+            check = options.divguard_check_steps
+            self.snapshots = Snapshots(every, check_steps=check, margin_steps=margin)
+        if not is_on:
+            return None
+        sensitive = [each for each in by_level if isinstance(each, AdaptiveDivergenceDetector)]
+        action = next((each.action for each in sensitive if each.takes_raw_losses), None)
+        return Comparison(
+            self.host, self.ranks, self.journal, self.snapshots, action=action, margin_steps=margin
+        )
 
     def _make_rollback(self) -> Rollback | None:
         detectors = self.detectors
@@ -133,6 +164,8 @@ class GuardedRun:
             ranks=self.ranks,
             leads=self.checkpoints.leads,
             journal=self.journal,
+            snapshots=self.snapshots,
+            comparison=self.comparison,
             detectors=detectors,
             watches_damage=any(each.takes_raw_losses for each in adaptive),
             on_rewind=self._forget_after,
@@ -167,6 +200,10 @@ class GuardedRun:
             self.journal.events = list(states.get(EVENTS) or [])
             if self.rollback is not None and ROLLBACK_MEMORY in states:
                 restore_states({ROLLBACK_MEMORY: self.rollback}, states)
+            if self.comparison is not None and COMPARISON_MEMORY in states:
+                restore_states({COMPARISON_MEMORY: self.comparison}, states)
+        if self.comparison is not None:
+            self.comparison.begin()
         if self.detectors:
             self.journal.begin(state.global_step)
             self.skipping.begin(state.global_step)
@@ -192,6 +229,14 @@ class GuardedRun:
             report_best(self.checkpoints.ledger, key, greater, self.options.preserve_n_best)
 
     # ---- one step
+
+    def begin_micro_batch(self) -> None:
+        """Before a micro-batch: before the first one of a step, compare weights and roll back if need be."""
+        if self.comparison is None:
+            return
+        self.comparison.begin_step()
+        if self.rollback is not None:
+            self.rollback.begin_step()
 
     def end_micro_batch(self, loss: Any) -> None:
         """After the backward pass of a micro-batch: take its loss."""
@@ -220,6 +265,8 @@ class GuardedRun:
         """
         if self.callbacks.stateful:
             self.running_loss.end_step(tr_loss, self.host.state.global_step)
+        if self.comparison is not None:
+            self._end_compared_step(losses_delivered, save_was_due)
         try:
             if self.rollback is None:
                 host_acts()
@@ -232,6 +279,20 @@ class GuardedRun:
             self.journal.write()
         if self.rollback is not None:
             self.rollback.take_snapshot_if_due()
+        elif self.comparison is not None:
+            step = self.host.state.global_step
+            if self.snapshots.is_due(step) and not self.comparison.suspects:
+                self.snapshots.take(self.host, step, collect_states(self.detectors))
+
+    def _end_compared_step(self, losses_delivered: bool, save_was_due: bool) -> None:
+        comparison, state = self.comparison, self.host.state
+        assert comparison is not None
+        if self.skipping.seen is not None and self.ranks.world_size == 1:
+            comparison.observe(state.global_step, *self.skipping.seen)
+        comparison.end_step(losses_delivered=losses_delivered, save_was_due=save_was_due)
+        is_last = state.global_step >= state.max_steps or self.host.control.should_training_stop
+        if self.rollback is None and is_last:
+            comparison.settle(is_last=True)
 
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
@@ -296,4 +357,5 @@ class GuardedRun:
         own: dict[str, Any] = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}
         own |= {RUNNING_LOSS: running_loss, STOPPED_BY: self.outcome.stop_note()}
         own |= {EVENTS: list(self.journal.events) or None}
+        own |= {COMPARISON_MEMORY: None if self.comparison is None else self.comparison.state_dict()}
         return self.callbacks.collect() | {name: state for name, state in own.items() if state is not None}

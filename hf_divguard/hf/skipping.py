@@ -57,9 +57,11 @@ class NonFiniteUpdates:
         self._in_a_row = 0
         self._loss: torch.Tensor | None = None
         self._flag: torch.Tensor | None = None
-        self._on_host = torch.ones(1, dtype=torch.bool, pin_memory=torch.cuda.is_available())
+        self._on_host = torch.zeros(2, dtype=torch.float32, pin_memory=torch.cuda.is_available())
         # Reading this is reading memory of the host; nothing is asked of a device.
-        self._as_seen = ctypes.c_bool.from_address(self._on_host.data_ptr())
+        self._as_seen = (ctypes.c_float * 2).from_address(self._on_host.data_ptr())
+        self.seen: tuple[float, float] | None = None
+        """Loss and gradient norm of the present step on this rank, where the host sees them without a wait."""
         self.gradient_norm: torch.Tensor | None = None
         """Norm of the gradients of this step before clipping."""
         if is_wanted and not self.is_on and ranks.rank == 0:
@@ -87,9 +89,11 @@ class NonFiniteUpdates:
         flag = torch.isfinite(self._loss if self.gradient_norm is None else self.gradient_norm)
         if self._ranks.world_size == 1 and self.gradient_norm is not None:
             flag = flag & torch.isfinite(self._loss).to(flag.device)
-        self._loss, self._flag = None, flag
         if self._host_sees_the_flag(flag):
-            self._on_host.copy_(flag.reshape(1), non_blocking=flag.is_cuda)
+            norm = self._loss if self.gradient_norm is None else self.gradient_norm
+            both = torch.stack([self._loss.float().reshape(()), norm.float().to(self._loss.device)])
+            self._on_host.copy_(both, non_blocking=both.is_cuda)
+        self._loss, self._flag = None, flag
 
     def _host_sees_the_flag(self, flag: torch.Tensor) -> bool:
         return not flag.is_cuda or bool(self._host.args.logging_nan_inf_filter)
@@ -100,11 +104,12 @@ class NonFiniteUpdates:
         Returns:
             Whether it is known that they were dropped.
         """
-        flag, self._flag = self._flag, None
+        flag, self._flag, self.seen = self._flag, None, None
         if flag is None:
             return False
         if self._host_sees_the_flag(flag):
-            if self._as_seen.value:
+            loss, norm = self.seen = self._as_seen[0], self._as_seen[1]
+            if math.isfinite(norm) and (math.isfinite(loss) or self._ranks.world_size > 1):
                 return False
             for weight in self._host.model.parameters():
                 weight.grad = None

@@ -158,10 +158,20 @@ class DivGuardMixin(_Host):
         run = self._run
         if run is not None and run.is_training and self.callback_handler.callbacks[-1] is not run.events:
             run.callbacks.put_last(run.events)
+        if run is not None and run.is_training:
+            run.begin_micro_batch()
         loss = super().training_step(*args, **kwargs)
         if run is not None and run.is_training:
             run.end_micro_batch(loss)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the micro-batches of the coming step, as the stock Trainer does."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        run = self._run
+        if run is not None and run.is_training and run.comparison is not None and batches:
+            run.comparison.take_batches(batches, num_items)
+        return batches, num_items
 
     def _get_learning_rate(self) -> float:
         # The host asks the schedule, which goes on unseen while the rate rises again after a rollback.

@@ -14,7 +14,7 @@ from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["UNDONE_ONCE", "RollbackTriggers"]
 
-UNDONE_ONCE: frozenset[Kind] = frozenset({"setback", "grad_explosion"})
+UNDONE_ONCE: frozenset[Kind] = frozenset({"setback", "grad_explosion", "damage"})
 """Kinds of damage that a run may live with: one rollback if that is possible, and never the end of a run."""
 
 # Gradient norms in the baseline: as many as losses in the baseline of the loss.

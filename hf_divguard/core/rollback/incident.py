@@ -1,0 +1,186 @@
+"""When to compare kept and present weights, and what the comparisons of one incident add up to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.findings import Cause
+from hf_divguard.core.rollback.comparison import MOST_PAIRS, LossRange, Pair, Verdict, best_step, judge
+from hf_divguard.core.state import Stateful, memory
+
+__all__ = ["Incident", "Ruling"]
+
+# Steps between two looks while new data last.
+_LOOKS_AT_DATA = (3, 5, 10, 20, 40)
+# Steps between two looks after a rollback; a fault that lasts is undone again and again, ever less often.
+_LOOKS_AFTER = (1, 2, 4, 8, 8)
+_GAPS = (1, 1, 1, 1, 2, 2, 4, 4, 8)
+# Data are new and can be learnt where the loss has fallen below this part of the first one.
+_LEARNT = 0.8
+# Losses that make a level, within an incident.
+_LEVEL = 5
+
+Act = Literal["none", "act", "dismiss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What to do after a look.
+
+    Args:
+        act: ``"act"``: roll back or stop; ``"dismiss"``: what the curve asked for is not done;
+            ``"none"``: nothing, as yet.
+        cause: The cause that a finding names.
+        good_step: Step of the kept state that does best.
+        verdict: The comparison.
+    """
+
+    act: Act
+    cause: Cause = "unknown"
+    good_step: int = 0
+    verdict: Verdict | None = None
+
+
+@dataclass
+class Incident(Stateful):
+    """The looks of a run: when the next one is due, and what they have shown so far.
+
+    A step out of the usual range, or a finding of the curve, opens an incident. It is closed
+    when the loss of the present weights is back in its range, or when new data have become
+    the usual ones. After a rollback it stays open for some looks.
+    """
+
+    range: LossRange = memory(LossRange)
+    next_look: int | None = memory(None)
+    cause: Cause | None = memory(None)
+    since: int = memory(0)
+    restores: int = memory(0)
+    last_restore: int = memory(-1)
+    _looks: int = memory(0)
+    _pairs: dict[str, list[tuple[float, float]]] = memory(dict)
+    _losses: deque[float] = memory(lambda: deque(maxlen=_LEVEL))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is being looked into."""
+        return self.next_look is not None
+
+    def observe(self, step: int, loss: float, grad_norm: float | None) -> None:
+        """Take the raw loss and the gradient norm of a step."""
+        is_out = self.range.observe(loss, grad_norm)
+        if loss == loss and abs(loss) != float("inf"):
+            self._losses.append(loss)
+        if not is_out:
+            return
+        if not self.is_open:
+            self._open(step)
+        elif self.last_restore >= 0 and self.next_look is not None:
+            gap = _GAPS[min(self.restores, len(_GAPS)) - 1]
+            self.next_look = min(self.next_look, max(step, self.last_restore + gap))
+
+    def ask(self, step: int) -> None:
+        """Open an incident because of a finding of the curve."""
+        if not self.is_open:
+            self._open(step)
+        self.next_look = step
+
+    def _open(self, step: int) -> None:
+        self.next_look, self.since, self.cause = step, step, None
+        self._looks, self.restores, self.last_restore = 0, 0, -1
+        self._pairs.clear()
+        self._losses.clear()
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether the present state is not to be kept: until two looks after a rollback have found it good."""
+        return self.is_open and not (self.last_restore >= 0 and self._looks >= 3)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to look before the step after ``step``."""
+        return self.next_look is not None and step >= self.next_look
+
+    def close(self) -> None:
+        """Look no more."""
+        self.next_look = None
+        self._pairs.clear()
+
+    def rule(self, step: int, present: Sequence[float], kept: Mapping[int, Sequence[float]]) -> Ruling:
+        """Return what the losses of one look mean.
+
+        Args:
+            step: Present step.
+            present: Loss of each micro-batch with the present weights.
+            kept: The same with kept weights, by their step.
+        """
+        for kept_step, losses in kept.items():
+            pairs = self._pairs.setdefault(str(kept_step), [])
+            pairs += zip(present, losses, strict=True)
+        usual = self.range.usual
+        most = max(len(pairs) for pairs in self._pairs.values())
+        means = {
+            int(name): sum(loss for _, loss in pairs) / len(pairs)
+            for name, pairs in self._pairs.items()
+            if len(pairs) == most
+        }
+        good = best_step(means, usual.spread)
+        if good is None:
+            return self._later(step, "data", Verdict("data"))
+        verdict = judge([Pair(*pair) for pair in self._pairs[str(good)]], usual)
+        if verdict.cause == "weights":
+            self.next_look = step + 1
+            return Ruling("act", self.cause or "weights", good, verdict)
+        if verdict.cause == "data":
+            return self._later(step, "data", verdict)
+        if most < MOST_PAIRS and self.last_restore < 0 and (verdict.is_high or self.cause is None):
+            self.next_look = step + 1
+            return Ruling("none", "unknown", good, verdict)
+        if verdict.is_high:
+            return self._later(step, "unknown", verdict)
+        return self._calm(step, verdict)
+
+    def _later(self, step: int, cause: Cause, verdict: Verdict) -> Ruling:
+        """Look again when the data have had time to change; after the last look they are the usual ones."""
+        if self.last_restore < 0 and cause == "data":
+            self.cause = "data"
+        self._pairs.clear()
+        if self._looks >= len(_LOOKS_AT_DATA) or self._is_learnt():
+            self.take_as_usual()
+        else:
+            self.next_look = step + _LOOKS_AT_DATA[self._looks]
+            self._looks += 1
+        return Ruling("dismiss", cause, 0, verdict)
+
+    def _is_learnt(self) -> bool:
+        """Return whether the loss on the new data has fallen to where only learning brings it."""
+        if self._looks < 2 or len(self._losses) < _LEVEL:
+            return False
+        return median(self._losses) < _LEARNT * self.range.usual.first
+
+    def take_as_usual(self) -> None:
+        """Make the present losses the usual ones."""
+        self.range.accept(list(self._losses))
+        self.close()
+
+    def _calm(self, step: int, verdict: Verdict) -> Ruling:
+        """The loss is in its range: look again after a rollback, else close the incident."""
+        self._pairs.clear()
+        if self.last_restore >= 0 and self._looks < len(_LOOKS_AFTER):
+            self.next_look = step + _LOOKS_AFTER[self._looks]
+            self._looks += 1
+        else:
+            self.close()
+        return Ruling("dismiss", self.cause or "unknown", 0, verdict)
+
+    def has_restored(self, step: int) -> None:
+        """Note a rollback at ``step``, and look whether the fault has passed."""
+        if not self.is_open:
+            self._open(step)
+        self.restores += 1
+        self.last_restore, self._looks = step, 1
+        self._pairs.clear()
+        self._losses.clear()
+        self.next_look = step + max(_LOOKS_AFTER[0], _GAPS[min(self.restores, len(_GAPS)) - 1])
