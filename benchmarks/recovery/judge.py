@@ -99,7 +99,8 @@ def compare(cell: Cell, options: dict[str, Any], cache: Cache, guarded: tuple[st
 def _rolled_back(cell: Cell, outcome: dict[str, Any], stock: dict[str, Any], reference: float) -> Row:
     events = outcome["events"]
     first = cell.bad_steps[0] if cell.bad_steps else 0
-    acted = [event["step"] for event in events if event["step"] is not None]
+    # An event that only names data is no action.
+    acted = [event["step"] for event in events if event["step"] is not None and event["event"] != "data"]
     after = [step for step in acted if step >= first]
     final = outcome["final"]
     return {

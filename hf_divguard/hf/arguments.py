@@ -212,9 +212,9 @@ class DivGuardArgumentsMixin(_Host):
         },
     )
     divguard_compare_memory_gb: float = field(
-        default=4.0,
+        default=5.0,
         metadata={
-            "help": "CPU memory in GB that the kept states may take, above 0. They are three: of trained parameters and "
+            "help": "CPU memory in GB that the kept states may take, above 0. They are four: of trained parameters and "
             "buffers, and with rollback of the optimizer, which is left out where it does not fit."
         },
     )

@@ -14,7 +14,7 @@ import torch
 from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.core.findings import Cause, Finding
 from hf_divguard.core.outcome import Action, RunOutcome
-from hf_divguard.core.rollback.comparison import Budget, Pair
+from hf_divguard.core.rollback.comparison import Budget, Pair, explains
 from hf_divguard.core.rollback.incident import Incident, Ruling
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.control import outcome_of
@@ -195,12 +195,11 @@ class Comparison:
     def _look(self, step: int, is_last: bool) -> Ruling | None:
         """Compare, as far as the budget goes; ``None`` where that is not possible."""
         assert self._coming is not None
-        kept = list(reversed(self._snapshots.all()))
+        kept = self._usable()
         if not kept or not self.incident.range.is_known or self._reason is not None:
             return None
         batches, num_items = self._coming[0][:_MOST_BATCHES], self._coming[1]
-        cost = len(batches) * (1 + len(kept))
-        if not self._budget.take(cost) and not is_last:
+        if not self._budget.take(2 * len(batches)) and not is_last:
             return Ruling("none")
         began = time.perf_counter()
         try:
@@ -215,13 +214,24 @@ class Comparison:
             logger.warning("Kept and present weights are no longer compared in this run: %s.", self._reason)
         return ruling
 
+    def _usable(self) -> list[Any]:
+        """Return the kept states that tell something: from before what the curve has found."""
+        deferred, kept = self._outcome.deferred, self._snapshots.all()
+        onset = deferred[0].onset_step if deferred is not None else self._host.state.global_step + 1
+        return kept if any(state.step < onset for state in kept) else []
+
     def _compare(self, step: int, batches: list[Any], num_items: Any, kept: list[Any]) -> Ruling:
         present = self._losses(batches, num_items, None)
         losses: dict[int, list[float]] = {}
-        for state in kept:
+        for state in reversed(kept):
             losses[state.step] = self._losses(batches, num_items, state.tensors)
-        ruling = self.incident.rule(step, present, losses)
-        if self.incident.cause == "data" and self.incident.is_open:
+            if self.incident.cause == "data" or explains(
+                present, losses[state.step], self.incident.range.usual
+            ):
+                break
+        self._budget.take_anyway((len(losses) - 1) * len(batches))
+        ruling = self.incident.rule(step, present, losses, is_asked=self._outcome.deferred is not None)
+        if ruling.act == "dismiss" and ruling.cause == "data":
             self._between = [*self._between, (batches[:1], num_items)][-_BETWEEN:]
         if ruling.act == "act" and ruling.cause == "data" and self._was_learnt(ruling.good_step):
             self.incident.take_as_usual()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -19,19 +20,19 @@ __all__ = ["KeptStates"]
 logger = logging.getLogger(__name__)
 
 _EVERY = 5
-_KEEP = 3
+_KEEP = 4
 # One state stays that is so old: a fault shows in the loss within some steps.
-_REACH = 20
+_REACH = 60
 # Copies may take so much of the training time; below so many seconds the time of a copy is not worth measuring.
 _SHARE = 0.01
-_WORTH_MEASURING = 0.02
+_WORTH_MEASURING = 0.1
 
 
 class KeptStates(Snapshots):
     """Copies of the last few states, for comparisons, and for rollbacks where the optimizer is kept too.
 
-    Three states of ``w`` bytes of trained parameters and buffers and ``o`` bytes of optimizer
-    state take ``3 (w + o)`` bytes of CPU memory, without the optimizer ``3 w``. Where that is
+    Four states of ``w`` bytes of trained parameters and buffers and ``o`` bytes of optimizer
+    state take ``4 (w + o)`` bytes of CPU memory, without the optimizer ``4 w``. Where that is
     more than the limit the optimizer is left out, and then everything.
 
     Args:
@@ -45,6 +46,7 @@ class KeptStates(Snapshots):
         self._ranks, self._limit_bytes = ranks, limit_bytes
         self._next = 0
         self._last_take: tuple[float, int] | None = None
+        self._durations: deque[float] = deque(maxlen=3)
         self._is_too_large = False
 
     def is_due(self, step: int) -> bool:
@@ -89,6 +91,9 @@ class KeptStates(Snapshots):
         last, self._last_take = self._last_take, (began, step)
         if last is None or step <= last[1]:
             return _EVERY
+        # The least of the last few: a machine that is busy for a moment says nothing.
+        self._durations.append(seconds)
+        seconds = min(self._durations)
         seconds_of_step = (began - last[0]) / (step - last[1])
         wanted = math.ceil(seconds / (_SHARE * seconds_of_step)) if seconds > _WORTH_MEASURING else _EVERY
         return max(_EVERY, *self._ranks.gather(wanted))

@@ -12,7 +12,7 @@ from hf_divguard.core.detection.baseline import median
 from hf_divguard.core.findings import Cause
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["MOST_PAIRS", "Budget", "LossRange", "Pair", "Verdict", "best_step", "judge"]
+__all__ = ["MOST_PAIRS", "Budget", "LossRange", "Pair", "Verdict", "best_step", "explains", "judge"]
 
 # The present weights must be worse by so much of the loss: less heals by itself sooner than a rollback repairs it.
 _MARGIN = 0.1
@@ -27,6 +27,10 @@ _EXPLAINS = 0.6
 _PRIOR_PAIRS = 2
 # Spreads above the usual loss at which data count as new.
 _NEW_SPREADS = 4.0
+# Spreads above the usual loss at which the present loss counts as high.
+_HIGH_SPREADS = 3.0
+# Standard errors from which a difference deserves another look.
+_UNEASY_ERRORS = 1.5
 MOST_PAIRS = 12
 """Pairs after which a difference that is still not clear is taken for none."""
 
@@ -52,11 +56,13 @@ class Verdict:
         cause: ``"weights"``: the kept weights do better on what comes now; ``"data"``: they do
             not, and the loss is high with them too; ``"unknown"``: neither is clear.
         is_high: Whether the loss of the present weights is above its usual range at all.
+        is_uneasy: Whether the kept weights seem to do better, but not yet for certain.
         numbers: What it was decided from, by name.
     """
 
     cause: Cause
     is_high: bool = True
+    is_uneasy: bool = False
     numbers: dict[str, float | int] = field(default_factory=dict)
 
 
@@ -75,7 +81,7 @@ class Usual:
     first: float
 
 
-def judge(pairs: Sequence[Pair], usual: Usual) -> Verdict:
+def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
     """Return the cause of a high loss.
 
     The kept weights must be better by a margin, by far more than the noise of the pairs, and
@@ -86,6 +92,7 @@ def judge(pairs: Sequence[Pair], usual: Usual) -> Verdict:
     Args:
         pairs: Losses of micro-batches; at least one.
         usual: The loss before the incident.
+        wobble: Difference between healthy states on the same batch, as it was seen before.
 
     Example:
         >>> usual = Usual(level=1.6, spread=0.1, first=3.0)
@@ -97,12 +104,13 @@ def judge(pairs: Sequence[Pair], usual: Usual) -> Verdict:
         return Verdict("data")
     kept = sum(pair.kept for pair in finite) / len(finite)
     if not all(math.isfinite(pair.present) for pair in finite):
-        return Verdict("weights", True, {"kept_loss": kept, "usual_loss": usual.level})
+        return Verdict("weights", numbers={"kept_loss": kept, "usual_loss": usual.level})
     present = sum(pair.present for pair in finite) / len(finite)
     differences = [pair.present - pair.kept for pair in finite]
     gain = present - kept
-    noise = _noise(differences, usual.spread)
-    errors = gain * math.sqrt(len(finite)) / noise if noise > 0.0 else math.copysign(math.inf, gain)
+    # The states differ by their wobble on every batch: more pairs do not lessen it.
+    error = math.hypot(_noise(differences, usual.spread) / math.sqrt(len(finite)), 0.5 * wobble)
+    errors = gain / error if error > 0.0 else math.copysign(math.inf, gain)
     rise, margin = present - usual.level, _MARGIN * abs(kept) + _MARGIN_OF_FIRST * abs(usual.first)
     numbers: dict[str, float | int] = {
         "present_loss": present,
@@ -111,12 +119,12 @@ def judge(pairs: Sequence[Pair], usual: Usual) -> Verdict:
         "standard_errors": min(errors, 1e6),
         "pairs": len(finite),
     }
-    is_high = rise > _NEW_SPREADS * usual.spread + margin
+    is_high = rise > max(margin, _HIGH_SPREADS * usual.spread / math.sqrt(len(finite)))
     if gain > margin and errors > _ERRORS and gain >= _EXPLAINS * rise:
-        return Verdict("weights", is_high, numbers)
+        return Verdict("weights", is_high, True, numbers)
     if is_high and kept - usual.level > max(_NEW_SPREADS * usual.spread, (1.0 - _EXPLAINS) * rise):
-        return Verdict("data", True, numbers)
-    return Verdict("unknown", is_high, numbers)
+        return Verdict("data", numbers=numbers)
+    return Verdict("unknown", is_high, gain > margin and errors > _UNEASY_ERRORS, numbers)
 
 
 def _noise(differences: Sequence[float], prior: float) -> float:
@@ -124,6 +132,13 @@ def _noise(differences: Sequence[float], prior: float) -> float:
     mean = sum(differences) / len(differences)
     squares = sum((each - mean) ** 2 for each in differences) + _PRIOR_PAIRS * prior**2
     return math.sqrt(squares / (len(differences) - 1 + _PRIOR_PAIRS))
+
+
+def explains(present: Sequence[float], kept: Sequence[float], usual: Usual) -> bool:
+    """Return whether there is no need to look at older states: this one does as well as can be expected."""
+    now, then = sum(present) / len(present), sum(kept) / len(kept)
+    is_usual = now - usual.level <= _HIGH_SPREADS * usual.spread
+    return is_usual or then <= usual.level + usual.spread or now - then >= 0.75 * (now - usual.level)
 
 
 def best_step(losses: dict[int, float], spread: float) -> int | None:
@@ -198,8 +213,14 @@ class LossRange(Stateful):
         steps = [abs(later - sooner) for sooner, later in itertools.pairwise(losses)]
         return 1.05 * median(steps) if steps else 0.0
 
-    def observe(self, loss: float, grad_norm: float | None) -> bool:
-        """Take a step; return whether it calls for a look."""
+    def observe(self, loss: float, grad_norm: float | None, *, learns: bool = True) -> bool:
+        """Take a step; return whether it calls for a look.
+
+        Args:
+            loss: Its loss.
+            grad_norm: Its gradient norm, or ``None``.
+            learns: Whether it may enter the range.
+        """
         if not math.isfinite(loss):
             return True
         self._was_negative |= loss < 0.0
@@ -212,7 +233,7 @@ class LossRange(Stateful):
             width = max(usual.spread, 0.01 * abs(usual.level))
             self._above = self._above + 1 if loss > usual.level + _TRIGGER_TWICE * width else 0
             is_out = loss > usual.level + _TRIGGER_ONCE * width or self._above >= 2
-        if not is_out:
+        if not is_out and learns:
             self._losses.append(loss)
         return self._norm_is_large(grad_norm) or is_out
 
@@ -223,6 +244,10 @@ class LossRange(Stateful):
         if not is_large:
             self._norms.append(norm)
         return is_large
+
+    def extend(self, losses: Sequence[float]) -> None:
+        """Take losses into the range that were out of it and have proved harmless."""
+        self._losses.extend(losses)
 
     def accept(self, losses: Sequence[float]) -> None:
         """Make what the data give now the usual range."""
@@ -268,3 +293,7 @@ class Budget(Stateful):
             return False
         self._spent += passes
         return True
+
+    def take_anyway(self, passes: int) -> None:
+        """Note passes that were taken beyond what was asked for."""
+        self._spent += passes

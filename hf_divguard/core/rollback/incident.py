@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ _GAPS = (1, 1, 1, 1, 2, 2, 4, 4, 8)
 _LEARNT = 0.8
 # Losses that make a level, within an incident.
 _LEVEL = 5
+# Differences of healthy states, from which the noise of a difference is known.
+_HARMLESS = 24
+# Losses out of the range that enter it once they have proved harmless.
+_MOST_LEFT_OUT = 30
 
 Act = Literal["none", "act", "dismiss"]
 
@@ -63,6 +68,8 @@ class Incident(Stateful):
     _looks: int = memory(0)
     _pairs: dict[str, list[tuple[float, float]]] = memory(dict)
     _losses: deque[float] = memory(lambda: deque(maxlen=_LEVEL))
+    _left_out: list[float] = memory(list)
+    _harmless: deque[float] = memory(lambda: deque(maxlen=_HARMLESS))
 
     @property
     def is_open(self) -> bool:
@@ -71,11 +78,13 @@ class Incident(Stateful):
 
     def observe(self, step: int, loss: float, grad_norm: float | None) -> None:
         """Take the raw loss and the gradient norm of a step."""
-        is_out = self.range.observe(loss, grad_norm)
-        if loss == loss and abs(loss) != float("inf"):
+        is_out = self.range.observe(loss, grad_norm, learns=not self.is_suspicious)
+        if math.isfinite(loss):
             self._losses.append(loss)
         if not is_out:
             return
+        if math.isfinite(loss) and len(self._left_out) < _MOST_LEFT_OUT:
+            self._left_out.append(loss)
         if not self.is_open:
             self._open(step)
         elif self.last_restore >= 0 and self.next_look is not None:
@@ -93,6 +102,7 @@ class Incident(Stateful):
         self._looks, self.restores, self.last_restore = 0, 0, -1
         self._pairs.clear()
         self._losses.clear()
+        self._left_out.clear()
 
     @property
     def is_suspicious(self) -> bool:
@@ -108,13 +118,16 @@ class Incident(Stateful):
         self.next_look = None
         self._pairs.clear()
 
-    def rule(self, step: int, present: Sequence[float], kept: Mapping[int, Sequence[float]]) -> Ruling:
+    def rule(
+        self, step: int, present: Sequence[float], kept: Mapping[int, Sequence[float]], *, is_asked: bool
+    ) -> Ruling:
         """Return what the losses of one look mean.
 
         Args:
             step: Present step.
             present: Loss of each micro-batch with the present weights.
             kept: The same with kept weights, by their step.
+            is_asked: Whether a finding of the curve waits for it.
         """
         for kept_step, losses in kept.items():
             pairs = self._pairs.setdefault(str(kept_step), [])
@@ -129,23 +142,37 @@ class Incident(Stateful):
         good = best_step(means, usual.spread)
         if good is None:
             return self._later(step, "data", Verdict("data"))
-        verdict = judge([Pair(*pair) for pair in self._pairs[str(good)]], usual)
-        if verdict.cause == "weights":
+        pairs = [Pair(*pair) for pair in self._pairs[str(good)]]
+        verdict = judge(pairs, usual, self._noise())
+        if verdict.cause != "weights":  # damage that grows looks like noise beside the earlier pairs
+            newest = judge(pairs[-len(present) :], usual, self._noise())
+            verdict = newest if newest.cause == "weights" else verdict
+        if verdict.cause == "weights" and (verdict.is_high or self.cause is not None or is_asked):
             self.next_look = step + 1
             return Ruling("act", self.cause or "weights", good, verdict)
         if verdict.cause == "data":
             return self._later(step, "data", verdict)
-        if most < MOST_PAIRS and self.last_restore < 0 and (verdict.is_high or self.cause is None):
+        if most < MOST_PAIRS and (
+            verdict.is_uneasy or (self.last_restore < 0 and (verdict.is_high or is_asked))
+        ):
             self.next_look = step + 1
             return Ruling("none", "unknown", good, verdict)
         if verdict.is_high:
             return self._later(step, "unknown", verdict)
         return self._calm(step, verdict)
 
+    def _noise(self) -> float:
+        """Return the noise of a difference between healthy states, as far as it is known."""
+        squares = [each * each for each in self._harmless if math.isfinite(each)]
+        return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+
     def _later(self, step: int, cause: Cause, verdict: Verdict) -> Ruling:
         """Look again when the data have had time to change; after the last look they are the usual ones."""
-        if self.last_restore < 0 and cause == "data":
-            self.cause = "data"
+        if cause == "data" and self.cause is None:
+            # Close to a fault of the weights it is an incident of its own.
+            self.cause, self.since = "data", step if self.last_restore >= 0 else self.since
+            self._looks, self.restores, self.last_restore = 0, 0, -1
+        self._left_out.clear()
         self._pairs.clear()
         if self._looks >= len(_LOOKS_AT_DATA) or self._is_learnt():
             self.take_as_usual()
@@ -167,6 +194,12 @@ class Incident(Stateful):
 
     def _calm(self, step: int, verdict: Verdict) -> Ruling:
         """The loss is in its range: look again after a rollback, else close the incident."""
+        if self.last_restore < 0 and self.cause is None:
+            for pairs in self._pairs.values():
+                # The present weights may be better by all that was learnt since: that is no noise.
+                self._harmless += [max(0.0, now - then) for now, then in pairs]
+            self.range.extend(self._left_out)
+        self._left_out.clear()
         self._pairs.clear()
         if self.last_restore >= 0 and self._looks < len(_LOOKS_AFTER):
             self.next_look = step + _LOOKS_AFTER[self._looks]
@@ -180,7 +213,8 @@ class Incident(Stateful):
         if not self.is_open:
             self._open(step)
         self.restores += 1
-        self.last_restore, self._looks = step, 1
+        self.last_restore, self._looks, self.cause = step, 1, None
         self._pairs.clear()
         self._losses.clear()
+        self._left_out.clear()
         self.next_look = step + max(_LOOKS_AFTER[0], _GAPS[min(self.restores, len(_GAPS)) - 1])
