@@ -167,6 +167,9 @@ class Comparison:
         if deferred is not None and self._ignores_level:
             self._dismiss(deferred[0], "the level of this loss does not measure progress")
             return
+        if deferred is not None and self.incident.is_about_new_data(deferred[0].onset_step):
+            self._dismiss(deferred[0], "the data have changed there, and are the usual ones by now")
+            return
         if deferred is not None:
             self.incident.ask(step)
         if not self.incident.is_open or not (is_last or self.incident.is_due(step)):
@@ -176,7 +179,7 @@ class Comparison:
             self._without_comparison()
         elif ruling.act == "act":
             self._act(ruling, step, is_last)
-        elif ruling.act == "dismiss":
+        elif ruling.act == "dismiss" or is_last:
             self._note_data(ruling, step)
             if deferred is not None:
                 self._dismiss(deferred[0], _why(ruling))
@@ -216,7 +219,9 @@ class Comparison:
 
     def _usable(self) -> list[Any]:
         """Return the kept states that tell something: from before what the curve has found."""
-        deferred, kept = self._outcome.deferred, self._snapshots.all()
+        # What was kept before the data changed for good knows other data.
+        deferred, since = self._outcome.deferred, self.incident.new_data_until
+        kept = [state for state in self._snapshots.all() if state.step > since]
         onset = deferred[0].onset_step if deferred is not None else self._host.state.global_step + 1
         return kept if any(state.step < onset for state in kept) else []
 
@@ -234,7 +239,7 @@ class Comparison:
         if ruling.act == "dismiss" and ruling.cause == "data":
             self._between = [*self._between, (batches[:1], num_items)][-_BETWEEN:]
         if ruling.act == "act" and ruling.cause == "data" and self._was_learnt(ruling.good_step):
-            self.incident.take_as_usual()
+            self.incident.take_as_usual(step)
             return Ruling("dismiss", "data", 0, ruling.verdict)
         return ruling
 

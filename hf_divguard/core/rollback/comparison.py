@@ -185,11 +185,12 @@ class LossRange(Stateful):
     _norms: deque[float] = memory(lambda: deque(maxlen=_WINDOW))
     _above: int = memory(0)
     _was_negative: bool = memory(False)
+    _was_known: bool = memory(False)
 
     @property
     def is_known(self) -> bool:
         """Whether there were enough losses to know the range."""
-        return len(self._losses) >= _FEWEST
+        return self._was_known or len(self._losses) >= _FEWEST
 
     @property
     def is_objective(self) -> bool:
@@ -251,8 +252,10 @@ class LossRange(Stateful):
 
     def accept(self, losses: Sequence[float]) -> None:
         """Make what the data give now the usual range."""
-        self._losses.clear()
-        self._losses.extend(losses)
+        if len(losses) >= 2:
+            self._was_known = self.is_known
+            self._losses.clear()
+            self._losses.extend(losses)
         self._above = 0
 
 

@@ -24,6 +24,8 @@ _GAPS = (1, 1, 1, 1, 2, 2, 4, 4, 8)
 _LEARNT = 0.8
 # Losses that make a level, within an incident.
 _LEVEL = 5
+# Pairs after which a high loss, that the kept weights do not have less of, is no damage.
+_FEW_PAIRS = 3
 # Differences of healthy states, from which the noise of a difference is known.
 _HARMLESS = 24
 # Losses out of the range that enter it once they have proved harmless.
@@ -61,15 +63,19 @@ class Incident(Stateful):
 
     range: LossRange = memory(LossRange)
     next_look: int | None = memory(None)
-    cause: Cause | None = memory(None)
+    cause: str | None = memory(None)
     since: int = memory(0)
     restores: int = memory(0)
     last_restore: int = memory(-1)
     _looks: int = memory(0)
-    _pairs: dict[str, list[tuple[float, float]]] = memory(dict)
+    _new_data: tuple[int, int] | None = memory(None)
     _losses: deque[float] = memory(lambda: deque(maxlen=_LEVEL))
     _left_out: list[float] = memory(list)
     _harmless: deque[float] = memory(lambda: deque(maxlen=_HARMLESS))
+
+    def __post_init__(self) -> None:
+        # Not part of the memory: kept states are in no checkpoint either.
+        self._pairs: dict[int, list[tuple[float, float]]] = {}
 
     @property
     def is_open(self) -> bool:
@@ -130,31 +136,30 @@ class Incident(Stateful):
             is_asked: Whether a finding of the curve waits for it.
         """
         for kept_step, losses in kept.items():
-            pairs = self._pairs.setdefault(str(kept_step), [])
-            pairs += zip(present, losses, strict=True)
+            pairs = self._pairs.setdefault(kept_step, [])
+            pairs.extend(zip(present, losses, strict=True))
         usual = self.range.usual
         most = max(len(pairs) for pairs in self._pairs.values())
         means = {
-            int(name): sum(loss for _, loss in pairs) / len(pairs)
-            for name, pairs in self._pairs.items()
+            kept_step: sum(loss for _, loss in pairs) / len(pairs)
+            for kept_step, pairs in self._pairs.items()
             if len(pairs) == most
         }
         good = best_step(means, usual.spread)
         if good is None:
             return self._later(step, "data", Verdict("data"))
-        pairs = [Pair(*pair) for pair in self._pairs[str(good)]]
-        verdict = judge(pairs, usual, self._noise())
+        compared = [Pair(*pair) for pair in self._pairs[good]]
+        verdict = judge(compared, usual, self._noise())
         if verdict.cause != "weights":  # damage that grows looks like noise beside the earlier pairs
-            newest = judge(pairs[-len(present) :], usual, self._noise())
+            newest = judge(compared[-len(present) :], usual, self._noise())
             verdict = newest if newest.cause == "weights" else verdict
         if verdict.cause == "weights" and (verdict.is_high or self.cause is not None or is_asked):
             self.next_look = step + 1
-            return Ruling("act", self.cause or "weights", good, verdict)
+            return Ruling("act", "data" if self.cause == "data" else "weights", good, verdict)
         if verdict.cause == "data":
             return self._later(step, "data", verdict)
-        if most < MOST_PAIRS and (
-            verdict.is_uneasy or (self.last_restore < 0 and (verdict.is_high or is_asked))
-        ):
+        is_high = verdict.is_high and self.last_restore < 0
+        if most < (MOST_PAIRS if verdict.is_uneasy else _FEW_PAIRS if is_high else 0):
             self.next_look = step + 1
             return Ruling("none", "unknown", good, verdict)
         if verdict.is_high:
@@ -175,7 +180,7 @@ class Incident(Stateful):
         self._left_out.clear()
         self._pairs.clear()
         if self._looks >= len(_LOOKS_AT_DATA) or self._is_learnt():
-            self.take_as_usual()
+            self.take_as_usual(step)
         else:
             self.next_look = step + _LOOKS_AT_DATA[self._looks]
             self._looks += 1
@@ -187,9 +192,10 @@ class Incident(Stateful):
             return False
         return median(self._losses) < _LEARNT * self.range.usual.first
 
-    def take_as_usual(self) -> None:
+    def take_as_usual(self, step: int) -> None:
         """Make the present losses the usual ones."""
         self.range.accept(list(self._losses))
+        self._new_data = (self.since, step)
         self.close()
 
     def _calm(self, step: int, verdict: Verdict) -> Ruling:
@@ -206,7 +212,18 @@ class Incident(Stateful):
             self._looks += 1
         else:
             self.close()
-        return Ruling("dismiss", self.cause or "unknown", 0, verdict)
+        return Ruling("dismiss", "data" if self.cause == "data" else "unknown", 0, verdict)
+
+    @property
+    def new_data_until(self) -> int:
+        """Step at which new data have last become the usual ones; -1 if none have."""
+        return -1 if self._new_data is None else self._new_data[1]
+
+    def is_about_new_data(self, onset_step: int) -> bool:
+        """Return whether what the curve places at ``onset_step`` are data that have become the usual ones."""
+        if self._new_data is None:
+            return False
+        return self._new_data[0] - _LEVEL <= onset_step <= self._new_data[1]
 
     def has_restored(self, step: int) -> None:
         """Note a rollback at ``step``, and look whether the fault has passed."""
