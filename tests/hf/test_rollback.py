@@ -291,6 +291,7 @@ def test_the_next_log_holds_no_loss_of_the_diverged_stretch(make_trainer: MakeTr
         callbacks=[HighRate(range(31, 36))],
         divguard_detector="adaptive",
         divguard_action="rollback",
+        divguard_compare="off",
         logging_steps=20,
         max_steps=80,
         save_steps=10,
@@ -366,6 +367,7 @@ def test_nothing_of_the_diverged_stretch_is_saved_as_good_or_becomes_best(
         compute_metrics=None,
         divguard_detector="adaptive",
         divguard_action="rollback",
+        divguard_compare="off",
         preserve_best_model=True,
         eval_on_save=True,
         max_steps=80,
@@ -560,7 +562,7 @@ def test_damage_that_cannot_be_undone_is_lived_with(
     make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
 ) -> None:
     """No checkpoint is old enough; a run that may go on well is not given up for it."""
-    trainer = exploding_run(make_trainer, save_steps=60)
+    trainer = exploding_run(make_trainer, save_steps=60, divguard_compare="off")
     trainer.train()
     assert trainer.state.global_step == 80
     assert trainer.divguard_events == []

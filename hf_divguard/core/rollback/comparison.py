@@ -27,6 +27,8 @@ _EXPLAINS = 0.6
 _PRIOR_PAIRS = 2
 # Spreads above the usual loss at which data count as new.
 _NEW_SPREADS = 4.0
+# ... and the part of the usual loss: single batches are a little harder than others.
+_NEW_SHARE = 0.25
 # Spreads above the usual loss at which the present loss counts as high.
 _HIGH_SPREADS = 3.0
 # Standard errors from which a difference deserves another look.
@@ -122,7 +124,8 @@ def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
     is_high = rise > max(margin, _HIGH_SPREADS * usual.spread / math.sqrt(len(finite)))
     if gain > margin and errors > _ERRORS and gain >= _EXPLAINS * rise:
         return Verdict("weights", is_high, True, numbers)
-    if is_high and kept - usual.level > max(_NEW_SPREADS * usual.spread, (1.0 - _EXPLAINS) * rise):
+    new = max(_NEW_SPREADS * usual.spread, _NEW_SHARE * abs(usual.level), (1.0 - _EXPLAINS) * rise)
+    if is_high and kept - usual.level > new:
         return Verdict("data", numbers=numbers)
     return Verdict("unknown", is_high, gain > margin and errors > _UNEASY_ERRORS, numbers)
 
