@@ -15,9 +15,6 @@ from benchmarks.recovery.runs import GUARDED, run
 Job = tuple[str, Cell, str, dict[str, Any]]
 Row = dict[str, Any]
 
-ACTS = ("rollback", "skip", "gave_up", "stop", "abort")
-"""Words in the names of events that change a run; all others are warnings, which leave it as it is."""
-
 WORSE = 1.01
 """A guarded run whose loss is above this times the unguarded one's was harmed by the guard."""
 
@@ -102,7 +99,8 @@ def compare(cell: Cell, options: dict[str, Any], cache: Cache, guarded: tuple[st
 def _rolled_back(cell: Cell, outcome: dict[str, Any], stock: dict[str, Any], reference: float) -> Row:
     events = outcome["events"]
     first = cell.bad_steps[0] if cell.bad_steps else 0
-    acted = [event["step"] for event in events if any(word in str(event["event"]) for word in ACTS)]
+    # An event that only names data is no action.
+    acted = [event["step"] for event in events if event["step"] is not None and event["event"] != "data"]
     after = [step for step in acted if step >= first]
     final = outcome["final"]
     return {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["SEVERITIES", "Finding", "Kind", "Severity", "json_number", "rise_in_words"]
+__all__ = ["SEVERITIES", "Cause", "Finding", "Kind", "Severity", "json_number", "rise_in_words"]
 
 Severity = Literal["note", "warning", "error"]
 """``note`` is only recorded, ``warning`` is logged, ``error`` is acted on."""
@@ -27,12 +27,18 @@ Kind = Literal[
     "plateau",
     "eval_climb",
     "grad_explosion",
+    # of weights that are worse than kept ones
+    "damage",
     # of a run that can be rolled back
     "setback",
     "not_recovered",
     "rollback_repeated",
 ]
 """What a finding can be about. ``docs/detectors.md`` and ``docs/rollback.md`` describe each kind."""
+
+
+Cause = Literal["weights", "data", "unknown"]
+"""Where a high loss comes from: ``docs/comparison.md``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ class Finding:
             the finding has no bound (a non-finite value).
         message: One sentence for a person, made from the numbers above.
         evidence: Further numbers behind the decision, by name.
+        cause: Whether the weights are damaged or the data have changed; ``None`` where that
+            was not looked into.
 
     Example:
         >>> finding = Finding(step=120, onset_step=118, kind="jump", severity="error",
@@ -72,9 +80,16 @@ class Finding:
     limit: float | None
     message: str
     evidence: Mapping[str, float | int | str] = field(default_factory=dict)
+    cause: Cause | None = None
 
     def __str__(self) -> str:
         return self.message
+
+    @property
+    def rests_on_finite_loss(self) -> bool:
+        """Whether a comparison of losses can say anything about it."""
+        is_finite = math.isfinite(self.value) and self.kind not in ("non_finite", "nan_filtered")
+        return self.metric == "loss" and is_finite
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as strict JSON values: NaN and infinities become strings."""
@@ -87,6 +102,7 @@ class Finding:
             "value": json_number(self.value),
             "limit": None if self.limit is None else json_number(self.limit),
             "message": self.message,
+            "cause": self.cause,
             "evidence": {
                 key: json_number(entry) if isinstance(entry, float) else entry
                 for key, entry in self.evidence.items()

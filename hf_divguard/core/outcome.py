@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hf_divguard.core.findings import Finding
+from hf_divguard.core.rollback.skipping import SKIPPED
 
 __all__ = ["Action", "RunOutcome", "check_action"]
 
@@ -34,6 +35,8 @@ class RunOutcome:
         rolled_back_at: Step of the last rollback; -1 if there was none.
         conditions: The error findings whose condition lasts, by the detector that made them.
         reports: What was reported and is not in the journal yet.
+        is_deferring: Whether kept weights are compared before something is done.
+        deferred: A finding that waits for that, and the action that it calls for.
 
     Example:
         >>> finding = Finding(step=9, onset_step=8, kind="jump", severity="error", metric="loss",
@@ -52,6 +55,18 @@ class RunOutcome:
     rolled_back_at: int = -1
     conditions: dict[str, Finding] = field(default_factory=dict)
     reports: list[tuple[Finding, Action]] = field(default_factory=list)
+    is_deferring: bool = False
+    deferred: tuple[Finding, Action] | None = None
+
+    def defers(self, finding: Finding, action: Action) -> bool:
+        """Return whether ``action`` waits until kept and present weights were compared; if so, remember it.
+
+        A comparison can say nothing about evaluations, nor about losses that are not finite.
+        """
+        if not self.is_deferring or action == "warn" or not finding.rests_on_finite_loss:
+            return False
+        self.deferred = self.deferred or (finding, action)
+        return True
 
     def report(self, finding: Finding, action: Action) -> None:
         """Take an error finding and the action that it calls for.
@@ -65,6 +80,7 @@ class RunOutcome:
             self.finding = finding
             self.stop_reason = f"{action}: {finding.message}"
             self.is_aborted |= action == "abort"
+            self.open_condition("stop", finding)
 
     def request_rollback(self, finding: Finding) -> None:
         """Ask for a rollback at the end of the step; the first request of a step is kept."""
@@ -120,12 +136,12 @@ class RunOutcome:
         finding = self.stopped_by
         if finding is None or finding.kind not in _DAMAGES_WEIGHTS or finding.metric.startswith("eval_"):
             return None
-        return finding
+        return None if SKIPPED in finding.evidence else finding
 
     @property
     def may_save(self) -> bool:
         """Whether a checkpoint may be saved: not after an abort, nor while a rollback is still to be done."""
-        return not self.is_aborted and self.rollback_request is None
+        return not self.is_aborted and self.rollback_request is None and self.deferred is None
 
     def merge(self, outcomes: Sequence[RunOutcome]) -> None:
         """Take over what any of ``outcomes``, one of each rank, says. The reason of an abort goes first."""

@@ -7,12 +7,15 @@ import logging
 from typing import Any
 
 from hf_divguard.core.detection.adaptive import AdaptiveRule
+from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.core.detection.nonfinite import NonFiniteRule
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.metrics import evaluation_loss_key
+from hf_divguard.core.rollback.skipping import SKIPPED, SkippedUpdates
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.resume_conditions import changed_conditions, conditions_of
+from hf_divguard.hf.skipping import NonFiniteUpdates
 from hf_divguard.hf.watched_key import is_world_zero
 
 __all__ = ["AdaptiveDivergenceDetector", "NonFiniteDetector", "RawLossDetector"]
@@ -44,31 +47,38 @@ class RawLossDetector(DivergenceDetector):
         name: str | None = None,
     ) -> None:
         self.takes_raw_losses = False
+        self._skipping: NonFiniteUpdates | None = None
+        self._skipped = SkippedUpdates()
         self._scaler_patience = rule.scaler_patience
         self._tells_sets_apart = "metric_key" in inspect.signature(rule.observe_eval).parameters
         self._conditions: dict[str, Any] | None = None
         super().__init__(rule, action=action, metric_key=metric_key, name=name)
 
-    def use_raw_losses(self, *, has_loss_scaler: bool) -> None:
+    def use_raw_losses(self, *, has_loss_scaler: bool, skipping: NonFiniteUpdates | None = None) -> None:
         """Take losses from the trainer instead of from logs.
 
         Args:
             has_loss_scaler: Whether a scaler searches its scale by overflowing. Without one
                 a single non-finite gradient has gone into the weights.
+            skipping: What skips updates that are not finite, if anything does.
         """
+        self._skipping = skipping
+        if skipping is not None:
+            self._skipped = SkippedUpdates(skipping.max_in_a_row, counts_gradients=not has_loss_scaler)
         self.takes_raw_losses = self.metric_key == "loss"
         self.rule.scaler_patience = self._scaler_patience if has_loss_scaler else 1
 
     def use_logs(self) -> None:
         """Take losses from logs again."""
-        self.takes_raw_losses = False
+        self.takes_raw_losses, self._skipping = False, None
         self.rule.scaler_patience = self._scaler_patience
 
     # ---- memory
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory of the rule, and under which conditions the run trains."""
-        return {**super().state_dict(), "conditions": self._conditions}
+        own = {"conditions": self._conditions, "skipped": self._skipped.state_dict()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a memory; judge no rise for a while if the run goes on under other conditions.
@@ -81,8 +91,10 @@ class RawLossDetector(DivergenceDetector):
             ValueError: If the memory does not fit the rule.
         """
         state_dict = dict(state_dict)
-        before = state_dict.pop("conditions", None)
+        before, skipped = state_dict.pop("conditions", None), state_dict.pop("skipped", None)
         super().load_state_dict(state_dict)
+        if skipped is not None:
+            self._skipped.load_state_dict(skipped)
         changes = changed_conditions(before, self._conditions)
         start_grace = getattr(self.rule, "start_grace", None)
         if changes and start_grace is not None:
@@ -126,6 +138,13 @@ class RawLossDetector(DivergenceDetector):
             self._after_log(state, logs)
             return
         super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def _if_skipped(self, finding: Finding | None, entry: StepValues) -> Finding | None:
+        if self._skipping is None:
+            return finding
+        judged = self._skipped.judge(entry.step, entry.loss, entry.grad_norm, finding)
+        was_skipped = judged is not None and SKIPPED in judged.evidence
+        return finding if was_skipped and not self._skipping.weights_are_finite() else judged
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any

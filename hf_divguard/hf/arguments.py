@@ -164,6 +164,35 @@ class DivGuardArgumentsMixin(_Host):
         },
     )
 
+    divguard_compare: Literal["auto", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Before divguard_action is taken because of the level of a loss, compare kept with present weights "
+            "on the coming batches. auto: act only if the kept ones do better there; off: go by the curve alone."
+        },
+    )
+    divguard_compare_memory_gb: float = field(
+        default=5.0,
+        metadata={
+            "help": "CPU memory in GB that the kept states may take, above 0. They are four: of trained parameters and "
+            "buffers, and with rollback of the optimizer, which is left out where it does not fit."
+        },
+    )
+    divguard_skip_nonfinite: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave out the update of a step whose loss or gradient is not finite, wherever a detector is on. The "
+            "data and the learning rate go on. With false such an update goes into the weights."
+        },
+    )
+    divguard_max_skipped_in_a_row: int = field(
+        default=10,
+        metadata={
+            "help": "How many updates in a row divguard_skip_nonfinite may leave out, at least 1; with the next one "
+            "divguard_action is taken."
+        },
+    )
+
     divguard_max_rollbacks: int = field(
         default=3,
         metadata={
@@ -264,6 +293,7 @@ class DivGuardArgumentsMixin(_Host):
             "divguard_checksums",
             "divguard_fsync",
             "divguard_restore_rng",
+            "divguard_skip_nonfinite",
         ):
             require_bool(name, getattr(self, name))
         self.best_model_greater_is_better = optional_bool(  # type: ignore[assignment]
@@ -282,13 +312,22 @@ class DivGuardArgumentsMixin(_Host):
         )
         require_choice("divguard_save_mode", self.divguard_save_mode, SaveMode)
         require_choice("divguard_on_save_error", self.divguard_on_save_error, Literal["raise", "continue"])
+        require_choice("divguard_compare", self.divguard_compare, Literal["auto", "off"])
         require_choice("divguard_detector", self.divguard_detector, DetectorName)
         require_choice("divguard_action", self.divguard_action, Action)
         require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)
+        require_whole(
+            "divguard_max_skipped_in_a_row", self.divguard_max_skipped_in_a_row, "updates", at_least=1
+        )
         require_whole("divguard_max_rollbacks", self.divguard_max_rollbacks, "rollbacks", at_least=1)
         for name in ("cooldown_steps", "rollback_margin_steps", "rewarm_steps", "snapshot_steps"):
             require_whole(
                 f"divguard_{name}", getattr(self, f"divguard_{name}"), "optimizer steps", at_least=0
+            )
+        memory_gb = self.divguard_compare_memory_gb
+        if not isinstance(memory_gb, (int, float)) or isinstance(memory_gb, bool) or not memory_gb > 0.0:
+            raise ValueError(
+                f"`divguard_compare_memory_gb` must be a number of GB above 0, got {memory_gb!r}."
             )
         factor = self.divguard_rollback_lr_factor
         if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0.0 < factor <= 1.0:

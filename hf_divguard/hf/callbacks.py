@@ -15,6 +15,7 @@ from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import LossListener, StepLosses
+from hf_divguard.hf.skipping import NonFiniteUpdates
 from hf_divguard.storage.jsonio import to_strict
 from hf_divguard.storage.names import SIDECAR_NAME, checkpoint_name
 from hf_divguard.storage.quarantine import quarantine_note
@@ -223,7 +224,7 @@ class TakesRawLosses(LossListener, Protocol):
 
     takes_raw_losses: bool
 
-    def use_raw_losses(self, *, has_loss_scaler: bool) -> None:
+    def use_raw_losses(self, *, has_loss_scaler: bool, skipping: NonFiniteUpdates | None) -> None:
         """Take losses from the run."""
 
     def use_logs(self) -> None:
@@ -237,16 +238,23 @@ class RunCallbacks:
         host: The host.
         stack: What is switched for the run is switched back when this stack is closed.
         losses: The raw losses; detectors that take them subscribe.
+        skipping: Leaves out updates that are not finite.
         initial_states: State of each stateful callback before its first training; a callback
             that is not in here trains for the first time.
     """
 
     def __init__(
-        self, host: Host, stack: contextlib.ExitStack, losses: StepLosses, initial_states: dict[str, Any]
+        self,
+        host: Host,
+        stack: contextlib.ExitStack,
+        losses: StepLosses,
+        skipping: NonFiniteUpdates,
+        initial_states: dict[str, Any],
     ) -> None:
         self._host = host
         self._stack = stack
         self._losses = losses
+        self._skipping = skipping if skipping.is_on else None
         self._known: list[Any] = []
         self._resumed: dict[str, Any] | None = None
         for callback in host.callbacks:
@@ -263,7 +271,7 @@ class RunCallbacks:
         if isinstance(keeper, StandaloneStateKeeper):
             self._stack.enter_context(keeper.handed_over())
         if isinstance(callback, TakesRawLosses):
-            callback.use_raw_losses(has_loss_scaler=self._host.scales_losses)
+            callback.use_raw_losses(has_loss_scaler=self._host.scales_losses, skipping=self._skipping)
             self._stack.callback(callback.use_logs)
             if callback.takes_raw_losses:
                 self._losses.subscribe(callback)

@@ -195,7 +195,7 @@ class DivergenceDetector(TrainerCallback):
         for entry in values:
             if outcome.is_muted(entry.step):
                 continue
-            finding = rule.observe(entry.step, entry.loss, entry.grad_norm)
+            finding = self._if_skipped(rule.observe(entry.step, entry.loss, entry.grad_norm), entry)
             if finding is None:
                 self._end_condition(outcome)
                 continue
@@ -224,6 +224,10 @@ class DivergenceDetector(TrainerCallback):
         """Give the rule one value; ``values`` is the complete log that it is from."""
         return self.rule.observe(step, value)
 
+    def _if_skipped(self, finding: Finding | None, entry: StepValues) -> Finding | None:
+        """Return ``finding`` as it counts where an update that is not finite is skipped."""
+        return finding
+
     def _handle(self, finding: Finding | None, args: Any, state: Any, control: Any) -> None:
         outcome = outcome_of(state)
         if finding is None:
@@ -246,6 +250,9 @@ class DivergenceDetector(TrainerCallback):
             raise ValueError(
                 "`action='rollback'` needs `DivGuardTrainer`; without a trainer use 'stop' or 'abort'."
             )
+        if outcome.defers(finding, action):
+            switches.suspend_save(control)
+            return
         if is_world_zero(state) and action != "rollback":  # a rollback reports itself when it is done
             logger.warning("%s: %s %s", self._label, finding.message, _CONSEQUENCE[action])
         if finding.severity == "error":

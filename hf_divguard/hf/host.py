@@ -7,6 +7,7 @@ still has the loop of 4.57.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -123,6 +124,38 @@ class Host:
         return (
             self.scaler is not None or getattr(self._trainer.accelerator, "mixed_precision", "no") == "fp16"
         )
+
+    @property
+    def completes_step(self) -> bool:
+        """Whether the present micro-batch is the last one before the optimizer's step."""
+        return bool(self._trainer.accelerator.sync_gradients)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the trainer's classes."""
+        return [each.__name__ for each in type(self._trainer).__mro__]
+
+    @property
+    def prepares_inputs_itself(self) -> bool:
+        """Whether a subclass prepares inputs in a way of its own, as by generating them."""
+        return type(self._trainer)._prepare_inputs is not Trainer._prepare_inputs
+
+    def loss_of(self, inputs: Any, num_items: Any, n_micro_batches: int) -> torch.Tensor:
+        """Return the loss of a micro-batch alone, on the scale of the loss of a step."""
+        trainer = self._trainer
+        prepared = trainer._prepare_inputs(dict(inputs))
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, prepared, num_items_in_batch=num_items)
+        loss = loss.detach().mean().float()
+        takes_items = trainer.model_accepts_loss_kwargs and num_items is not None
+        is_share = takes_items or trainer.compute_loss_func is not None
+        return loss * n_micro_batches if is_share else loss
+
+    @contextlib.contextmanager
+    def metrics_kept(self) -> Iterator[None]:
+        """Put what the trainer counts and collects back at the end."""
+        with _values_kept(self._trainer):
+            yield
 
     @property
     def engine_without_rollback(self) -> str | None:
@@ -266,3 +299,24 @@ def rewrite_best(state: Any, path: str) -> None:
         return
     with open(path, "w", encoding="utf-8") as file:
         file.write("{\n" + lines + text[head.end() :])
+
+
+@contextlib.contextmanager
+def _values_kept(holder: Any) -> Iterator[None]:
+    """Put numbers, and containers of metrics and logs, back that are attributes of ``holder``."""
+    before = dict(vars(holder))
+    containers = {
+        name: copy.deepcopy(value)
+        for name, value in before.items()
+        if isinstance(value, (dict, list)) and ("metrics" in name or "logs" in name)
+    }
+    try:
+        yield
+    finally:
+        for name, value in list(vars(holder).items()):
+            if name in containers:
+                setattr(holder, name, containers[name])
+            elif name in before and isinstance(before[name], (int, float)) and value is not before[name]:
+                setattr(holder, name, before[name])
+            elif name not in before and isinstance(value, (int, float, dict, list)):
+                delattr(holder, name)

@@ -34,6 +34,7 @@ JOURNAL = "divguard_events"
 STOPPED_BY = "divguard_stopped_by"
 """Name under which the finding that stopped a run is kept among the states of callbacks."""
 
+
 # Lines of other trainings, and of stretches that a resume has undone, that stay in the file.
 _OLD_LINES = 1000
 # Events that a checkpoint holds: what it writes must not grow with the length of a run.

@@ -21,6 +21,7 @@ from hf_divguard.core.state import StateError, decode
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.callbacks import collect_states, read_callback_states
+from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.last_weights import best_before, load_first_of
@@ -50,6 +51,8 @@ class Rollback:
         ranks: The processes of the run.
         journal: The events of the run.
         leads: Whether this rank marks checkpoints on its file system.
+        snapshots: The states in memory.
+        comparison: Compares kept with present weights, where that is done.
         detectors: The detectors, whose memories are rewound too.
         watches_damage: Whether it asks by itself to undo damage that a detector waits on.
         on_rewind: Called with the step after which nothing counts any more.
@@ -67,6 +70,8 @@ class Rollback:
         ranks: Ranks,
         journal: RunJournal,
         leads: bool,
+        snapshots: Snapshots,
+        comparison: Comparison | None,
         detectors: dict[str, Any],
         watches_damage: bool,
         on_rewind: Callable[[int], None],
@@ -82,11 +87,8 @@ class Rollback:
         self._finite_total = 0.0
         self._last_not_finite = -1
         self.rewarming = Rewarming(options.divguard_rewarm_steps)
-        self.snapshots = Snapshots(
-            options.divguard_snapshot_steps,
-            check_steps=options.divguard_check_steps,
-            margin_steps=options.divguard_rollback_margin_steps,
-        )
+        self.snapshots, self._comparison = snapshots, comparison
+        self._tr_loss: torch.Tensor | None = None
         self.policy = RollbackPolicy(
             max_rollbacks=options.divguard_max_rollbacks,
             cooldown_steps=options.divguard_cooldown_steps,
@@ -135,7 +137,7 @@ class Rollback:
 
     def begin(self, state: Any) -> None:
         """Start training: mute what has to stay muted."""
-        has_source = switches.saves_checkpoints(self._host.args) or self._options.divguard_snapshot_steps > 0
+        has_source = switches.saves_checkpoints(self._host.args) or self.snapshots.is_on
         if not has_source and self._ranks.rank == 0:
             logger.warning(
                 "Nothing is saved (`save_strategy='no'`), so there is nothing to roll back to. Set `save_strategy`, or "
@@ -151,7 +153,8 @@ class Rollback:
     def take_snapshot_if_due(self) -> None:
         """Keep the present state in memory if its step is one that gets a snapshot."""
         step = self._host.state.global_step
-        if self.snapshots.is_due(step) and not self.policy.is_muted(step) and self.error is None:
+        is_suspect = self.policy.is_muted(step) if self._comparison is None else self._comparison.suspects
+        if self.snapshots.is_due(step) and not is_suspect and self.error is None:
             self._take_snapshot(step)
 
     def _take_snapshot(self, step: int) -> None:
@@ -173,13 +176,15 @@ class Rollback:
             self._finite_total = total
         is_last = state.global_step >= state.max_steps or self._host.control.should_training_stop
         finding = self._triggers.judge(state.global_step, is_last=is_last)
-        if finding is not None:
+        if finding is not None and not self._outcome.defers(finding, "rollback"):
             self._outcome.request_rollback(finding)
+        if is_last and self._comparison is not None:
+            self._comparison.settle(is_last=True)
 
     @property
     def saves_suspended(self) -> bool:
         """Whether what would be saved now is under a fault that a rollback has not ended."""
-        return self._triggers.sees_the_fault()
+        return self._triggers.sees_the_fault() or self._outcome.deferred is not None
 
     def end_step(
         self,
@@ -199,6 +204,7 @@ class Rollback:
             losses_delivered: Whether detectors have seen the losses up to this step.
             save_was_due: Whether a save was due before they did.
         """
+        self._tr_loss = tr_loss
         try:
             if losses_delivered:
                 self.judge()
@@ -207,7 +213,6 @@ class Rollback:
             self._act(host_acts, model, tr_loss)
         finally:
             self.save_pending = False
-        self.take_snapshot_if_due()
 
     def _act(self, host_acts: Callable[[], None], model: Any, tr_loss: torch.Tensor) -> None:
         """Let the host act. Detectors that work on logs and evaluations find something only then."""
@@ -228,6 +233,16 @@ class Rollback:
             self.judge()
         if (may_find or ends_here) and self._perform_and_save(model, tr_loss, save_was_due):
             host_acts()
+
+    def begin_step(self) -> None:
+        """Before the first micro-batch of a step: roll back if the comparison asks for it.
+
+        Nothing has been added to the host's running loss since the end of the last step.
+        """
+        if self._outcome.rollback_request is None or self._tr_loss is None:
+            return
+        if self._perform_and_save(self._host.model, self._tr_loss, self._host.control.should_save):
+            self.save_pending = False
 
     def _perform_and_save(self, model: Any, tr_loss: torch.Tensor, save_was_due: bool) -> bool:
         """Roll back if asked to, and have the restored state saved, so that a kill does not undo the rollback."""
@@ -297,6 +312,8 @@ class Rollback:
         self._triggers.rewind(target.step, step, finding)
         self.policy.record(decision, step)
         self._targets.note_restored(target, step)
+        if self._comparison is not None:
+            self._comparison.incident.has_restored(step)
         self._outcome.has_rolled_back(step, self.policy.muted_until)
         self.rewarming.begin(step)
         updates = self.journal.updates_up_to

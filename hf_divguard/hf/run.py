@@ -12,12 +12,14 @@ from hf_divguard.core.findings import Finding
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
-from hf_divguard.hf.callbacks import RunCallbacks, read_callback_states, restore_states
+from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
+from hf_divguard.hf.callbacks import RunCallbacks, collect_states, read_callback_states, restore_states
+from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.kept import KeptStates
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
@@ -33,12 +35,17 @@ from hf_divguard.hf.restore import load_weights_on_all_ranks
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
+from hf_divguard.hf.skipping import NonFiniteUpdates
+from hf_divguard.hf.snapshots import Snapshots
 from hf_divguard.storage.checkpoints import verify_checkpoint
 from hf_divguard.storage.failpoints import failpoint
 
 __all__ = ["GuardedRun"]
 
 logger = logging.getLogger(__name__)
+
+COMPARISON_MEMORY = "divguard_comparison"
+"""Name under which the memory of comparisons is kept among the states of callbacks."""
 
 ROLLBACK_MEMORY = "divguard_rollback"
 """Name under which the memory of rollbacks is kept among the states of callbacks."""
@@ -61,6 +68,7 @@ class GuardedRun:
     checkpoints: Checkpoints
     evaluations: Evaluations
     rollback: Rollback | None
+    comparison: Comparison | None
 
     def __init__(
         self,
@@ -100,7 +108,14 @@ class GuardedRun:
         self.ranks = Ranks(args.process_index, args.world_size)
         self.losses = StepLosses(options.divguard_check_steps, args.world_size)
         stack.callback(self.losses.close)
-        self.callbacks = RunCallbacks(host, stack, self.losses, self._initial_states)
+        has_detector = any(isinstance(each, DivergenceDetector) for each in host.callbacks)
+        self.skipping = NonFiniteUpdates(
+            host,
+            self.ranks,
+            is_wanted=has_detector and options.divguard_skip_nonfinite,
+            max_in_a_row=options.divguard_max_skipped_in_a_row,
+        )
+        self.callbacks = RunCallbacks(host, stack, self.losses, self.skipping, self._initial_states)
         self.running_loss = RunningLoss(host, self.ranks)
         uses_options = options.preserve_best_model or options.eval_on_save
         is_active = (
@@ -111,7 +126,12 @@ class GuardedRun:
         )
         self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
         ledger = self.checkpoints.ledger
-        self.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
+        self.journal = self.skipping.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
+        if self.skipping.is_on:
+            self.losses.subscribe(self.skipping)
+        self.comparison = self._make_comparison()
+        if self.comparison is not None:
+            self.losses.subscribe(self.comparison)
         self.rollback = self._make_rollback()
         self.checkpoints.pending_since = self._pending_since
         if self.rollback is not None:
@@ -121,6 +141,27 @@ class GuardedRun:
         stack.callback(lambda: host.callbacks.remove(self.events))
         self.is_training = True
         stack.callback(lambda: setattr(self, "is_training", False))
+
+    def _make_comparison(self) -> Comparison | None:
+        acting = [each for each in self.detectors.values() if each.action != "warn"]
+        by_level = [each for each in acting if not isinstance(each, NonFiniteDetector)]
+        rolls_back = any(each.action == "rollback" for each in acting)
+        options, is_on = self.options, self.options.divguard_compare == "auto" and bool(by_level)
+        margin = options.divguard_rollback_margin_steps
+        every = options.divguard_snapshot_steps
+        if is_on and every == 0:
+            limit = options.divguard_compare_memory_gb * 1e9
+            self.snapshots: Snapshots = KeptStates(self.ranks, with_optimizer=rolls_back, limit_bytes=limit)
+        else:
+            check = options.divguard_check_steps
+            self.snapshots = Snapshots(every, check_steps=check, margin_steps=margin)
+        if not is_on:
+            return None
+        sensitive = [each for each in by_level if isinstance(each, AdaptiveDivergenceDetector)]
+        action = next((each.action for each in sensitive if each.takes_raw_losses), None)
+        return Comparison(
+            self.host, self.ranks, self.journal, self.snapshots, action=action, margin_steps=margin
+        )
 
     def _make_rollback(self) -> Rollback | None:
         detectors = self.detectors
@@ -135,6 +176,8 @@ class GuardedRun:
             ranks=self.ranks,
             journal=self.journal,
             leads=self.checkpoints.leads,
+            snapshots=self.snapshots,
+            comparison=self.comparison,
             detectors=detectors,
             watches_damage=any(each.takes_raw_losses for each in adaptive),
             on_rewind=self._forget_after,
@@ -164,9 +207,14 @@ class GuardedRun:
         self.callbacks.restore(states)
         if states is not None and resumed_from is not None:
             self.running_loss.restore(states.get(RUNNING_LOSS))
-            own = {ROLLBACK_MEMORY: self.rollback, JOURNAL: self.journal}
+            own = {ROLLBACK_MEMORY: self.rollback, COMPARISON_MEMORY: self.comparison, JOURNAL: self.journal}
             restore_states({name: each for name, each in own.items() if each and name in states}, states)
             self._judge_suspect_again(resumed_from, states)
+        if self.comparison is not None:
+            self.comparison.begin()
+        if self.detectors:
+            self.journal.begin(state.global_step)
+            self.skipping.begin(state.global_step)
         self.checkpoints.point_to_best()
         if self.detectors:
             self.journal.begin(state.global_step)
@@ -225,6 +273,21 @@ class GuardedRun:
 
     # ---- one step
 
+    def begin_micro_batch(self) -> None:
+        """Before a micro-batch: before the first one of a step, compare weights and roll back if need be."""
+        if self.comparison is None:
+            return
+        self.comparison.begin_step()
+        if self.rollback is not None:
+            self.rollback.begin_step()
+
+    def end_micro_batch(self, loss: Any) -> None:
+        """After the backward pass of a micro-batch: take its loss."""
+        if self.losses.is_collecting:
+            # A copy: a compiled model may reuse the memory of its output for the next batch.
+            self.losses.micro_batches.append(loss.detach().clone())
+        self.skipping.after_micro_batch(loss)
+
     def end_step(
         self,
         host_acts: Callable[[], None],
@@ -245,6 +308,8 @@ class GuardedRun:
         """
         if self.callbacks.stateful:
             self.running_loss.end_step(tr_loss, self.host.state.global_step)
+        if self.comparison is not None:
+            self._end_compared_step(losses_delivered, save_was_due)
         self._follow_findings()
         try:
             if self.rollback is None:
@@ -257,6 +322,13 @@ class GuardedRun:
             self._follow_findings()
             # After the save: killed before it, the run resumes from before a rollback, and repeats it.
             self.journal.write()
+
+        if self.rollback is not None:
+            self.rollback.take_snapshot_if_due()
+        elif self.comparison is not None:
+            step = self.host.state.global_step
+            if self.snapshots.is_due(step) and not self.comparison.suspects:
+                self.snapshots.take(self.host, step, collect_states(self.detectors))
 
     def _follow_findings(self) -> None:
         """Let checkpoints and journal know what detectors have found."""
@@ -277,6 +349,16 @@ class GuardedRun:
         else:
             last_good = math.inf if condition is None else condition.onset_step - 2
             self.evaluations.recall_host_best(self.host.state, last_good)
+
+    def _end_compared_step(self, losses_delivered: bool, save_was_due: bool) -> None:
+        comparison, state = self.comparison, self.host.state
+        assert comparison is not None
+        if self.skipping.seen is not None and self.ranks.world_size == 1:
+            comparison.observe(state.global_step, *self.skipping.seen)
+        comparison.end_step(losses_delivered=losses_delivered, save_was_due=save_was_due)
+        is_last = state.global_step >= state.max_steps or self.host.control.should_training_stop
+        if self.rollback is None and is_last:
+            comparison.settle(is_last=True)
 
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
@@ -354,7 +436,8 @@ class GuardedRun:
         return event.target_step in ranked
 
     def _states(self, running_loss: dict[str, Any] | None) -> dict[str, Any]:
-        own = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}
+        own: dict[str, Any] = {ROLLBACK_MEMORY: None if self.rollback is None else self.rollback.state_dict()}
         own |= {RUNNING_LOSS: running_loss, STOPPED_BY: self.outcome.stop_note()}
         own[JOURNAL] = self.journal.state_dict() if self.journal.events else None
+        own |= {COMPARISON_MEMORY: None if self.comparison is None else self.comparison.state_dict()}
         return self.callbacks.collect() | {name: state for name, state in own.items() if state is not None}

@@ -25,7 +25,8 @@ class RunEvents(TrainerCallback):
     def gradient_norm_of_step(self, host_norm: Any) -> Any:
         """Return the gradient norm of the step that ends: the host's, or our own where the host has none."""
         self._host_measures_gradients = host_norm is not None
-        return self._own_gradient_norm if host_norm is None else host_norm
+        own = self._own_gradient_norm
+        return (self._run.skipping.gradient_norm if own is None else own) if host_norm is None else host_norm
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the run."""
@@ -36,7 +37,8 @@ class RunEvents(TrainerCallback):
         self._run.losses.begin_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lower the learning rate while it rises again after a rollback; measure gradients if the host does not."""
+        """Drop what is not finite; lower a rate that rises again after a rollback; measure gradients if need be."""
+        self._run.skipping.drop_gradients()
         rollback = self._run.rollback
         if rollback is not None:
             rollback.rewarming.hold_back(self._run.host, state.global_step)

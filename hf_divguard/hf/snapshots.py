@@ -42,10 +42,14 @@ class Snapshots:
         every: Optimizer steps between two snapshots; 0 takes none.
         check_steps: Steps between two looks at the losses.
         margin_steps: How much older than needed a state has to be.
+        with_optimizer: Whether the optimizer is kept too; without it only the weights can be compared.
     """
 
-    def __init__(self, every: int, *, check_steps: int, margin_steps: int) -> None:
+    def __init__(
+        self, every: int, *, check_steps: int, margin_steps: int, with_optimizer: bool = True
+    ) -> None:
         self._every = every
+        self.with_optimizer = with_optimizer
         self._reach = check_steps + margin_steps + _STEPS_UNTIL_FOUND
         # Three are enough to reach back where they are far apart.
         self._keep = 3 if 2 * every >= self._reach else 4
@@ -60,7 +64,7 @@ class Snapshots:
         """Copy the present state into CPU memory."""
         if self._every <= 0 or any(kept.step == step for kept in self.all()):
             return
-        snapshot = _copy_of_now(host, step, callbacks)
+        snapshot = self.copy_of_now(host, step, callbacks)
         if self._start is None:
             self._start = snapshot
         else:
@@ -68,6 +72,15 @@ class Snapshots:
         if len(self._recent) > self._keep:
             dropped = next_to_drop([kept.step for kept in self._recent], self._reach)
             self._recent = [kept for kept in self._recent if kept.step != dropped]
+
+    def copy_of_now(self, host: Host, step: int, callbacks: dict[str, Any]) -> Snapshot:
+        """Return a copy of the present state."""
+        return _copy_of_now(host, step, callbacks, self.with_optimizer)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether states are kept that a rollback can restore."""
+        return self._every > 0 and self.with_optimizer
 
     def all(self) -> list[Snapshot]:
         """Return the snapshots, oldest first."""
@@ -84,7 +97,7 @@ class Snapshots:
             self._start = None
 
 
-def _copy_of_now(host: Host, step: int, callbacks: dict[str, Any]) -> Snapshot:
+def _copy_of_now(host: Host, step: int, callbacks: dict[str, Any], with_optimizer: bool) -> Snapshot:
     scaler = host.scaler
     rng: dict[str, Any] = {
         "python": random.getstate(),
@@ -96,7 +109,7 @@ def _copy_of_now(host: Host, step: int, callbacks: dict[str, Any]) -> Snapshot:
     return Snapshot(
         step,
         {name: tensor.detach().to("cpu", copy=True) for name, tensor in _kept_tensors(host)},
-        _to_cpu(host.optimizer.state_dict()),
+        _to_cpu(host.optimizer.state_dict()) if with_optimizer else {},
         copy.deepcopy(host.scheduler.state_dict()),
         copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
         rng,

@@ -41,7 +41,8 @@ class RollbackTargets:
             step: Present step.
             unusable: States that could not be restored.
         """
-        targets = [self._target(kept.step, is_snapshot=True) for kept in self._snapshots.all()]
+        snapshots = self._snapshots.all() if self._snapshots.with_optimizer else []
+        targets = [self._target(kept.step, is_snapshot=True) for kept in snapshots]
         in_memory = {target.step for target in targets if target not in unusable}
         targets += [
             self._target(kept) for kept in self._usable_steps() if kept <= step and kept not in in_memory

@@ -96,8 +96,8 @@ class DivGuardMixin(_Host):
 
     @property
     def divguard_events(self) -> list[dict[str, Any]]:
-        """Findings and rollbacks of this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
-        return [] if self._run is None else list(self._run.journal.events)
+        """What the guards did in this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
+        return list(self._run.journal.events) if self._run is not None else []
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the stock Trainer does, resuming only from complete checkpoints.
@@ -182,11 +182,20 @@ class DivGuardMixin(_Host):
         callbacks = self.callback_handler.callbacks
         if run is not None and run.is_training and callbacks[-1] is not run.events:
             run.callbacks.put_last(run.events)  # another callback has added one after ours
+        if run is not None and run.is_training:
+            run.begin_micro_batch()
         loss = super().training_step(*args, **kwargs)
-        if run is not None and run.losses.is_collecting:
-            # A copy: a compiled model may reuse the memory of its output for the next batch.
-            run.losses.micro_batches.append(loss.detach().clone())
+        if run is not None and run.is_training:
+            run.end_micro_batch(loss)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the micro-batches of the coming step, as the stock Trainer does."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        run = self._run
+        if run is not None and run.is_training and run.comparison is not None and batches:
+            run.comparison.take_batches(batches, num_items)
+        return batches, num_items
 
     def _get_learning_rate(self) -> float:
         # The host asks the schedule, which goes on unseen while the rate rises again after a rollback.

@@ -16,8 +16,14 @@ from hf_divguard import NonFiniteDetector
 from hf_divguard.core.findings import Finding
 from tests.tiny import TokenRows, tiny_model
 
-QUICK = {"divguard_check_steps": 1, "divguard_cooldown_steps": 4, "max_steps": 24, "save_steps": 4}
-"""Options of a short run that checks every step."""
+QUICK = {
+    "divguard_check_steps": 1,
+    "divguard_cooldown_steps": 4,
+    "divguard_compare": "off",
+    "max_steps": 24,
+    "save_steps": 4,
+}
+"""Options of a short run that looks at every step and does at once what its rule says."""
 
 
 class HighRate(TrainerCallback):
@@ -179,11 +185,15 @@ def nan_run(
     model: Any = None,
     **options: Any,
 ) -> Any:
-    """Return a quick trainer whose loss is NaN in ``steps`` and that rolls back, on NaN if no detector is given."""
+    """Return a quick trainer whose loss is NaN in ``steps`` and that rolls back, on NaN if no detector is given.
+
+    The NaN reaches the weights, so there is something to roll back.
+    """
     model = model if model is not None else tiny_model(dropout=options.pop("dropout", 0.0))
     detector = detector or NonFiniteDetector(action="rollback")
     callbacks = [NaNBatch(model, steps), detector, *callbacks]
-    return make_trainer(model=model, callbacks=callbacks, **{**QUICK, **options})
+    options = {**QUICK, "divguard_skip_nonfinite": False, **options}
+    return make_trainer(model=model, callbacks=callbacks, **options)
 
 
 def moves(trainer: Any) -> list[tuple[int, int]]:

@@ -42,7 +42,7 @@ def weights_hash(model: torch.nn.Module) -> str:
 def make_trainer(folder: str | Path, fault: range = FAULT, **options: Any) -> DivGuardTrainer:
     """Return a trainer whose loss is NaN in three steps; it checks every two and saves every four."""
     common: dict[str, Any] = {"max_steps": STEPS, "save_steps": 4, "logging_steps": 20}
-    common |= {"divguard_check_steps": 2, "divguard_cooldown_steps": 6}
+    common |= {"divguard_check_steps": 2, "divguard_cooldown_steps": 6, "divguard_skip_nonfinite": False}
     if "RANK" in os.environ:
         common["ddp_backend"] = "gloo"
     args = DivGuardTrainingArguments(**base_arguments(folder, **{**common, **options}))

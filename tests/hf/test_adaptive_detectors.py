@@ -68,6 +68,8 @@ def faulty(make_trainer: Callable[..., Any], detector: Any = None, **options: An
     faults = options.pop("faults", {})
     from_step = options.pop("from_step", None)
     options = {"trainer_class": FaultyTrainer, "save_strategy": "no", "max_steps": 40, **options}
+    if "arguments_class" not in options:
+        options.setdefault("divguard_skip_nonfinite", False)  # what is not finite reaches the weights
     trainer = make_trainer(callbacks=[detector] if detector is not None else None, **options)
     trainer.faults, trainer.from_step = faults, from_step
     return trainer

@@ -328,6 +328,7 @@ def test_without_preserving_the_best_is_by_the_metric_that_the_host_tracks(
         compute_metrics=metric,
         metric_for_best_model="accuracy",
         divguard_max_rollbacks=1,
+        divguard_skip_nonfinite=False,
         train_dataset=TokenRows(),
     )
     with pytest.raises(TrainingDivergedError, match="checkpoint-8"):

@@ -45,6 +45,7 @@ def run(make_trainer: MakeTrainer, fault: range, schedule: str | None = None, **
         save_steps=4,
         divguard_check_steps=1,
         divguard_cooldown_steps=4,
+        divguard_skip_nonfinite=False,
         **options,
     )
     if schedule is not None:

@@ -225,6 +225,7 @@ def test_a_schedule_by_evaluations_concludes_nothing_from_the_diverged_stretch(
         "metric_for_best_model": "loss",
         "divguard_rollback_lr_factor": 0.5,
         "divguard_check_steps": 20,
+        "divguard_skip_nonfinite": False,
         "logging_steps": 100,
         "save_steps": 5,
         "max_steps": 26,
@@ -290,6 +291,7 @@ def test_the_next_log_holds_no_loss_of_the_diverged_stretch(make_trainer: MakeTr
         callbacks=[HighRate(range(31, 36))],
         divguard_detector="adaptive",
         divguard_action="rollback",
+        divguard_compare="off",
         logging_steps=20,
         max_steps=80,
         save_steps=10,
@@ -365,6 +367,7 @@ def test_nothing_of_the_diverged_stretch_is_saved_as_good_or_becomes_best(
         compute_metrics=None,
         divguard_detector="adaptive",
         divguard_action="rollback",
+        divguard_compare="off",
         preserve_best_model=True,
         eval_on_save=True,
         max_steps=80,
@@ -559,7 +562,7 @@ def test_damage_that_cannot_be_undone_is_lived_with(
     make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
 ) -> None:
     """No checkpoint is old enough; a run that may go on well is not given up for it."""
-    trainer = exploding_run(make_trainer, save_steps=60)
+    trainer = exploding_run(make_trainer, save_steps=60, divguard_compare="off")
     trainer.train()
     assert trainer.state.global_step == 80
     assert trainer.divguard_events == []

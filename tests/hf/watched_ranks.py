@@ -76,6 +76,7 @@ def run_with_a_fault(output_dir: Path, makes_nan: str, detector: str, action: st
         args=DivGuardTrainingArguments(
             **base_arguments(output_dir, ddp_backend="gloo", **options),
             divguard_detector=detector,
+            divguard_skip_nonfinite=False,
             divguard_action=action,
         ),
         train_dataset=TokenRows(),

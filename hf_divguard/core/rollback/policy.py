@@ -122,7 +122,11 @@ class RollbackPolicy(Stateful):
         """
         finding = self.place(finding)
         again = self.is_open(step)
-        incident, attempt = (self.incident, self.attempt + 1) if again else (self.incident + 1, 1)
+        # What a comparison finds within the cool-down is the same attempt: the fault has not passed yet.
+        in_cooldown = again and finding.cause is not None and self.is_muted(step)
+        incident, attempt = (
+            (self.incident, self.attempt + (not in_cooldown)) if again else (self.incident + 1, 1)
+        )
         left_at = self.muted_until + _COOLDOWNS_TO_LEAVE * self.cooldown_steps
         same_place = again and finding.onset_step <= left_at
         onset = min(finding.onset_step, self.place_onset) if same_place else finding.onset_step
@@ -139,7 +143,7 @@ class RollbackPolicy(Stateful):
                 "keep more checkpoints, or set `divguard_snapshot_steps`"
             )
             return Decision(None, attempt, incident, onset, reason=reason)
-        if not same_place:
+        if not same_place or finding.cause is not None:  # compared: it is known which state is good
             better = old_enough
         elif finding.kind == "rollback_repeated":
             better = [target for target in old_enough if target.origin <= min(self.origins_tried)]
@@ -150,6 +154,7 @@ class RollbackPolicy(Stateful):
         else:
             chosen = min(old_enough, key=lambda target: (target.origin, -target.step))
         is_last = attempt == self.max_rollbacks and attempt > 1 and finding.kind != "rollback_repeated"
+        is_last = is_last and not in_cooldown
         lower_rate = is_last or not better
         return Decision(
             chosen,
@@ -157,7 +162,9 @@ class RollbackPolicy(Stateful):
             incident,
             onset,
             lr_factor=min(self.lr_factor, _LAST_ATTEMPT_FACTOR) if lower_rate else self.lr_factor,
-            cooldown_steps=self.cooldown_steps * 2 ** (attempt - 1),
+            cooldown_steps=self.muted_until - step
+            if in_cooldown
+            else self.cooldown_steps * 2 ** (attempt - 1),
         )
 
     def place(self, finding: Finding) -> Finding:

@@ -15,7 +15,7 @@ from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["UNDONE_ONCE", "RollbackTriggers"]
 
-UNDONE_ONCE: frozenset[Kind] = frozenset({"setback", "grad_explosion"})
+UNDONE_ONCE: frozenset[Kind] = frozenset({"setback", "grad_explosion", "damage"})
 """Kinds of damage that a run may live with: one rollback if that is possible, and never the end of a run."""
 
 # Steps without a large gradient after which an explosion has passed: as many as show that it began.
@@ -96,6 +96,7 @@ class RollbackTriggers(Stateful):
     def _judge_recovery(self, step: int) -> Finding | None:
         check = self._recovery
         level, limit = check.level(), math.inf if check.limit is None else check.limit
+        metric = "loss"
         onset = check.first_bad_step() or step
         if not check.has_recovered():
             if self._may_recover and not check.began_well() and level is not None and math.isfinite(level):
@@ -113,7 +114,8 @@ class RollbackTriggers(Stateful):
                 f"{limit:.4g} from before the fault and is back at {level:.4g}."
             )
         elif self._exploded and self._exploded[-1] < step - _CALM_NORMS and self.policy.may_try_again():
-            kind, onset = "rollback_repeated", self._exploded[0]
+            # They ruin the averages of the optimizer: no loss shows it.
+            kind, onset, metric = "rollback_repeated", self._exploded[0], "grad_norm"
             message = (
                 f"Gradients still exploded after the rollback, last at step {self._exploded[-1]}, and no longer do by "
                 f"step {step}."
@@ -125,8 +127,8 @@ class RollbackTriggers(Stateful):
             onset_step=onset,
             kind=kind,
             severity="error",
-            metric="loss",
-            value=math.nan if level is None else level,
+            metric=metric,
+            value=math.nan if level is None or metric != "loss" else level,
             limit=check.limit,
             message=message,
         )

@@ -1,0 +1,305 @@
+"""Weights or data: decided from the losses of kept and present weights on batches that neither was trained on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.findings import Cause
+from hf_divguard.core.state import Stateful, memory
+
+__all__ = ["MOST_PAIRS", "Budget", "LossRange", "Pair", "Verdict", "best_step", "explains", "judge"]
+
+# The present weights must be worse by so much of the loss: less heals by itself sooner than a rollback repairs it.
+_MARGIN = 0.1
+# Of the first loss, for losses that have fallen close to 0.
+_MARGIN_OF_FIRST = 0.02
+# Standard errors between present and kept weights. One-sided chance of 0.0001 with normal noise; a run is looked at
+# some hundred times.
+_ERRORS = 3.7
+# What the kept weights must explain of the rise of the loss: more than half, else most of it is in the data.
+_EXPLAINS = 0.6
+# How many pairs the noise known from before counts for.
+_PRIOR_PAIRS = 2
+# Spreads above the usual loss at which data count as new.
+_NEW_SPREADS = 4.0
+# ... and the part of the usual loss: single batches are a little harder than others.
+_NEW_SHARE = 0.25
+# Spreads above the usual loss at which the present loss counts as high.
+_HIGH_SPREADS = 3.0
+# Standard errors from which a difference deserves another look.
+_UNEASY_ERRORS = 1.5
+MOST_PAIRS = 12
+"""Pairs after which a difference that is still not clear is taken for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The losses of one micro-batch.
+
+    Args:
+        present: With the present weights.
+        kept: With the kept weights.
+    """
+
+    present: float
+    kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a comparison has shown.
+
+    Args:
+        cause: ``"weights"``: the kept weights do better on what comes now; ``"data"``: they do
+            not, and the loss is high with them too; ``"unknown"``: neither is clear.
+        is_high: Whether the loss of the present weights is above its usual range at all.
+        is_uneasy: Whether the kept weights seem to do better, but not yet for certain.
+        numbers: What it was decided from, by name.
+    """
+
+    cause: Cause
+    is_high: bool = True
+    is_uneasy: bool = False
+    numbers: dict[str, float | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """The usual loss of a run.
+
+    Args:
+        level: Its middle.
+        spread: Its noise.
+        first: The loss of the beginning.
+    """
+
+    level: float
+    spread: float
+    first: float
+
+
+def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
+    """Return the cause of a high loss.
+
+    The kept weights must be better by a margin, by far more than the noise of the pairs, and
+    must explain most of what the loss lies above its usual level. A kept state that was
+    trained less may do better on new data because it is less sure of itself: it explains only
+    a part of the rise.
+
+    Args:
+        pairs: Losses of micro-batches; at least one.
+        usual: The loss before the incident.
+        wobble: Difference between healthy states on the same batch, as it was seen before.
+
+    Example:
+        >>> usual = Usual(level=1.6, spread=0.1, first=3.0)
+        >>> judge([Pair(6.0, 1.7)], usual).cause, judge([Pair(6.0, 5.5)], usual).cause
+        ('weights', 'data')
+    """
+    finite = [pair for pair in pairs if math.isfinite(pair.kept)]
+    if not finite:
+        return Verdict("data")
+    kept = sum(pair.kept for pair in finite) / len(finite)
+    if not all(math.isfinite(pair.present) for pair in finite):
+        return Verdict("weights", numbers={"kept_loss": kept, "usual_loss": usual.level})
+    present = sum(pair.present for pair in finite) / len(finite)
+    differences = [pair.present - pair.kept for pair in finite]
+    gain = present - kept
+    # The states differ by their wobble on every batch: more pairs do not lessen it.
+    error = math.hypot(_noise(differences, usual.spread) / math.sqrt(len(finite)), 0.5 * wobble)
+    errors = gain / error if error > 0.0 else math.copysign(math.inf, gain)
+    rise, margin = present - usual.level, _MARGIN * abs(kept) + _MARGIN_OF_FIRST * abs(usual.first)
+    numbers: dict[str, float | int] = {
+        "present_loss": present,
+        "kept_loss": kept,
+        "usual_loss": usual.level,
+        "standard_errors": min(errors, 1e6),
+        "pairs": len(finite),
+    }
+    is_high = rise > max(margin, _HIGH_SPREADS * usual.spread / math.sqrt(len(finite)))
+    if gain > margin and errors > _ERRORS and gain >= _EXPLAINS * rise:
+        return Verdict("weights", is_high, True, numbers)
+    new = max(_NEW_SPREADS * usual.spread, _NEW_SHARE * abs(usual.level), (1.0 - _EXPLAINS) * rise)
+    if is_high and kept - usual.level > new:
+        return Verdict("data", numbers=numbers)
+    return Verdict("unknown", is_high, gain > margin and errors > _UNEASY_ERRORS, numbers)
+
+
+def _noise(differences: Sequence[float], prior: float) -> float:
+    """Return the noise of a difference, from the pairs and from what is known of single losses."""
+    mean = sum(differences) / len(differences)
+    squares = sum((each - mean) ** 2 for each in differences) + _PRIOR_PAIRS * prior**2
+    return math.sqrt(squares / (len(differences) - 1 + _PRIOR_PAIRS))
+
+
+def explains(present: Sequence[float], kept: Sequence[float], usual: Usual) -> bool:
+    """Return whether there is no need to look at older states: this one does as well as can be expected."""
+    now, then = sum(present) / len(present), sum(kept) / len(kept)
+    is_usual = now - usual.level <= _HIGH_SPREADS * usual.spread
+    return is_usual or then <= usual.level + usual.spread or now - then >= 0.75 * (now - usual.level)
+
+
+def best_step(losses: dict[int, float], spread: float) -> int | None:
+    """Return the newest of the kept states that do about as well as the best one.
+
+    Args:
+        losses: Loss on the newest batches, by step.
+        spread: Noise of a loss.
+
+    Example:
+        >>> best_step({10: 2.1, 20: 2.0, 25: 6.0}, spread=0.05)
+        20
+    """
+    finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        return None
+    bar = min(finite.values())
+    bar += max(0.5 * _MARGIN * abs(bar), 0.5 * spread)
+    return max(step for step, loss in finite.items() if loss <= bar)
+
+
+# ---- the usual range
+
+_WINDOW = 30
+_LEVEL = 9
+_FIRST = 5
+_FEWEST = 12
+_TRIGGER_ONCE = 5.0
+_TRIGGER_TWICE = 3.0
+_NORM_FACTOR = 10.0
+
+
+@dataclass
+class LossRange(Stateful):
+    """The usual range of raw losses and gradient norms; says when a step is out of it.
+
+    A step out of the range starts a look and nothing more, so the bounds may be narrow: a
+    loss five spreads above the median of the last nine, or two in a row three spreads above,
+    or a gradient norm ten times its median. What is out of the range does not enter it.
+    """
+
+    _first: list[float] = memory(list)
+    _losses: deque[float] = memory(lambda: deque(maxlen=_WINDOW))
+    _norms: deque[float] = memory(lambda: deque(maxlen=_WINDOW))
+    _above: int = memory(0)
+    _was_negative: bool = memory(False)
+    _was_known: bool = memory(False)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there were enough losses to know the range."""
+        return self._was_known or len(self._losses) >= _FEWEST
+
+    @property
+    def is_objective(self) -> bool:
+        """Whether the level of the loss measures progress: not where it is negative or began at 0.
+
+        So do policy gradients, whose loss is about 0 and may grow with a distance to a reference.
+        """
+        if self._was_negative or not self._first:
+            return False
+        return median(self._first) > 0.05 * max(map(abs, (*self._losses, *self._first)))
+
+    @property
+    def usual(self) -> Usual:
+        """The range as it is now."""
+        losses = list(self._losses)
+        return Usual(median(losses[-_LEVEL:]), self._spread(), median(self._first))
+
+    def _spread(self) -> float:
+        """Return the noise of a loss, without the trend: from the differences of neighbours."""
+        losses = list(self._losses)
+        steps = [abs(later - sooner) for sooner, later in itertools.pairwise(losses)]
+        return 1.05 * median(steps) if steps else 0.0
+
+    def observe(self, loss: float, grad_norm: float | None, *, learns: bool = True) -> bool:
+        """Take a step; return whether it calls for a look.
+
+        Args:
+            loss: Its loss.
+            grad_norm: Its gradient norm, or ``None``.
+            learns: Whether it may enter the range.
+        """
+        if not math.isfinite(loss):
+            return True
+        self._was_negative |= loss < 0.0
+        if len(self._first) < _FIRST:
+            self._first.append(loss)
+        is_out = False
+        if self.is_known:
+            usual = self.usual
+            # A spread of 0, as of a loss that repeats itself, makes nothing suspicious.
+            width = max(usual.spread, 0.01 * abs(usual.level))
+            self._above = self._above + 1 if loss > usual.level + _TRIGGER_TWICE * width else 0
+            is_out = loss > usual.level + _TRIGGER_ONCE * width or self._above >= 2
+        if not is_out and learns:
+            self._losses.append(loss)
+        return self._norm_is_large(grad_norm) or is_out
+
+    def _norm_is_large(self, norm: float | None) -> bool:
+        if norm is None or not math.isfinite(norm):
+            return False
+        is_large = len(self._norms) >= _FEWEST and norm > _NORM_FACTOR * median(self._norms)
+        if not is_large:
+            self._norms.append(norm)
+        return is_large
+
+    def extend(self, losses: Sequence[float]) -> None:
+        """Take losses into the range that were out of it and have proved harmless."""
+        self._losses.extend(losses)
+
+    def accept(self, losses: Sequence[float]) -> None:
+        """Make what the data give now the usual range."""
+        if len(losses) >= 2:
+            self._was_known = self.is_known
+            self._losses.clear()
+            self._losses.extend(losses)
+        self._above = 0
+
+
+# ---- what it may cost
+
+
+@dataclass
+class Budget(Stateful):
+    """How many forward passes looks may take, counted in micro-batches.
+
+    A step of ``n`` micro-batches takes about ``3 n`` forward passes of time. Counting passes
+    instead of seconds makes every rank, and a run that is repeated, decide alike.
+
+    Args:
+        share: Part of the training time.
+        reserve: Forward passes that may be saved up.
+
+    Example:
+        >>> budget = Budget(share=0.1, reserve=4.0)
+        >>> budget.take(4), budget.take(1)
+        (True, False)
+        >>> budget.earn(micro_batches=4)
+        >>> budget.take(1)
+        True
+    """
+
+    share: float
+    reserve: float
+    _spent: float = memory(0.0)
+
+    def earn(self, micro_batches: int) -> None:
+        """Note a step of training."""
+        self._spent = max(0.0, self._spent - 3.0 * self.share * micro_batches)
+
+    def take(self, passes: int) -> bool:
+        """Take ``passes`` if there are so many."""
+        if self._spent + passes > self.reserve:
+            return False
+        self._spent += passes
+        return True
+
+    def take_anyway(self, passes: int) -> None:
+        """Note passes that were taken beyond what was asked for."""
+        self._spent += passes

@@ -1,0 +1,107 @@
+"""The kept states that present weights are compared with: few, thinned by age, within a memory limit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from hf_divguard.core.rollback.thinning import next_to_drop
+from hf_divguard.hf.host import Host
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.snapshots import Snapshots
+
+__all__ = ["KeptStates"]
+
+logger = logging.getLogger(__name__)
+
+_EVERY = 5
+_KEEP = 4
+# One state stays that is so old: a fault shows in the loss within some steps.
+_REACH = 60
+# Copies may take so much of the training time; below so many seconds the time of a copy is not worth measuring.
+_SHARE = 0.01
+_WORTH_MEASURING = 0.1
+
+
+class KeptStates(Snapshots):
+    """Copies of the last few states, for comparisons, and for rollbacks where the optimizer is kept too.
+
+    Four states of ``w`` bytes of trained parameters and buffers and ``o`` bytes of optimizer
+    state take ``4 (w + o)`` bytes of CPU memory, without the optimizer ``4 w``. Where that is
+    more than the limit the optimizer is left out, and then everything.
+
+    Args:
+        ranks: The processes of the run.
+        with_optimizer: Whether the optimizer is kept, so that a rollback needs no checkpoint.
+        limit_bytes: Memory that all copies together may take.
+    """
+
+    def __init__(self, ranks: Ranks, *, with_optimizer: bool, limit_bytes: float) -> None:
+        super().__init__(_EVERY, check_steps=1, margin_steps=0, with_optimizer=with_optimizer)
+        self._ranks, self._limit_bytes = ranks, limit_bytes
+        self._next = 0
+        self._last_take: tuple[float, int] | None = None
+        self._durations: deque[float] = deque(maxlen=3)
+        self._is_too_large = False
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the state of ``step`` is to be kept."""
+        return step >= self._next and not self._is_too_large
+
+    def take(self, host: Host, step: int, callbacks: dict[str, Any]) -> None:
+        """Copy the present state, if there is room for it."""
+        if any(kept.step == step for kept in self._recent):
+            return
+        began = time.perf_counter()
+        snapshot = self.copy_of_now(host, step, callbacks)
+        if not self._fits(_bytes(snapshot.tensors) + _bytes(snapshot.optimizer), _bytes(snapshot.tensors)):
+            return
+        self._recent.append(snapshot)
+        if len(self._recent) > _KEEP:
+            dropped = next_to_drop([kept.step for kept in self._recent], _REACH)
+            self._recent = [kept for kept in self._recent if kept.step != dropped]
+        self._next = step + self._interval(began, time.perf_counter() - began, step)
+
+    def _fits(self, complete: int, weights: int) -> bool:
+        if _KEEP * complete <= self._limit_bytes:
+            return True
+        self._is_too_large = _KEEP * weights > self._limit_bytes
+        self._recent = [] if self.with_optimizer or self._is_too_large else self._recent
+        self.with_optimizer = False
+        if self._ranks.rank == 0:
+            what = (
+                "no weights are kept and compared" if self._is_too_large else "kept states hold no optimizer"
+            )
+            logger.warning(
+                "%d states of %.3g GB are more than `divguard_compare_memory_gb` (%.3g): %s.",
+                _KEEP,
+                (weights if self._is_too_large else complete) / 1e9,
+                self._limit_bytes / 1e9,
+                what,
+            )
+        return False
+
+    def _interval(self, began: float, seconds: float, step: int) -> int:
+        """Return the steps until the next copy: more where copies take long."""
+        last, self._last_take = self._last_take, (began, step)
+        if last is None or step <= last[1]:
+            return _EVERY
+        # The least of the last few: a machine that is busy for a moment says nothing.
+        self._durations.append(seconds)
+        seconds = min(self._durations)
+        seconds_of_step = (began - last[0]) / (step - last[1])
+        wanted = math.ceil(seconds / (_SHARE * seconds_of_step)) if seconds > _WORTH_MEASURING else _EVERY
+        return max(_EVERY, *self._ranks.gather(wanted))
+
+
+def _bytes(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(map(_bytes, state.values()))
+    return sum(map(_bytes, state)) if isinstance(state, (list, tuple)) else 0

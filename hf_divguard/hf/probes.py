@@ -1,0 +1,103 @@
+"""The loss of kept and of present weights on a micro-batch, leaving no trace in the run."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+import torch
+
+from hf_divguard.hf.host import Host
+
+__all__ = ["probe", "why_not_comparable"]
+
+_POLICY_GRADIENTS = ("GRPO", "RLOO", "PPO", "OnlineDPO", "Reinforce", "NashMD", "XPO")
+
+
+def why_not_comparable(host: Host) -> str | None:
+    """Return why no losses can be compared in this run, ``None`` if they can."""
+    names = host.class_names
+    policy = next((name for name in names if any(word in name for word in _POLICY_GRADIENTS)), None)
+    if policy is not None:
+        return f"the loss of {policy} does not measure progress"
+    if host.prepares_inputs_itself:
+        return "the trainer prepares its inputs in a way of its own (`_prepare_inputs`)"
+    return host.engine_without_rollback
+
+
+def probe(
+    host: Host, batches: list[Any], num_items: Any, tensors: Mapping[str, torch.Tensor] | None
+) -> list[float]:
+    """Return the loss of each micro-batch with the present weights, or with kept ones.
+
+    In evaluation mode, without gradients. Training modes, buffers, random states and the
+    metrics that a trainer collects are put back.
+
+    Args:
+        host: The host.
+        batches: The micro-batches, as the data loader gave them.
+        num_items: Number of items in all of them, as the host counts them.
+        tensors: Kept parameters and buffers by name; ``None`` for the present ones.
+    """
+    losses = []
+    with (
+        _modes_kept(host.model),
+        _random_states_kept(),
+        host.metrics_kept(),
+        _weights_swapped(host.model, tensors or {}),
+        torch.no_grad(),
+    ):
+        host.model.eval()
+        for inputs in batches:
+            losses.append(host.loss_of(inputs, num_items, len(batches)))
+    return [float(loss) for loss in losses]
+
+
+@contextlib.contextmanager
+def _modes_kept(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
+    on_device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device)
+
+
+@contextlib.contextmanager
+def _weights_swapped(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let parameters and buffers use other memory. The optimizer's objects stay, and so does their own memory.
+
+    Buffers always get a copy: some modules write to them in evaluation mode too.
+    """
+    named = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name, tensor in (*named.items(), *buffers.items()):
+            kept = tensors.get(name)
+            if kept is None and name not in buffers:
+                continue
+            other = tensor.detach().clone() if kept is None else kept.to(tensor.device, copy=True)
+            swapped.append((tensor, tensor.data))
+            tensor.data = other
+        yield
+    finally:
+        for tensor, own in swapped:
+            tensor.data = own

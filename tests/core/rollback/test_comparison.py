@@ -1,0 +1,163 @@
+"""Weights or data: what the losses of kept and present weights on new batches mean."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from hf_divguard.core.rollback.comparison import Budget, LossRange, Pair, Usual, best_step, judge
+from hf_divguard.core.rollback.incident import Incident
+
+USUAL = Usual(level=1.6, spread=0.1, first=3.5)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "cause"),
+    [
+        pytest.param([(6.0, 1.7)], "weights", id="the kept weights do as usual"),
+        pytest.param([(6.0, 6.2)], "data", id="both do badly"),
+        pytest.param([(6.0, 4.5)], "data", id="untrained weights are less sure of themselves"),
+        pytest.param([(1.7, 1.6)], "unknown", id="nothing is wrong"),
+        pytest.param([(2.0, 1.9)], "unknown", id="less than the margin"),
+        pytest.param([(2.3, 1.6), (1.2, 1.7), (2.4, 1.5)], "unknown", id="a difference within the noise"),
+        pytest.param([(2.1, 1.6), (2.2, 1.7), (2.2, 1.6)], "weights", id="a small difference, several times"),
+        pytest.param([(float("nan"), 1.7)], "weights", id="the present weights give NaN"),
+        pytest.param([(float("nan"), float("nan"))], "data", id="all weights give NaN"),
+    ],
+)
+def test_the_cause_is_told_from_the_pairs(pairs: list[tuple[float, float]], cause: str) -> None:
+    assert judge([Pair(*pair) for pair in pairs], USUAL).cause == cause
+
+
+def test_states_that_wobble_need_a_larger_difference() -> None:
+    pairs = [Pair(2.2, 1.6)] * 4
+    assert judge(pairs, USUAL).cause == "weights"
+    assert judge(pairs, USUAL, wobble=0.5).cause == "unknown"
+
+
+def test_the_newest_of_the_states_that_do_as_well_is_taken() -> None:
+    assert best_step({10: 2.1, 20: 2.0, 25: 6.0}, spread=0.05) == 20
+    assert best_step({10: 2.0, 20: 2.01, 25: float("nan")}, spread=0.05) == 20
+    assert best_step({10: float("nan")}, spread=0.05) is None
+
+
+def healthy(range_: LossRange, steps: int, seed: int = 0) -> list[int]:
+    """Feed a falling, noisy loss; return the steps that called for a look."""
+    lot = random.Random(seed)
+    return [
+        step
+        for step in range(steps)
+        if range_.observe(1.5 + 2.0 * 0.97**step + lot.gauss(0.0, 0.1), 1.0 + 0.1 * lot.random())
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_steps_of_a_healthy_run_call_for_a_look(seed: int) -> None:
+    assert len(healthy(LossRange(), 300, seed)) <= 6
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"),
+    [(3.5, 1.0), (float("nan"), 1.0), (1.5, 30.0)],
+    ids=["a jump", "NaN", "a large gradient"],
+)
+def test_a_step_out_of_the_range_calls_for_a_look(loss: float, norm: float) -> None:
+    range_ = LossRange()
+    healthy(range_, 200)
+    assert range_.observe(loss, norm)
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_objective"),
+    [
+        pytest.param([3.0, 2.5, 2.0, 1.5, 1.2, 1.0], True, id="falling"),
+        pytest.param([0.0, 0.001, 0.004, 0.01, 0.02, 0.1, 0.2], False, id="rises from 0"),
+        pytest.param([0.5, 0.2, -0.1, 0.1, 0.2], False, id="below 0"),
+    ],
+)
+def test_a_loss_that_is_no_objective_is_known_as_such(losses: list[float], is_objective: bool) -> None:
+    range_ = LossRange()
+    for loss in losses:
+        range_.observe(loss, None)
+    assert range_.is_objective is is_objective
+
+
+def test_looks_stay_within_their_share_of_the_training_time() -> None:
+    budget, taken = Budget(share=0.1, reserve=40.0), 0
+    for _ in range(10_000):
+        budget.earn(micro_batches=1)
+        taken += 2 * budget.take(2)
+    assert 0.09 < (taken - 40) / (3 * 10_000) <= 0.1
+
+
+# ---- an incident
+
+
+def incident() -> Incident:
+    """Return one whose usual loss is about 1.6."""
+    made, lot = Incident(), random.Random(3)
+    for step in range(1, 61):
+        made.observe(step, 1.6 + lot.gauss(0.0, 0.05), 1.0)
+    made.close()
+    return made
+
+
+def test_damage_is_acted_on_at_the_first_look() -> None:
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    assert made.is_due(61)
+    ruling = made.rule(61, [6.0], {60: [5.5], 55: [1.62]}, is_asked=False)
+    assert (ruling.act, ruling.cause, ruling.good_step) == ("act", "weights", 55)
+
+
+def test_new_data_are_looked_at_less_and_less_often_and_then_are_the_usual_ones() -> None:
+    made, looks = incident(), []
+    for step in range(61, 200):
+        made.observe(step, 6.0, 1.0)
+        if made.is_due(step):
+            looks.append(step)
+            assert made.rule(step, [6.0], {60: [6.1]}, is_asked=False).cause == "data"
+    assert looks == [61, 64, 69, 79, 99, 139]
+    assert made.range.usual.level == 6.0
+
+
+def test_what_passing_data_leave_is_undone_and_called_by_its_cause() -> None:
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    assert made.rule(61, [6.0], {60: [6.1]}, is_asked=False).act == "dismiss"
+    ruling = made.rule(64, [3.0], {60: [1.65]}, is_asked=False)
+    assert (ruling.act, ruling.cause) == ("act", "data")
+
+
+def test_two_faults_close_together_are_two_incidents() -> None:
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    made.rule(61, [6.0], {60: [1.6]}, is_asked=False)
+    made.has_restored(61)
+    assert made.rule(62, [1.6], {60: [1.6]}, is_asked=False).act == "dismiss"
+    made.observe(63, 6.0, 1.0)
+    ruling = made.rule(63, [6.0], {60: [6.1]}, is_asked=False)
+    assert (ruling.act, ruling.cause, made.since) == ("dismiss", "data", 63)
+
+
+def test_a_high_loss_that_passes_closes_the_incident() -> None:
+    made = incident()
+    made.observe(61, 2.4, 1.0)
+    assert made.rule(61, [1.6], {60: [1.6]}, is_asked=False).act == "dismiss"
+    assert not made.is_open
+
+
+def test_an_incident_survives_a_save() -> None:
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    made.rule(61, [6.0], {60: [6.1]}, is_asked=False)
+    saved: dict[str, Any] = json.loads(json.dumps(made.state_dict(), allow_nan=False))
+    other = Incident()
+    other.load_state_dict(saved)
+    assert other.state_dict() == made.state_dict()
+    assert other.rule(64, [3.0], {60: [1.65]}, is_asked=False) == made.rule(
+        64, [3.0], {60: [1.65]}, is_asked=False
+    )

@@ -1,0 +1,274 @@
+"""Before a rollback or a stop, kept and present weights are compared on the coming batches; nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_divguard import DivergenceDetector, DivGuardMixin, find_checkpoints
+from tests.hf.faults import ScriptedRule, Stream, moves
+from tests.tiny import TokenRows, same_weights, weights
+
+MakeTrainer = Callable[..., Any]
+
+COMMON: dict[str, Any] = {
+    "max_steps": 40,
+    "save_steps": 10,
+    "learning_rate": 3e-3,
+    "train_dataset": TokenRows(rows=64),
+}
+GUARDED = {"divguard_detector": "adaptive", "divguard_check_steps": 1}
+
+
+class Noise(TrainerCallback):
+    """Noise on all weights before the forward pass of some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 in self.steps:
+            lot = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for weight in kwargs["model"].parameters():
+                    weight += 2.0 * torch.randn(weight.shape, generator=lot)
+
+
+def asked(onsets: dict[int, int], action: str) -> DivergenceDetector:
+    """Return a detector that asks for ``action`` at steps where nothing need be wrong."""
+    return DivergenceDetector(ScriptedRule(onsets), action=action)
+
+
+def passes(trainer: Any) -> int:
+    """Return how many forward passes the comparisons of a run took."""
+    return int(trainer._run.comparison.passes)
+
+
+# ---- a healthy run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.2},
+        {"gradient_accumulation_steps": 2},
+        {"label_smoothing_factor": 0.1},
+        pytest.param({"bf16": True}, marks=pytest.mark.slow),
+        pytest.param({"max_grad_norm": 0.0}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_healthy_run_that_is_looked_into_is_the_unguarded_one_to_the_bit(
+    make_trainer: MakeTrainer, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Random states, training modes and data order are as if nobody had looked."""
+    stock = make_trainer(
+        tmp_path / "stock", trainer_class=Trainer, arguments_class=TrainingArguments, **COMMON, **options
+    )
+    stock.train()
+    guarded = make_trainer(
+        callbacks=[asked({20: 18, 25: 23, 40: 38}, "rollback")], **COMMON, **GUARDED, **options
+    )
+    guarded.train()
+    assert passes(guarded) >= 6
+    assert guarded.divguard_events == []
+    assert same_weights(weights(stock.model), weights(guarded.model))
+
+
+class WithBatchNorm(torch.nn.Module):
+    """A model with running statistics and a counter that goes up in every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(16, 8)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input_ids: Any, labels: Any = None) -> dict[str, Any]:
+        self.calls += 1
+        hidden = self.norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
+        logits = self.head(hidden)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 16), labels[:, 1:].reshape(-1))
+        return {"loss": loss, "logits": logits}
+
+
+def test_buffers_are_as_if_nobody_had_looked(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        model=WithBatchNorm(),
+        callbacks=[asked({20: 18, 25: 23}, "stop")],
+        **{**COMMON, "save_strategy": "no"},
+    )
+    trainer.train()
+    assert passes(trainer) > 0
+    assert float(trainer.model.calls) == float(trainer.model.norm.num_batches_tracked) == 40
+
+
+class Metrics(Trainer):
+    """Collects metrics and counts calls while it computes the loss, as trainers of TRL do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._metrics: dict[str, list[float]] = {"train": [], "eval": []}
+        self.calls = 0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        self._metrics["train" if model.training else "eval"].append(1.0)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_what_a_trainer_collects_while_it_computes_the_loss_is_put_back(make_trainer: MakeTrainer) -> None:
+    guarded = type("Guarded", (DivGuardMixin, Metrics), {})
+    trainer = make_trainer(trainer_class=guarded, callbacks=[asked({20: 18}, "stop")], **COMMON)
+    trainer.train()
+    assert passes(trainer) > 0
+    assert trainer._metrics == {"train": [1.0] * 40, "eval": []}
+    assert trainer.calls == 40
+
+
+# ---- what the curve asks for
+
+
+@pytest.mark.parametrize("action", ["stop", "abort", "rollback"])
+@pytest.mark.parametrize("step", [20, 40], ids=["on the way", "at the end"])
+def test_what_the_curve_asks_for_is_not_done_where_kept_weights_do_no_better(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture, action: str, step: int
+) -> None:
+    trainer = make_trainer(callbacks=[asked({step: step - 2}, action)], **COMMON)
+    trainer.train()
+    assert trainer.state.global_step == 40
+    assert trainer.state.divguard_finding is None
+    assert moves(trainer) == []
+    assert "Nothing is undone: kept weights have a loss of" in our_log.text
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_without_comparison_the_curve_decides(make_trainer: MakeTrainer, action: str) -> None:
+    trainer = make_trainer(callbacks=[asked({20: 18}, action)], **COMMON, divguard_compare="off")
+    trainer.train()
+    assert trainer.state.global_step == (20 if action == "stop" else 40)
+    assert len(moves(trainer)) == (action == "rollback")
+
+
+def test_where_nothing_is_kept_the_curve_decides_and_says_so(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
+) -> None:
+    options = {**COMMON, "divguard_compare_memory_gb": 1e-6}
+    trainer = make_trainer(callbacks=[asked({20: 18}, "stop")], **options)
+    trainer.train()
+    assert trainer.state.global_step == 21
+    assert trainer.state.divguard_finding.cause == "unknown"
+    assert "No kept weights to compare with" in our_log.text
+    assert "no weights are kept and compared" in our_log.text
+
+
+def test_a_save_that_waits_for_the_comparison_is_made_one_step_later(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    make_trainer(callbacks=[asked({20: 18}, "stop")], **COMMON).train()
+    assert {info.step for info in find_checkpoints(tmp_path / "out")} == {10, 21, 30, 40}
+
+
+class NeedsTraining(Trainer):
+    """A loss that exists in training mode only."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not model.training:
+            raise RuntimeError("no loss in evaluation mode")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_loss_that_cannot_be_computed_apart_is_said_in_a_line_and_the_curve_decides(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
+) -> None:
+    guarded = type("Guarded", (DivGuardMixin, NeedsTraining), {})
+    trainer = make_trainer(trainer_class=guarded, callbacks=[asked({20: 18}, "stop")], **COMMON)
+    trainer.train()
+    assert trainer.state.global_step == 21
+    assert our_log.text.count("no longer compared in this run: the loss could not be computed apart") == 1
+
+
+def test_the_level_of_a_policy_gradient_ends_no_run(make_trainer: MakeTrainer) -> None:
+    """Known by the name of a class."""
+    guarded = type("Guarded", (DivGuardMixin, type("GRPOTrainer", (Trainer,), {})), {})
+    trainer = make_trainer(trainer_class=guarded, callbacks=[asked({20: 18}, "stop")], **COMMON)
+    trainer.train()
+    assert trainer.state.global_step == 40
+    assert passes(trainer) == 0
+
+
+# ---- weights
+
+
+def test_damaged_weights_are_rolled_back_within_a_step(make_trainer: MakeTrainer) -> None:
+    """To kept weights; no batch but that of the fault is lost beside those since they were kept."""
+    trainer = make_trainer(callbacks=[Noise(28)], **COMMON, **GUARDED, divguard_action="rollback")
+    trainer.train()
+    ((at, target),) = moves(trainer)
+    assert 27 <= at <= 28
+    assert at - target <= 6
+    (event,) = trainer.divguard_events
+    assert event["finding"]["cause"] == "weights"
+    assert event["target"] == "memory"
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    assert losses[40] < losses[28] - 0.5
+
+
+@pytest.mark.parametrize("action", ["stop", "abort"])
+def test_damaged_weights_stop_a_run_within_two_steps(make_trainer: MakeTrainer, action: str) -> None:
+    trainer = make_trainer(callbacks=[Noise(28)], **COMMON, **GUARDED, divguard_action=action)
+    trainer.train()
+    assert 28 <= trainer.state.global_step <= 29
+    finding = trainer.state.divguard_finding
+    assert (finding.kind, finding.cause) == ("damage", "weights")
+    assert trainer.state.divguard_aborted == (action == "abort")
+
+
+def test_damage_in_the_last_step_is_undone(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(callbacks=[Noise(40)], **COMMON, **GUARDED, divguard_action="rollback")
+    trainer.train()
+    ((at, target),) = moves(trainer)
+    assert at in (39, 40)
+    assert target <= 39
+
+
+def test_two_faults_close_together_are_both_undone(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(callbacks=[Noise(25, 33)], **COMMON, **GUARDED, divguard_action="rollback")
+    trainer.train()
+    assert [at in (step - 1, step) for (at, _), step in zip(moves(trainer), (25, 33), strict=True)] == [
+        True,
+        True,
+    ]
+
+
+def test_an_incident_survives_a_resume(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(callbacks=[Noise(28)], **COMMON, **GUARDED, divguard_action="rollback")
+    trainer.train()
+    resumed = make_trainer(**{**COMMON, "max_steps": 44}, **GUARDED, divguard_action="rollback")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-30"))
+    assert resumed.state.global_step == 44
+    assert moves(resumed) == moves(trainer)
+
+
+# ---- data
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_wrong_data_are_named_and_stop_nothing_while_they_last(
+    make_trainer: MakeTrainer, action: str
+) -> None:
+    data = Stream([step % 16 for step in range(60)], wrong=range(28, 60))
+    options = {**COMMON, "train_dataset": data, "learning_rate": 1e-2}
+    trainer = make_trainer(callbacks=[], **options, **GUARDED, divguard_action=action)
+    trainer.train()
+    assert trainer.state.global_step == 40
+    assert moves(trainer) == []
+    assert trainer.divguard_events[0]["event"] == "data"
+    assert trainer.divguard_events[0]["cause"] == "data"
