@@ -91,7 +91,12 @@ class RunOutcome:
         self.finding, self.stop_reason, self.is_aborted = finding, f"rollback: {message}", True
 
     def open_condition(self, source: str, finding: Finding) -> None:
-        """Note that the condition of an error finding of ``source`` has begun, or lasts."""
+        """Note that the condition of an error finding of ``source`` has begun, or lasts.
+
+        Where the updates were skipped, the weights are good, and so is what is saved.
+        """
+        if SKIPPED in finding.evidence:
+            return
         first = self.conditions.get(source)
         if first is None or finding.onset_step < first.onset_step:
             self.conditions[source] = finding

@@ -17,6 +17,7 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.saving import Checkpoints
+from hf_divguard.hf.snapshots import Snapshots
 from tests.hf.fake_host import FakeHost
 from tests.tiny import checkpoint_steps
 
@@ -37,6 +38,8 @@ class Run:
             ledger=self.checkpoints.ledger,
             ranks=self.ranks,
             journal=RunJournal(str(folder), "run", self.ranks),
+            snapshots=Snapshots(0, check_steps=10, margin_steps=0),
+            comparison=None,
             leads=self.checkpoints.leads,
             detectors={},
             watches_damage=False,
