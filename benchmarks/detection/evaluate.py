@@ -86,7 +86,7 @@ def family_table(scores: dict[str, Score]) -> str:
 
 
 def halves_table(runs: list[Run], settings: dict[str, tuple[list[Run], int]]) -> str:
-    """Return how the adaptive rule does on the families its constants were chosen on, and on the others."""
+    """Return how the adaptive rule does on the choosing half of the families and on the judging half."""
     families = [run.family for run in runs]
     lines = ["| half of the families | " + " | ".join(f"{name}: false | recall" for name in settings) + " |"]
     lines.append("|---" * (1 + 2 * len(settings)) + "|")

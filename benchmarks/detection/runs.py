@@ -18,7 +18,7 @@ SILENT = ("healthy", "healthy_shift", "spike_recovered")
 
 
 def is_judging(family: str, families: Sequence[str]) -> bool:
-    """Return whether a family is in the half that no constant was chosen on: every second one by name."""
+    """Return whether a family is in the judging half: every second one by name."""
     return sorted(set(families)).index(family) % 2 == 1
 
 

@@ -83,22 +83,24 @@ class RiseCusum(Stateful):
             weight: For how many values of a full patience one value stands.
         """
         count, patience = len(self.values), PATIENCE / weight
+        is_pulled, is_stuck = pull is not None and pull > PULL, pull is not None and pull <= PULL
+        # A high loss that no large gradient pulls back has to fall within the last third.
+        part = max(1, count // (3 if is_stuck else 2))
         # Without gradients a fall from an absurd height is no sign of recovery yet, hence the cap.
-        early, late = self._halves(base, SURGE * max(progress, need) if pull is None else math.inf)
-        is_pulled = pull is not None and pull > PULL
+        early, late = self._heights(base, part, SURGE * max(progress, need) if pull is None else math.inf)
         if is_pulled and count < patience * (1.0 if late >= PARTIAL * progress else PATIENCES_PULLED):
             return True
         if early <= 0.0 or late > FALL * early:
             return False
-        # Halvings still to go, at the pace of the last half, must fit into the time left to recover.
+        # Halvings still to go, at the pace of the last part, must fit into the time left to recover.
         halvings, pace = math.log2(max(1.0, late / need)), math.log2(early / late) if late > 0.0 else math.inf
-        time = TIME_UNKNOWN if pull is None else TIME_PULLED if is_pulled else TIME_STUCK
-        return halvings * 0.5 * count <= pace * (time * patience + count)
+        time = TIME_PULLED if is_pulled else TIME_STUCK if is_stuck else TIME_UNKNOWN
+        return halvings * part <= pace * (time * patience + count)
 
-    def _halves(self, base: float, cap: float) -> tuple[float, float]:
-        """Return the mean heights above ``base``, at most ``cap``, at the end of each half."""
-        half = len(self.values) // 2
-        width = max(1, min(PATIENCE, half), len(self.values) // 4)
-        early = self.values[max(0, half - width) : half] or self.values[:1]
-        heights = [[min(value - base, cap) for value in part] for part in (early, self.values[-width:])]
-        return sum(heights[0]) / len(heights[0]), sum(heights[1]) / len(heights[1])
+    def _heights(self, base: float, part: int, cap: float) -> tuple[float, float]:
+        """Return the mean heights above ``base``, at most ``cap``, before the last ``part`` values and at their end."""
+        values, until = self.values, len(self.values) - part
+        width = max(1, min(PATIENCE, part), len(values) // 4)
+        early = values[max(0, until - width) : until] or values[:1]
+        means = [sum(min(v - base, cap) for v in part) / len(part) for part in (early, values[-width:])]
+        return means[0], means[1]
