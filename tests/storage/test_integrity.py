@@ -19,7 +19,7 @@ from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NA
 from .conftest import certify, damages, said, sidecar_of, small_checkpoint, tree
 
 KINDS = ["full", "only_model", "adapter", "sharded", "bin", "two ranks", "many adapters"]
-# Without a manifest nobody can tell whether these were ever there.
+# Without a manifest it is not known whether these were ever there.
 UNKNOWABLE = {("README.md", "removed"), ("README.md", "emptied"), ("README.md", "halved")}
 UNKNOWABLE |= {("generation_config.json", "removed")}
 
