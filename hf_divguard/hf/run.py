@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
-from hf_divguard.hf.callbacks import RunCallbacks, read_callback_states, restore_states
+from hf_divguard.hf.callbacks import RunCallbacks, is_stateful, read_callback_states, restore_states
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
+from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.ranks import Ranks
@@ -28,12 +29,19 @@ from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
 
-__all__ = ["GuardedRun"]
+__all__ = ["GuardedRun", "saves_checkpoints_itself"]
 
 logger = logging.getLogger(__name__)
 
 ROLLBACK_MEMORY = "divguard_rollback"
 """Name under which the memory of rollbacks is kept among the states of callbacks."""
+
+
+def saves_checkpoints_itself(options: Any, callbacks: Iterable[Any]) -> bool:
+    """Return whether checkpoints are saved by us: for an option, or for a callback that has a state."""
+    if options.preserve_best_model or options.eval_on_save:
+        return True
+    return options.divguard_save_mode not in ("auto", "off") or any(map(is_stateful, callbacks))
 
 
 class GuardedRun:
@@ -47,6 +55,7 @@ class GuardedRun:
         run_dir: Folder that gets the checkpoints.
         resumed_from: Checkpoint that training resumes from, if any.
         initial_states: State of each stateful callback before its first training.
+        locks: The folders that this training holds already, and for how long.
     """
 
     callbacks: RunCallbacks
@@ -62,6 +71,7 @@ class GuardedRun:
         run_dir: str,
         resumed_from: str | None,
         initial_states: dict[str, Any],
+        locks: FolderLocks | None = None,
     ) -> None:
         self.host = host
         self.options = options
@@ -70,6 +80,7 @@ class GuardedRun:
         self._run_dir = run_dir
         self._resumed_from = resumed_from
         self._initial_states = initial_states
+        self._locks = locks
 
     # ---- life cycle
 
@@ -92,12 +103,11 @@ class GuardedRun:
         stack.callback(self.losses.close)
         self.callbacks = RunCallbacks(host, stack, self.losses, self._initial_states)
         self.running_loss = RunningLoss(host, self.ranks)
-        uses_options = options.preserve_best_model or options.eval_on_save
-        is_active = (
-            uses_options or self.callbacks.stateful or options.divguard_save_mode not in ("auto", "off")
-        )
+        is_active = saves_checkpoints_itself(options, self.callbacks.stateful.values())
+        locks = self._locks or stack.enter_context(FolderLocks())
+        locks.hold(self._run_dir, self.ranks, create=is_active)
         self.checkpoints = Checkpoints(
-            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=bool(is_active)
+            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=is_active
         )
         self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
         self.rollback = self._make_rollback()
