@@ -5,6 +5,7 @@
     DivGuardError
     ├── CheckpointError            a checkpoint cannot be written, read or chosen
     │   ├── NoCompleteCheckpointError   folders exist, none of them is complete
+    │   ├── FolderInUseError            another training writes its checkpoints there
     │   └── CheckpointSaveError         a save failed; on every rank alike
     ├── HistoryError               a training history cannot be read
     ├── MetricNotFoundError        no evaluation produced the metric that ranks (also a KeyError)
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointSaveError",
     "DivGuardError",
+    "FolderInUseError",
     "HistoryError",
     "MetricNotFoundError",
     "NoCompleteCheckpointError",
@@ -49,6 +51,10 @@ class CheckpointError(DivGuardError):
 
 class NoCompleteCheckpointError(CheckpointError):
     """Checkpoint folders exist, but none of them is complete."""
+
+
+class FolderInUseError(CheckpointError):
+    """Another training writes its checkpoints into the same folder; raised on every rank alike."""
 
 
 class CheckpointSaveError(CheckpointError):

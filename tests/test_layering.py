@@ -23,7 +23,7 @@ ALLOWED = {
 }
 """What each floor may import of the package; a floor that is not listed may import all of it."""
 
-LIBRARIES = {"storage": ("xxhash",)}
+LIBRARIES = {"storage": ("xxhash", "filelock")}
 """What a floor below the host may import beside the standard library."""
 
 HOST = ("torch", "transformers", "accelerate", "safetensors", "peft", "datasets", "numpy")

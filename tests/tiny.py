@@ -87,6 +87,11 @@ def checkpoint_steps(output_dir: str | Path) -> set[int]:
     return {int(match[1]) for match in matches if match}
 
 
+def names_in(output_dir: str | Path) -> list[str]:
+    """Return what stands in a run folder, in order, without the folder that holds events and the lock."""
+    return sorted(path.name for path in Path(output_dir).iterdir() if path.name != "divguard")
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of the parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

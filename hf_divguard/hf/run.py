@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hf_divguard.core.findings import Finding
@@ -13,11 +13,18 @@ from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
-from hf_divguard.hf.callbacks import RunCallbacks, collect_states, read_callback_states, restore_states
+from hf_divguard.hf.callbacks import (
+    RunCallbacks,
+    collect_states,
+    is_stateful,
+    read_callback_states,
+    restore_states,
+)
 from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
+from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.kept import KeptStates
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
@@ -40,7 +47,7 @@ from hf_divguard.hf.snapshots import Snapshots
 from hf_divguard.storage.checkpoints import verify_checkpoint
 from hf_divguard.storage.failpoints import failpoint
 
-__all__ = ["GuardedRun"]
+__all__ = ["GuardedRun", "saves_checkpoints_itself"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +56,13 @@ COMPARISON_MEMORY = "divguard_comparison"
 
 ROLLBACK_MEMORY = "divguard_rollback"
 """Name under which the memory of rollbacks is kept among the states of callbacks."""
+
+
+def saves_checkpoints_itself(options: Any, callbacks: Iterable[Any]) -> bool:
+    """Return whether checkpoints are saved by us: for an option, or for a callback that has a state."""
+    if options.preserve_best_model or options.eval_on_save:
+        return True
+    return options.divguard_save_mode not in ("auto", "off") or any(map(is_stateful, callbacks))
 
 
 class GuardedRun:
@@ -62,6 +76,7 @@ class GuardedRun:
         run_dir: Folder that gets the checkpoints.
         resumed_from: Checkpoint that training resumes from, if any.
         initial_states: State of each stateful callback before its first training.
+        locks: The folders that this training holds already, and for how long.
     """
 
     callbacks: RunCallbacks
@@ -78,6 +93,7 @@ class GuardedRun:
         run_dir: str,
         resumed_from: str | None,
         initial_states: dict[str, Any],
+        locks: FolderLocks | None = None,
     ) -> None:
         self.host = host
         self.options = options
@@ -88,6 +104,7 @@ class GuardedRun:
         self._run_dir = run_dir
         self._resumed_from = resumed_from
         self._initial_states = initial_states
+        self._locks = locks
 
     # ---- life cycle
 
@@ -117,12 +134,11 @@ class GuardedRun:
         )
         self.callbacks = RunCallbacks(host, stack, self.losses, self.skipping, self._initial_states)
         self.running_loss = RunningLoss(host, self.ranks)
-        uses_options = options.preserve_best_model or options.eval_on_save
-        is_active = (
-            uses_options or self.callbacks.stateful or options.divguard_save_mode not in ("auto", "off")
-        )
+        is_active = saves_checkpoints_itself(options, self.callbacks.stateful.values())
+        locks = self._locks or stack.enter_context(FolderLocks())
+        locks.hold(self._run_dir, self.ranks, create=is_active)
         self.checkpoints = Checkpoints(
-            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=bool(is_active)
+            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=is_active
         )
         self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
         ledger = self.checkpoints.ledger

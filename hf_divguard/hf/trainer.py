@@ -12,6 +12,7 @@ from hf_divguard.hf.argument_checks import check_evaluation_data
 from hf_divguard.hf.arguments import options_of
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors_by_name import make_detector
+from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import (
     HAS_FINALIZE,
     HAS_ROTATE_METHOD,
@@ -23,7 +24,7 @@ from hf_divguard.hf.host import (
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import end_metrics
 from hf_divguard.hf.resume import choose_for_all
-from hf_divguard.hf.run import GuardedRun
+from hf_divguard.hf.run import GuardedRun, saves_checkpoints_itself
 from hf_divguard.storage.checkpoints import Checkpoint
 
 __all__ = ["DivGuardMixin", "DivGuardTrainer"]
@@ -65,6 +66,7 @@ class DivGuardMixin(_Host):
     _run: GuardedRun | None = None
     _initial_callback_states: dict[str, Any] | None = None
     _save_in_progress: SaveInProgress | None = None
+    _locks: FolderLocks | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -115,24 +117,33 @@ class DivGuardMixin(_Host):
             NoCompleteCheckpointError: If there are checkpoints but none is complete, or if it
                 cannot be known.
             CheckpointError: If the named checkpoint does not exist or is not complete.
+            FolderInUseError: If another training writes its checkpoints into the same folder.
             TrainingDivergedError: If rollbacks did not help; the model then holds the best
                 weights from before the fault.
         """
         self._options = options_of(self.args)
         is_auto = str(resume_from_checkpoint).strip().lower() == "auto"
-        if resume_from_checkpoint:
-            # Where there is nothing at all, the host says so; with "auto" training starts from scratch.
-            resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint) or (
-                None if is_auto else True
-            )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with FolderLocks() as locks:
+            self._locks = locks
+            try:
+                if resume_from_checkpoint:
+                    chosen = self._choose_checkpoint(resume_from_checkpoint, locks)
+                    # Where there is nothing at all, the host says so; with "auto" training starts from scratch.
+                    resume_from_checkpoint = chosen or (None if is_auto else True)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self._locks = None
 
-    def _choose_checkpoint(self, asked: str | bool) -> str | None:
+    def _choose_checkpoint(self, asked: str | bool, locks: FolderLocks) -> str | None:
         args: Any = self.args
+        ranks = Ranks(args.process_index, args.world_size)
+        # Before anything is cleaned up that another training may be writing.
+        saves = saves_checkpoints_itself(self._options, self.callback_handler.callbacks)
+        locks.hold(args.output_dir, ranks, create=saves)
         return choose_for_all(
             asked,
             args.output_dir,
-            Ranks(args.process_index, args.world_size),
+            ranks,
             metric=self._options.divguard_ranking_key,
             greater_is_better=self._options.divguard_greater_is_better,
         )
@@ -167,6 +178,7 @@ class DivGuardMixin(_Host):
             run_dir=self._get_output_dir(kwargs.get("trial")),
             resumed_from=kwargs.get("resume_from_checkpoint"),
             initial_states=self._initial_callback_states or {},
+            locks=self._locks,
         )
         with run:
             self._run, self._initial_callback_states = run, run.callbacks.initial_states

@@ -22,7 +22,7 @@ from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDet
 from hf_divguard.storage.failpoints import watch_failpoints
 from hf_divguard.storage.names import STAGING_NAME
 from tests.processes import kill_at, kill_self
-from tests.tiny import TokenRows, base_arguments, checkpoint_steps, tiny_model
+from tests.tiny import TokenRows, base_arguments, checkpoint_steps, names_in, tiny_model
 
 
 def trainer_of(output_dir: str, *, compute_metrics: Any = None, callbacks: Any = None, **options: Any) -> Any:
@@ -296,7 +296,7 @@ def stop_by_sigterm(
 
     def look(moment: str) -> None:
         if moment == "host wrote":
-            seen.append(sorted(os.listdir(output_dir)))
+            seen.append(names_in(output_dir))
 
     with watch_failpoints(look):
         trainer.train(resume_from_checkpoint=resume)

@@ -15,12 +15,19 @@ from transformers import TrainerCallback
 from hf_divguard import CheckpointSaveError
 from hf_divguard.storage.checkpoints import find_checkpoints, verify_checkpoint
 from tests.hf import scenarios
+from tests.tiny import names_in
 
 GUARDED = {"eval_on_save": True, "max_steps": 8}
 
 
 def mount(*arguments: str) -> bool:
     return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
+
+
+def make_read_only(folder: Path) -> None:
+    """Let nobody write to ``folder`` any more, open files excepted."""
+    assert mount("--bind", str(folder), str(folder))
+    assert mount("-o", "remount,bind,ro", str(folder))
 
 
 @contextmanager
@@ -94,7 +101,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_leaves_the_older_checkpoint
         assert "had been written" in words
         assert "are free in" in words
         assert "Complete checkpoints from before are untouched." in words
-        assert os.listdir(folder / "out") == ["checkpoint-2"]
+        assert names_in(folder / "out") == ["checkpoint-2"]
         assert verify_checkpoint(folder / "out" / "checkpoint-2").resumable
 
 
@@ -131,7 +138,7 @@ def test_training_goes_on_over_a_full_disk_if_asked_to_and_saves_again_when_ther
         trainer.train()
         assert trainer.state.global_step == 8
         assert complete_steps(folder / "out") == [2, 8]
-        assert sorted(os.listdir(folder / "out")) == ["checkpoint-2", "checkpoint-8"]
+        assert names_in(folder / "out") == ["checkpoint-2", "checkpoint-8"]
         assert our_log.text.count("Training goes on without this checkpoint") == 2
         assert {entry.step for entry in trainer.best_checkpoints(5)} == {2, 8}
         assert trainer.state.best_model_checkpoint in {
@@ -170,7 +177,7 @@ def test_a_limit_on_the_size_of_files_leaves_the_older_checkpoints(
     assert outcome.error is not None
     assert outcome.error.startswith("CheckpointSaveError: ")
     assert "checkpoint-4 failed" in outcome.error
-    assert os.listdir(tmp_path / "out") == ["checkpoint-2"]
+    assert names_in(tmp_path / "out") == ["checkpoint-2"]
     assert verify_checkpoint(tmp_path / "out" / "checkpoint-2").resumable
 
 
@@ -180,7 +187,7 @@ def test_a_disk_that_becomes_read_only_leaves_the_older_checkpoints(
 ) -> None:
     with disk(tmp_path / "disk", 10 * kilobytes) as folder:
         trainer = make_trainer(folder / "out", divguard_save_mode=mode, **GUARDED)
-        trainer.add_callback(AtStep(3, lambda: mount("-o", "remount,ro", str(folder))))
+        trainer.add_callback(AtStep(3, lambda: make_read_only(folder / "out")))
         with pytest.raises(CheckpointSaveError, match=r"checkpoint-4 failed.*Read-only file system"):
             trainer.train()
         assert complete_steps(folder / "out") == [2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from hf_divguard.storage.manifest import read_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, SIDECAR_NAME
 from hf_divguard.storage.sidecar import read_sidecar
 from tests.hf import scenarios
+from tests.tiny import names_in
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers.trainer_jit_checkpoint") is None,
@@ -39,7 +39,7 @@ def test_sigterm_ends_in_a_published_checkpoint(
     assert not (folder / INCOMPLETE_NAME).exists()
     assert SIDECAR_NAME in read_manifest(folder).files
     assert read_sidecar(folder).metric is None  # this step was not evaluated
-    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint-2", "checkpoint-3"]
+    assert names_in(tmp_path / "out") == ["checkpoint-2", "checkpoint-3"]
     again = run_ranks(scenarios.train, output_dir=tmp_path / "out", resume=True)[0]
     assert again.check()["started"] == 3
 
@@ -86,5 +86,5 @@ def test_sigterm_right_after_a_resume_leaves_the_checkpoint_it_came_from_complet
         scenarios.stop_by_sigterm, at_step=4, event="on_step_begin", resume=True, max_steps=8, **options
     )[0]
     stopped.check()
-    assert os.listdir(tmp_path / "out")[0].startswith("checkpoint-")
+    assert names_in(tmp_path / "out")[0].startswith("checkpoint-")
     assert all(info.verdict.resumable for info in find_checkpoints(tmp_path / "out"))

@@ -152,7 +152,8 @@ def test_guards_add_their_two_files_and_change_nothing_else(
     stock, stock_record, _ = train("stock", Trainer, TrainingArguments, **extra)
     ours, our_record, _ = train("ours", DivGuardTrainer, DivGuardTrainingArguments, **extra, **options)
     added = files(tmp_path / "ours") - files(tmp_path / "stock")
-    assert {Path(name).name for name in added} == {"divguard_state.json", "divguard_manifest.json"}
+    in_checkpoints = {Path(name).name for name in added if Path(name).parts[0] != "divguard"}
+    assert in_checkpoints == {"divguard_state.json", "divguard_manifest.json"}
     assert files(tmp_path / "stock") <= files(tmp_path / "ours")
     for checkpoint in (tmp_path / "stock").glob("checkpoint-*"):
         twin = tmp_path / "ours" / checkpoint.name

@@ -19,7 +19,7 @@ from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NA
 from hf_divguard.storage.quarantine import quarantine
 from tests.hf import scenarios
 from tests.storage.conftest import damages, tree
-from tests.tiny import same_weights, tiny_model, weights
+from tests.tiny import names_in, same_weights, tiny_model, weights
 
 GUARDED = {"eval_on_save": True, "max_steps": 6}
 
@@ -57,6 +57,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("guarded", "checksums", "stock")}
 
 
+def checkpoints_in(folder: Path) -> dict[str, Any]:
+    """Return what stands in a run folder, down to each file, without the folder of events and lock."""
+    return {name: tree(folder / name) for name in names_in(folder)}
+
+
 def copy_of(saved: dict[str, Path], name: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved[name], tmp_path / name))
 
@@ -75,7 +80,7 @@ def test_every_file_of_a_checkpoint_stands_in_its_manifest(
         assert set(manifest.files) == {path.name for path in folder.iterdir()} - {MANIFEST_NAME}
         assert (manifest.step, manifest.world_size) == (step, 1)
         assert verify_checkpoint(folder).resumable
-    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint-2", "checkpoint-4"]
+    assert names_in(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_no_reader_sees_a_part_of_a_checkpoint_while_it_is_written(
@@ -168,14 +173,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_reason_told(
 
     folder = copy_of(saved, kind, tmp_path)
     damages()[how](folder / "checkpoint-6" / name)
-    before = tree(folder)
+    before = checkpoints_in(folder)
     assert choose_for_all(True, str(folder), Ranks(0, 1)) == str(folder / "checkpoint-4")
     said = [record.getMessage() for record in our_log.records]
     assert len(said) == 1
     assert said[0].startswith(f"Resuming from {folder / 'checkpoint-4'}; passed over checkpoint-6: ")
     assert name in said[0]
     assert "\n" not in said[0]
-    assert tree(folder) == before
+    assert checkpoints_in(folder) == before
 
 
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_same_weights(
@@ -200,7 +205,7 @@ def test_folders_of_which_none_is_complete_raise_an_error_that_names_each(
     folder = copy_of(saved, "guarded", tmp_path)
     for step in (2, 4, 6):
         (folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
-    before = tree(folder)
+    before = checkpoints_in(folder)
     trainer = make_trainer(folder, **GUARDED)
     with pytest.raises(NoCompleteCheckpointError) as caught:
         trainer.train(resume_from_checkpoint=asked)
@@ -208,7 +213,7 @@ def test_folders_of_which_none_is_complete_raise_an_error_that_names_each(
         for step in (2, 4, 6):
             assert f"checkpoint-{step}: `optimizer.pt` is missing" in str(caught.value)
         assert "To start from scratch" in str(caught.value)
-    assert tree(folder) == before
+    assert checkpoints_in(folder) == before
 
 
 def test_without_any_folder_the_stock_error_stands(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
@@ -283,9 +288,9 @@ def test_names_that_only_look_like_checkpoints_are_neither_resumed_nor_deleted(
     (folder / "checkpoint-5").write_text("a file")
     (folder / "checkpoint-60").symlink_to(elsewhere, target_is_directory=True)
     odd = {
-        path.name: tree(path)
-        for path in folder.iterdir()
-        if path.name not in ("checkpoint-2", "checkpoint-4", "checkpoint-6")
+        name: tree(folder / name)
+        for name in names_in(folder)
+        if name not in ("checkpoint-2", "checkpoint-4", "checkpoint-6")
     }
     outside = tree(elsewhere)
     trainer = make_trainer(folder, eval_on_save=True, max_steps=10, save_total_limit=1)
@@ -293,7 +298,7 @@ def test_names_that_only_look_like_checkpoints_are_neither_resumed_nor_deleted(
     trainer.train(resume_from_checkpoint=True)
     assert tree(elsewhere) == outside
     assert {name: tree(folder / name) for name in odd} == odd
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-10", *odd}
+    assert set(names_in(folder)) == {"checkpoint-10", *odd}
 
 
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
@@ -326,7 +331,7 @@ def test_what_a_killed_save_left_whole_is_resumed_from(
     staging.mkdir()
     (folder / "checkpoint-6").rename(staging / "checkpoint-6")
     assert start_of(make_trainer, folder) == 6
-    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert names_in(folder) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 @pytest.mark.parametrize("by_name", [False, True])
