@@ -71,7 +71,7 @@ class Checkpoints:
                 save_mode=options.divguard_save_mode,
                 checksums=options.divguard_checksums,
                 flush=options.divguard_fsync,
-                weights=bool(host.args.should_save),
+                weights=ranks.rank == 0 and bool(host.args.should_save),
                 training_state=bool(host.args.should_save and not host.args.save_only_model),
                 resumed_from=resumed_from,
             )
