@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from hf_divguard.core.findings import Finding
@@ -93,10 +93,13 @@ class RunOutcome:
     def open_condition(self, source: str, finding: Finding) -> None:
         """Note that the condition of an error finding of ``source`` has begun, or lasts.
 
-        Where the updates were skipped, the weights are good, and so is what is saved.
+        Where the updates were skipped, the weights are good, and so is what is saved. Steps from
+        before the last rollback do not count.
         """
         if SKIPPED in finding.evidence:
             return
+        if finding.onset_step <= self.rolled_back_at:
+            finding = replace(finding, onset_step=self.rolled_back_at + 1)
         first = self.conditions.get(source)
         if first is None or finding.onset_step < first.onset_step:
             self.conditions[source] = finding

@@ -232,8 +232,6 @@ class GuardedRun:
             self.journal.begin(state.global_step)
             self.skipping.begin(state.global_step)
         self.checkpoints.point_to_best()
-        if self.detectors:
-            self.journal.begin(state.global_step)
         if self.rollback is not None:
             self.rollback.begin(state)
         if self.options.divguard_action != "stop" and not self.detectors and self.ranks.rank == 0:
@@ -349,6 +347,8 @@ class GuardedRun:
     def _follow_findings(self) -> None:
         """Let checkpoints and journal know what detectors have found."""
         outcome, checkpoints = self.outcome, self.checkpoints
+        if outcome.rollback_request is not None or outcome.deferred is not None:
+            return  # nothing is saved until it is decided
         if checkpoints.follow_condition(outcome.suspect_since):
             self._distrust(outcome.suspect_since)
         if outcome.reports:

@@ -154,14 +154,14 @@ class Stream(IterableDataset):
                 yield {"input_ids": row, "labels": labels}
 
 
-def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+def saved_weights(checkpoint: Path | str) -> dict[str, torch.Tensor]:
     """Return the weights in a checkpoint."""
-    return load_file(checkpoint / "model.safetensors")
+    return load_file(Path(checkpoint) / "model.safetensors")
 
 
-def holds(weights: dict[str, torch.Tensor], checkpoint: Path) -> bool:
+def holds(weights: dict[str, torch.Tensor], checkpoint: Path | str) -> bool:
     """Return whether ``weights`` are those of a checkpoint, to the last bit."""
-    saved = saved_weights(checkpoint)
+    saved = saved_weights(Path(checkpoint))
     return all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
 
 

@@ -350,11 +350,12 @@ def test_a_stopped_run_says_from_which_checkpoint_to_go_on_and_a_resume_from_a_l
 
     trainer().train()
     good, last = (str(tmp_path / "out" / f"checkpoint-{step}") for step in (8, 14))
-    assert f"The newest checkpoint from before it is {good}: resume from that one." in our_log.text
+    assert f"The last good checkpoint is {good}." in our_log.text
+    assert f"--resume_from_checkpoint {good}" in our_log.text
     our_log.clear()
-    trainer().train(resume_from_checkpoint="latest")
+    trainer().train(resume_from_checkpoint=last)
     assert f"{last} was saved after a divergence" in our_log.text
-    assert our_log.text.count(good) == 1
+    assert f"The last good checkpoint is {good}." in our_log.text
     our_log.clear()
     trainer().train(resume_from_checkpoint=good)
     assert "was saved after a divergence" not in our_log.text

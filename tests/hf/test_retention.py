@@ -339,7 +339,7 @@ def test_a_run_resumed_into_another_folder_leaves_the_old_folder_alone(run: Any,
     )
     assert checkpoint_steps(tmp_path / "out") == {2, 4}
     assert recorder.disk == [{6}, {6, 8}]
-    assert trainer.best_checkpoints()[0].path == str(tmp_path / "other" / "checkpoint-6")
+    assert trainer.best_checkpoints()[0].path == str(tmp_path / "out" / "checkpoint-2")
 
 
 def test_only_plain_checkpoint_folders_are_ever_deleted(run: Any, tmp_path: Path) -> None:
