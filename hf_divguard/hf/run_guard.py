@@ -106,7 +106,8 @@ class RunGuard(TrainerCallback):
                 checksums=self._options.divguard_checksums,
                 flush=self._options.divguard_fsync,
                 resumed_from=resumed_from,
-                weights=bool(self._args.should_save),
+                # On Transformers 5 the first node alone writes the weights, also with `save_on_each_node`.
+                weights=self._ranks.rank == 0,
                 training_state=bool(self._args.should_save and not self._args.save_only_model),
             )
             read = self._ranks.run_on_main(
