@@ -2,10 +2,10 @@
 
 For each operation on checkpoints, on a disk that renames folders and on one that does not: every
 prefix of its file operations (a kill), also on a disk that lists names that are gone, and every way
-in which up to three unflushed operations (two, for saves by two ranks) are lost after each prefix (a power failure; with
-``divguard_fsync``). After each state: nothing that is incomplete counts as complete, the best and the
-newest good checkpoint are there, and a resume finds the newest. ``tests/storage/crash_points.py``
-says what the model of the file system leaves out.
+in which up to three unflushed operations (two, for saves by two ranks) are lost after each prefix: a
+power failure, with ``divguard_fsync``. After each state: nothing that is incomplete counts as
+complete, the best and the newest good checkpoint are there, and a resume finds the newest.
+``tests/storage/crash_points.py`` says what the model of the file system leaves out.
 
     python benchmarks/crash_points.py            # some minutes on two cores
     python benchmarks/crash_points.py --short

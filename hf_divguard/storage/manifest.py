@@ -172,8 +172,8 @@ def build_manifest(
     ]
     if missing:
         raise CheckpointSaveError(
-            f"A checkpoint must hold {missing[0]} before it counts as complete; it was not written, or something "
-            f"removed it from {os.fspath(folder)!r}. Is another process using this folder?"
+            f"A checkpoint must hold {missing[0]} before it counts as complete. It was not written, or another process "
+            f"removed it from {os.fspath(folder)!r}"
         )
     digests = file_digests(folder, sizes) if checksums else {}
     for digest in digests.values():
