@@ -85,7 +85,7 @@ class RiseCusum(Stateful):
         count, patience = len(self.values), PATIENCE / weight
         is_pulled, is_stuck = pull is not None and pull > PULL, pull is not None and pull <= PULL
         # A high loss that no large gradient pulls back has to fall within the last third.
-        part = max(1, count // (3 if is_stuck else 2))
+        part = max(1, count // 3) if is_stuck else (count + 1) // 2
         # Without gradients a fall from an absurd height is no sign of recovery yet, hence the cap.
         early, late = self._heights(base, part, SURGE * max(progress, need) if pull is None else math.inf)
         if is_pulled and count < patience * (1.0 if late >= PARTIAL * progress else PATIENCES_PULLED):
