@@ -14,7 +14,7 @@ import torch
 from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.core.findings import Cause, Finding
 from hf_divguard.core.outcome import Action, RunOutcome
-from hf_divguard.core.rollback.comparison import Budget, Pair, explains
+from hf_divguard.core.rollback.comparison import Budget, Pair, explains, judge
 from hf_divguard.core.rollback.incident import Incident, Ruling
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.control import outcome_of
@@ -22,6 +22,7 @@ from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import RollbackJournal
+from hf_divguard.hf.rows import suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
 
 __all__ = ["Comparison"]
@@ -71,6 +72,7 @@ class Comparison:
         self._reason = why_not_comparable(host)
         self._coming: tuple[list[Any], Any] | None = None
         self._is_first_micro_batch = False
+        self._last: tuple[list[Any], Any] | None = None
         self._last_step = -1
         self._between: list[tuple[list[Any], Any]] = []
         self._ready: tuple[Finding, Action] | None = None
@@ -78,6 +80,8 @@ class Comparison:
         self._noted = -1
         self.save_was_due = False
         """Whether a save was held back until the comparison."""
+        self.rows: list[dict[str, int]] = []
+        """Rows that stood out in batches with a high loss: step, rank, micro-batch and position."""
         self.passes = 0
         """Forward passes that looks have taken so far."""
         self.seconds = 0.0
@@ -123,6 +127,7 @@ class Comparison:
 
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
         """Take the micro-batches of the coming step."""
+        self._last = self._coming
         self._coming, self._is_first_micro_batch = (batches, num_items), True
 
     def on_raw_losses(self, values: list[StepValues], args: Any, state: Any, control: Any) -> None:
@@ -174,7 +179,10 @@ class Comparison:
             self.incident.ask(step)
         if not self.incident.is_open or not (is_last or self.incident.is_due(step)):
             return
+        is_new = self.incident.since == step and self.incident.cause is None and deferred is None
         ruling = self._look(step, is_last)
+        if is_new and ruling is not None and ruling.act == "dismiss":
+            ruling = self._look_back(ruling, step)
         if ruling is None:
             self._without_comparison()
         elif ruling.act == "act":
@@ -215,6 +223,32 @@ class Comparison:
         self.seconds += time.perf_counter() - began
         if self._reason is not None and self._ranks.rank == 0:
             logger.warning("Kept and present weights are no longer compared in this run: %s.", self._reason)
+        return ruling
+
+    def _look_back(self, ruling: Ruling, step: int) -> Ruling:
+        """Return the ruling on a step out of the range: a bad batch, if kept weights find it bad too.
+
+        The batch is that of the step where ``ruling`` says that nothing is wrong after it, and
+        the coming one where that is bad.
+        """
+        kept = self._usable()
+        steps = self._coming if ruling.cause == "data" else self._last
+        if not kept or steps is None or not self._budget.take(len(steps[0][:_MOST_BATCHES])):
+            return ruling
+        batches, num_items = steps[0][:_MOST_BATCHES], steps[1]
+        tensors, usual = kept[-1].tensors, self.incident.range.usual
+        if ruling.cause != "data":
+            losses = self._losses(batches, num_items, tensors)
+            verdict = judge([Pair(loss, loss) for loss in losses], usual)
+            if verdict.cause != "data":
+                return ruling
+            ruling = Ruling("dismiss", "data", 0, verdict)
+            step -= 1
+        found, probes = suspect_rows(self._host, batches, tensors)
+        self.passes += probes
+        self._budget.take_anyway(probes)
+        for rank, rows in enumerate(self._ranks.gather(found)):
+            self.rows += [{"step": step + 1, "rank": rank, **row} for row in rows]
         return ruling
 
     def _usable(self) -> list[Any]:
@@ -328,6 +362,7 @@ class Comparison:
                 "step": step,
                 "onset_step": self.incident.since,
                 "cause": "data",
+                "rows": [row for row in self.rows if row["step"] >= self.incident.since],
                 **_rounded(ruling),
             }
         )
