@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,19 +11,24 @@ from typing import Any
 import torch
 
 from hf_divguard.core.detection.detector import StepValues
-from hf_divguard.core.findings import Cause, Finding
+from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import Action, RunOutcome
-from hf_divguard.core.rollback.comparison import Budget, Pair, explains
+from hf_divguard.core.rollback.comparison import Budget, Pair, explains, judge
 from hf_divguard.core.rollback.incident import Incident, Ruling
+from hf_divguard.core.rollback.words import damage_finding, rounded, why
 from hf_divguard.hf import control as switches
+from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
 from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.kept import KeptStates
 from hf_divguard.hf.probes import probe, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import RunJournal
+from hf_divguard.hf.rows import suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "make_comparison"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,7 @@ class Comparison:
         self._reason = why_not_comparable(host)
         self._coming: tuple[list[Any], Any] | None = None
         self._is_first_micro_batch = False
+        self._last: tuple[list[Any], Any] | None = None
         self._last_step = -1
         self._between: list[tuple[list[Any], Any]] = []
         self._ready: tuple[Finding, Action] | None = None
@@ -78,6 +83,8 @@ class Comparison:
         self._noted = -1
         self.save_was_due = False
         """Whether a save was held back until the comparison."""
+        self.rows: list[dict[str, int]] = []
+        """Rows that stood out in batches with a high loss: step, rank, micro-batch and position."""
         self.passes = 0
         """Forward passes that looks have taken so far."""
         self.seconds = 0.0
@@ -123,6 +130,7 @@ class Comparison:
 
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
         """Take the micro-batches of the coming step."""
+        self._last = self._coming
         self._coming, self._is_first_micro_batch = (batches, num_items), True
 
     def on_raw_losses(self, values: list[StepValues], args: Any, state: Any, control: Any) -> None:
@@ -174,7 +182,10 @@ class Comparison:
             self.incident.ask(step)
         if not self.incident.is_open or not (is_last or self.incident.is_due(step)):
             return
+        is_new = self.incident.since == step and self.incident.cause is None and deferred is None
         ruling = self._look(step, is_last)
+        if is_new and ruling is not None and ruling.act == "dismiss":
+            ruling = self._look_back(ruling, step)
         if ruling is None:
             self._without_comparison()
         elif ruling.act == "act":
@@ -182,7 +193,7 @@ class Comparison:
         elif ruling.act == "dismiss" or is_last:
             self._note_data(ruling, step)
             if deferred is not None:
-                self._dismiss(deferred[0], _why(ruling))
+                self._dismiss(deferred[0], why(ruling))
 
     def _without_comparison(self) -> None:
         """Nothing is kept or known: the curve alone decides, as it does without comparisons."""
@@ -215,6 +226,32 @@ class Comparison:
         self.seconds += time.perf_counter() - began
         if self._reason is not None and self._ranks.rank == 0:
             logger.warning("Kept and present weights are no longer compared in this run: %s.", self._reason)
+        return ruling
+
+    def _look_back(self, ruling: Ruling, step: int) -> Ruling:
+        """Return the ruling on a step out of the range: a bad batch, if kept weights find it bad too.
+
+        The batch is that of the step where ``ruling`` says that nothing is wrong after it, and
+        the coming one where that is bad.
+        """
+        kept = self._usable()
+        steps = self._coming if ruling.cause == "data" else self._last
+        if not kept or steps is None or not self._budget.take(len(steps[0][:_MOST_BATCHES])):
+            return ruling
+        batches, num_items = steps[0][:_MOST_BATCHES], steps[1]
+        tensors, usual = kept[-1].tensors, self.incident.range.usual
+        if ruling.cause != "data":
+            losses = self._losses(batches, num_items, tensors)
+            verdict = judge([Pair(loss, loss) for loss in losses], usual)
+            if verdict.cause != "data":
+                return ruling
+            ruling = Ruling("dismiss", "data", 0, verdict)
+            step -= 1
+        found, probes = suspect_rows(self._host, batches, tensors)
+        self.passes += probes
+        self._budget.take_anyway(probes)
+        for rank, rows in enumerate(self._ranks.gather(found)):
+            self.rows += [{"step": step + 1, "rank": rank, **row} for row in rows]
         return ruling
 
     def _usable(self) -> list[Any]:
@@ -277,7 +314,7 @@ class Comparison:
         if action is None:
             self.incident.close()
             return
-        finding = _damage(ruling, step, self.incident.since)
+        finding = damage_finding(ruling, step, self.incident.since)
         if deferred is not None:
             finding = replace(
                 deferred[0],
@@ -309,14 +346,14 @@ class Comparison:
         self._outcome.report(finding, action)
         switches.apply(self._outcome, finding, action, self._host.args, self._host.control)
 
-    def _dismiss(self, finding: Finding, why: str) -> None:
+    def _dismiss(self, finding: Finding, reason: str) -> None:
         self._outcome.deferred = None
         self._outcome.conditions.clear()
         if self.save_was_due:
             switches.request_save(self._host.control, True)
             self.save_was_due = False
         if self._ranks.rank == 0:
-            logger.warning("%s Nothing is undone: %s. Training goes on.", finding.message, why)
+            logger.warning("%s Nothing is undone: %s. Training goes on.", finding.message, reason)
 
     def _note_data(self, ruling: Ruling, step: int) -> None:
         """Report once an incident that the data are the cause of."""
@@ -329,47 +366,34 @@ class Comparison:
                 "step": step,
                 "onset_step": self.incident.since,
                 "cause": "data",
-                **_rounded(ruling),
+                "rows": [row for row in self.rows if row["step"] >= self.incident.since],
+                **rounded(ruling),
             }
         )
         if self._outcome.deferred is None and self._ranks.rank == 0:
             logger.warning(
-                "`loss` is high since step %d: %s. Training goes on.", self.incident.since, _why(ruling)
+                "`loss` is high since step %d: %s. Training goes on.", self.incident.since, why(ruling)
             )
 
 
-def _rounded(ruling: Ruling) -> dict[str, float]:
-    numbers = ruling.verdict.numbers if ruling.verdict is not None else {}
-    return {name: float(f"{value:.6g}") for name, value in numbers.items() if math.isfinite(value)}
-
-
-def _why(ruling: Ruling) -> str:
-    numbers = _rounded(ruling)
-    if "kept_loss" not in numbers:
-        return "kept weights do no better on the batches that come now"
-    return (
-        f"kept weights have a loss of {numbers['kept_loss']:.4g} on the batches that come now, the present ones "
-        f"{numbers['present_loss']:.4g} (usual: {numbers['usual_loss']:.4g})"
-    )
-
-
-def _damage(ruling: Ruling, step: int, since: int) -> Finding:
-    numbers = _rounded(ruling)
-    cause: Cause = ruling.cause
-    present = numbers.get("present_loss", math.nan)
-    message = (
-        f"On the batches that come after step {step} the weights of step {ruling.good_step} have a loss of "
-        f"{numbers.get('kept_loss', math.nan):.4g}, the present ones {present:.4g}."
-    )
-    return Finding(
-        step=step,
-        onset_step=min(since, step),
-        kind="damage",
-        severity="error",
-        metric="loss",
-        value=present,
-        limit=numbers.get("kept_loss"),
-        message=message,
-        evidence={"kept_step": ruling.good_step, **numbers},
-        cause=cause,
-    )
+def make_comparison(
+    host: Host, options: Any, ranks: Ranks, journal: RunJournal, detectors: list[DivergenceDetector]
+) -> tuple[Snapshots, Comparison | None]:
+    """Return the states that are kept in memory, and what compares them, if any detector acts by the level of a loss."""
+    acting = [each for each in detectors if each.action != "warn"]
+    by_level = [each for each in acting if not isinstance(each, NonFiniteDetector)]
+    is_on = options.divguard_compare == "auto" and bool(by_level)
+    every, margin = options.divguard_snapshot_steps, options.divguard_rollback_margin_steps
+    if is_on and every == 0:
+        snapshots: Snapshots = KeptStates(
+            ranks,
+            with_optimizer=any(each.action == "rollback" for each in acting),
+            limit_bytes=options.divguard_compare_memory_gb * 1e9,
+        )
+    else:
+        snapshots = Snapshots(every, check_steps=options.divguard_check_steps, margin_steps=margin)
+    if not is_on:
+        return snapshots, None
+    sensitive = [each for each in by_level if isinstance(each, AdaptiveDivergenceDetector)]
+    action = next((each.action for each in sensitive if each.takes_raw_losses), None)
+    return snapshots, Comparison(host, ranks, journal, snapshots, action=action, margin_steps=margin)

@@ -7,7 +7,6 @@ still has the loop of 4.57.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import re
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+
+from hf_divguard.hf.side_effects import values_kept
 
 __all__ = [
     "HAS_FINALIZE",
@@ -154,7 +155,7 @@ class Host:
     @contextlib.contextmanager
     def metrics_kept(self) -> Iterator[None]:
         """Put what the trainer counts and collects back at the end."""
-        with _values_kept(self._trainer):
+        with values_kept(self._trainer):
             yield
 
     @property
@@ -299,24 +300,3 @@ def rewrite_best(state: Any, path: str) -> None:
         return
     with open(path, "w", encoding="utf-8") as file:
         file.write("{\n" + lines + text[head.end() :])
-
-
-@contextlib.contextmanager
-def _values_kept(holder: Any) -> Iterator[None]:
-    """Put numbers, and containers of metrics and logs, back that are attributes of ``holder``."""
-    before = dict(vars(holder))
-    containers = {
-        name: copy.deepcopy(value)
-        for name, value in before.items()
-        if isinstance(value, (dict, list)) and ("metrics" in name or "logs" in name)
-    }
-    try:
-        yield
-    finally:
-        for name, value in list(vars(holder).items()):
-            if name in containers:
-                setattr(holder, name, containers[name])
-            elif name in before and isinstance(before[name], (int, float)) and value is not before[name]:
-                setattr(holder, name, before[name])
-            elif name not in before and isinstance(value, (int, float, dict, list)):
-                delattr(holder, name)

@@ -12,7 +12,7 @@ from hf_divguard.core.findings import Finding
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
+from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callbacks import (
     RunCallbacks,
     collect_states,
@@ -20,13 +20,12 @@ from hf_divguard.hf.callbacks import (
     read_callback_states,
     restore_states,
 )
-from hf_divguard.hf.comparison import Comparison
+from hf_divguard.hf.comparison import Comparison, make_comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.kept import KeptStates
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
@@ -43,7 +42,6 @@ from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.hf.skipping import NonFiniteUpdates
-from hf_divguard.hf.snapshots import Snapshots
 from hf_divguard.storage.checkpoints import verify_checkpoint
 from hf_divguard.storage.failpoints import failpoint
 
@@ -145,7 +143,9 @@ class GuardedRun:
         self.journal = self.skipping.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
         if self.skipping.is_on:
             self.losses.subscribe(self.skipping)
-        self.comparison = self._make_comparison()
+        self.snapshots, self.comparison = make_comparison(
+            host, options, self.ranks, self.journal, list(self.detectors.values())
+        )
         if self.comparison is not None:
             self.losses.subscribe(self.comparison)
         self.rollback = self._make_rollback()
@@ -157,27 +157,6 @@ class GuardedRun:
         stack.callback(lambda: host.callbacks.remove(self.events))
         self.is_training = True
         stack.callback(lambda: setattr(self, "is_training", False))
-
-    def _make_comparison(self) -> Comparison | None:
-        acting = [each for each in self.detectors.values() if each.action != "warn"]
-        by_level = [each for each in acting if not isinstance(each, NonFiniteDetector)]
-        rolls_back = any(each.action == "rollback" for each in acting)
-        options, is_on = self.options, self.options.divguard_compare == "auto" and bool(by_level)
-        margin = options.divguard_rollback_margin_steps
-        every = options.divguard_snapshot_steps
-        if is_on and every == 0:
-            limit = options.divguard_compare_memory_gb * 1e9
-            self.snapshots: Snapshots = KeptStates(self.ranks, with_optimizer=rolls_back, limit_bytes=limit)
-        else:
-            check = options.divguard_check_steps
-            self.snapshots = Snapshots(every, check_steps=check, margin_steps=margin)
-        if not is_on:
-            return None
-        sensitive = [each for each in by_level if isinstance(each, AdaptiveDivergenceDetector)]
-        action = next((each.action for each in sensitive if each.takes_raw_losses), None)
-        return Comparison(
-            self.host, self.ranks, self.journal, self.snapshots, action=action, margin_steps=margin
-        )
 
     def _make_rollback(self) -> Rollback | None:
         detectors = self.detectors

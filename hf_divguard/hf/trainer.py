@@ -101,6 +101,12 @@ class DivGuardMixin(_Host):
         """What the guards did in this run, oldest first, as in ``output_dir/divguard/events.jsonl``."""
         return list(self._run.journal.events) if self._run is not None else []
 
+    @property
+    def divguard_suspect_rows(self) -> list[dict[str, int]]:
+        """Rows that stood out in batches with a high loss: ``step``, ``rank``, ``micro_batch`` and ``row``."""
+        comparison = self._run.comparison if self._run is not None else None
+        return list(comparison.rows) if comparison is not None else []
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the stock Trainer does, resuming only from complete checkpoints.
 

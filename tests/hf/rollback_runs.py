@@ -111,3 +111,35 @@ def roll_back_a_high_rate(folder: Path) -> dict[str, Any]:
     trainer.train()
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     return {**outcome_of(trainer), "loss_before": losses[60], "loss_at_the_end": losses[110]}
+
+
+def compare_on_ranks(rank: int, folder: str) -> dict[str, Any]:
+    """Train with noise on the weights of all ranks, with a scripted finding, and on two ranks unguarded."""
+    from transformers import Trainer, TrainingArguments
+
+    from hf_divguard import DivergenceDetector
+    from tests.hf.faults import ScriptedRule
+    from tests.hf.test_comparison import COMMON, GUARDED, Noise
+
+    root, cases = Path(folder), {}
+    options = {**COMMON, "ddp_backend": "gloo"}
+    rows = options.pop("train_dataset")
+
+    def run(name: str, callbacks: list[Any], **more: Any) -> Any:
+        trainer_class, arguments_class = (Trainer, TrainingArguments)
+        if more:
+            trainer_class, arguments_class = DivGuardTrainer, DivGuardTrainingArguments
+        args = arguments_class(**base_arguments(root / name, **options, **more))
+        model = tiny_model(dropout=0.1)
+        trainer = trainer_class(model=model, args=args, train_dataset=rows, callbacks=callbacks)
+        trainer.train()
+        return trainer
+
+    cases["noise"] = outcome_of(run("noise", [Noise(28)], **GUARDED, divguard_action="rollback"))
+    stopped = run("stopped", [Noise(28)], **GUARDED, divguard_action="stop")
+    cases["stopped"] = {**outcome_of(stopped), "cause": stopped.state.divguard_finding.cause}
+    asked = DivergenceDetector(ScriptedRule({20: 18}), action="rollback")
+    looked = run("looked into", [asked], **GUARDED)
+    cases["looked into"] = {**outcome_of(looked), "passes": looked._run.comparison.passes}
+    cases["stock"] = {"weights": weights_hash(run("stock", []).model)}
+    return cases

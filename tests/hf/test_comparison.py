@@ -272,3 +272,35 @@ def test_wrong_data_are_named_and_stop_nothing_while_they_last(
     assert moves(trainer) == []
     assert trainer.divguard_events[0]["event"] == "data"
     assert trainer.divguard_events[0]["cause"] == "data"
+
+
+class BadRow:
+    """A collator that gives one row of one batch wrong labels."""
+
+    def __init__(self, step: int, row: int) -> None:
+        self.step, self.row, self.calls = step, row, 0
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        if self.calls == self.step:
+            batch["labels"] = batch["labels"].clone()
+            batch["labels"][self.row] = (batch["labels"][self.row] * 7 + 3) % 16
+        return batch
+
+
+def test_a_bad_row_is_named(make_trainer: MakeTrainer) -> None:
+    """By the position in its batch; nothing is undone for it."""
+    bad = BadRow(step=70, row=5)
+    options = {
+        "max_steps": 90,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 8,
+    }
+    trainer = make_trainer(train_dataset=TokenRows(rows=64), **options, **GUARDED)
+    trainer.data_collator = bad
+    trainer.train()
+    assert trainer.state.global_step == 90
+    assert {"step": 70, "rank": 0, "micro_batch": 0, "row": 5} in trainer.divguard_suspect_rows
+    assert len(trainer.divguard_suspect_rows) == 1

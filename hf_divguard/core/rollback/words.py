@@ -1,0 +1,55 @@
+"""Rulings in numbers and words, for findings, events and log lines."""
+
+from __future__ import annotations
+
+import math
+
+from hf_divguard.core.findings import Finding
+from hf_divguard.core.rollback.incident import Ruling
+
+__all__ = ["damage_finding", "rounded", "why"]
+
+
+def rounded(ruling: Ruling) -> dict[str, float]:
+    """Return the numbers of a comparison to six digits; without those that are not finite."""
+    numbers = ruling.verdict.numbers if ruling.verdict is not None else {}
+    return {name: float(f"{value:.6g}") for name, value in numbers.items() if math.isfinite(value)}
+
+
+def why(ruling: Ruling) -> str:
+    """Return why nothing is undone."""
+    numbers = rounded(ruling)
+    if "kept_loss" not in numbers:
+        return "kept weights do no better on the batches that come now"
+    return (
+        f"kept weights have a loss of {numbers['kept_loss']:.4g} on the batches that come now, the present ones "
+        f"{numbers['present_loss']:.4g} (usual: {numbers['usual_loss']:.4g})"
+    )
+
+
+def damage_finding(ruling: Ruling, step: int, since: int) -> Finding:
+    """Return the finding that kept weights do better than the present ones.
+
+    Args:
+        ruling: What the comparison has shown.
+        step: Present step.
+        since: Step at which the incident began.
+    """
+    numbers = rounded(ruling)
+    present = numbers.get("present_loss", math.nan)
+    message = (
+        f"On the batches that come after step {step} the weights of step {ruling.good_step} have a loss of "
+        f"{numbers.get('kept_loss', math.nan):.4g}, the present ones {present:.4g}."
+    )
+    return Finding(
+        step=step,
+        onset_step=min(since, step),
+        kind="damage",
+        severity="error",
+        metric="loss",
+        value=present,
+        limit=numbers.get("kept_loss"),
+        message=message,
+        evidence={"kept_step": ruling.good_step, **numbers},
+        cause=ruling.cause,
+    )

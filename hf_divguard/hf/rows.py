@@ -1,0 +1,59 @@
+"""The rows of a batch that kept weights find worse than the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_divguard.core.rollback.rows import MOST_PROBES, find_rows
+from hf_divguard.hf.host import Host
+from hf_divguard.hf.probes import probe
+
+__all__ = ["suspect_rows"]
+
+
+def suspect_rows(
+    host: Host, batches: list[Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[list[dict[str, int]], int]:
+    """Return micro-batch and position of each row that stands out, and how many probes it took.
+
+    Nothing is named where a batch cannot be divided by rows.
+
+    Args:
+        host: The host.
+        batches: The micro-batches, as the data loader gave them.
+        tensors: The kept parameters and buffers.
+    """
+    found, probes = [], 0
+    for number, inputs in enumerate(batches):
+        count = _row_count(inputs)
+        if count is None:
+            continue
+        calls = 0
+
+        def loss(rows: Sequence[int], inputs: Any = inputs) -> float:
+            nonlocal calls
+            calls += 1
+            return probe(host, [_rows_of(inputs, rows)], None, tensors)[0]
+
+        rows = find_rows(count, loss, most_probes=(MOST_PROBES - probes) // (len(batches) - number))
+        found += [{"micro_batch": number, "row": row} for row in rows]
+        probes += calls
+    return found, probes
+
+
+def _row_count(inputs: Any) -> int | None:
+    if not isinstance(inputs, Mapping):
+        return None
+    sizes = {len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim() > 0}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _rows_of(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    chosen = list(rows)
+    return {
+        name: value[chosen] if isinstance(value, torch.Tensor) and value.dim() > 0 else value
+        for name, value in inputs.items()
+    }
