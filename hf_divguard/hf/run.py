@@ -14,6 +14,7 @@ from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callbacks import RunCallbacks, is_stateful, read_callback_states, restore_states
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
+from hf_divguard.hf.ending import Ending
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
@@ -56,6 +57,7 @@ class GuardedRun:
         resumed_from: Checkpoint that training resumes from, if any.
         initial_states: State of each stateful callback before its first training.
         locks: The folders that this training holds already, and for how long.
+        resumes_newest: Whether it resumes from the newest checkpoint, not from one that was named.
     """
 
     callbacks: RunCallbacks
@@ -72,6 +74,7 @@ class GuardedRun:
         resumed_from: str | None,
         initial_states: dict[str, Any],
         locks: FolderLocks | None = None,
+        resumes_newest: bool = False,
     ) -> None:
         self.host = host
         self.options = options
@@ -81,6 +84,7 @@ class GuardedRun:
         self._resumed_from = resumed_from
         self._initial_states = initial_states
         self._locks = locks
+        self._resumes_newest = resumes_newest
 
     # ---- life cycle
 
@@ -110,6 +114,14 @@ class GuardedRun:
             host, options, self.ranks, self._run_dir, self._resumed_from, is_active=is_active
         )
         self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
+        self.ending = Ending(
+            host,
+            self.ranks,
+            self.checkpoints.ledger,
+            self._resumed_from,
+            resumes_newest=self._resumes_newest,
+            is_active=is_active,
+        )
         self.rollback = self._make_rollback()
         if self.rollback is not None:
             self.losses.subscribe(self.rollback)
@@ -151,6 +163,7 @@ class GuardedRun:
         """At the start of training: give callbacks, evaluations and rollback what the resumed checkpoint knows."""
         state, resumed_from = self.host.state, self._resumed_from
         self.losses.start(state.global_step)
+        self.ending.begin()
         states: dict[str, Any] | None = None
         if resumed_from is not None:
             self.evaluations.recall(state)
@@ -173,6 +186,16 @@ class GuardedRun:
                 "example to 'adaptive'.",
                 self.options.divguard_action,
             )
+
+    @property
+    def keeps_all_at_end(self) -> bool:
+        """Whether the host must not delete checkpoints at the end of training."""
+        return self.checkpoints.preserves_best or self.ending.had_come
+
+    def conclude(self, output: Any) -> Any:
+        """Note how the run ended; return what ``train()`` returns."""
+        gave_up = self.rollback is not None and self.rollback.error is not None
+        return self.ending.conclude(output, self.outcome, gave_up=gave_up)
 
     def finish(self) -> None:
         """At the end of training: report the best checkpoints, and which one a stopped run should be resumed from."""

@@ -66,6 +66,7 @@ class DivGuardMixin(_Host):
     _initial_callback_states: dict[str, Any] | None = None
     _save_in_progress: SaveInProgress | None = None
     _locks: FolderLocks | None = None
+    _resumes_newest = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -120,6 +121,7 @@ class DivGuardMixin(_Host):
         self._options = options_of(self.args)
         with FolderLocks() as locks:
             self._locks = locks
+            self._resumes_newest = str(resume_from_checkpoint).strip().lower() in ("true", "latest", "auto")
             try:
                 if resume_from_checkpoint:
                     resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint, locks) or True
@@ -152,13 +154,20 @@ class DivGuardMixin(_Host):
             resumed_from=kwargs.get("resume_from_checkpoint"),
             initial_states=self._initial_callback_states or {},
             locks=self._locks,
+            resumes_newest=self._resumes_newest,
         )
         with run:
             self._run, self._initial_callback_states = run, run.callbacks.initial_states
-            output = super()._inner_training_loop(batch_size, *args, **kwargs)
+            output = run.conclude(super()._inner_training_loop(batch_size, *args, **kwargs))
         if run.rollback is not None and run.rollback.error is not None:
             raise run.rollback.error
         return output
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the batches of one step, as the stock Trainer does; none in a run that has finished already."""
+        if self._run is not None and self._run.ending.had_come:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one micro-batch, as the stock Trainer does, and take its loss for the detectors."""
@@ -191,6 +200,8 @@ class DivGuardMixin(_Host):
         if run is None:
             act()
             return
+        if run.ending.had_come:
+            return
         delivered = run.losses.end_step(run.host, run.events.gradient_norm_of_step(grad_norm))
         run.end_step(act, model, tr_loss, losses_delivered=delivered, save_was_due=save_was_due)
 
@@ -202,6 +213,8 @@ class DivGuardMixin(_Host):
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log, as the stock Trainer does; a callback that asks for a save here gets its evaluation too."""
+        if self._run is not None:
+            self._run.ending.complete_log(args[0] if args else kwargs["logs"])
         super().log(*args, **kwargs)
         if self.is_in_train and not (self._run is not None and self._run.evaluations.is_running):
             self._evaluate_before_save()
@@ -210,6 +223,8 @@ class DivGuardMixin(_Host):
         run, step = self._run, self.state.global_step
         if run is None:
             return super()._evaluate(trial, *args, **kwargs)
+        if run.ending.had_come:
+            return {}
         if self._options.eval_on_save and run.evaluations.has_evaluated(step):
             # Only `eval_on_start` after a resume comes here, and it does not look at the result.
             return {}
@@ -279,8 +294,8 @@ class DivGuardMixin(_Host):
         def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
             # With a limit of 1 the host deletes everything but the best checkpoint here.
             run = self._run
-            preserves = run is not None and run.checkpoints.preserves_best
-            with save_limit(self.args, None) if preserves else contextlib.nullcontext():
+            keeps_all = run is not None and run.keeps_all_at_end
+            with save_limit(self.args, None) if keeps_all else contextlib.nullcontext():
                 return super()._finalize_training(*args, **kwargs)
 
     if HAS_ROTATE_METHOD:
@@ -288,7 +303,7 @@ class DivGuardMixin(_Host):
         def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:
             # The host asks once for the end of training, to delete everything but the best with a limit of 1.
             run = self._run
-            if run is not None and run.is_training and run.checkpoints.preserves_best:
+            if run is not None and run.is_training and run.keeps_all_at_end:
                 return []
             return list(super()._sorted_checkpoints(*args, **kwargs))  # type: ignore[misc, unused-ignore]
 
