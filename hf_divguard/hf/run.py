@@ -264,22 +264,25 @@ class GuardedRun:
 
     # ---- saving
 
-    def save(self, write: Callable[[], None], note_best: Callable[[dict[str, float]], object]) -> None:
+    def save(self, write: Callable[[], None], note_best: Callable[[dict[str, float]], object]) -> bool:
         """Save a checkpoint of the present step, unless what was decided forbids it.
 
         Args:
             write: The host's own save.
             note_best: Lets the host record the best metric, from the evaluation of this step.
+
+        Returns:
+            Whether the checkpoint of this step is there.
         """
         # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
         self.losses.deliver(self.host)
         outcome, rollback = self.outcome, self.rollback
         if not outcome.may_save or (rollback is not None and rollback.saves_suspended):
-            return
+            return False
         if not self.checkpoints.is_active:
             write()
             self.host.rotate_after_own_save(self._run_dir)
-            return
+            return True
         if rollback is not None:
             rollback.save_pending = False
         step, evaluations = self.host.state.global_step, self.evaluations
@@ -289,7 +292,7 @@ class GuardedRun:
             if evaluations.host_best_is_due(step):
                 note_best(self.ranks.broadcast(evaluations.metrics))
 
-        self.checkpoints.save(
+        return self.checkpoints.save(
             write=write,
             note_best=host_notes_best,
             metric=self.ranks.broadcast(evaluations.metric_of_step(step)),

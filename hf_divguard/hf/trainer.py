@@ -36,6 +36,10 @@ else:
     _Host = object
 
 
+class _NothingSaved(Exception):
+    """Takes the host's loop past the callbacks of a save that did not take place."""
+
+
 class DivGuardMixin(_Host):
     """Adds the guards of hf_divguard to any ``Trainer`` class.
 
@@ -67,6 +71,7 @@ class DivGuardMixin(_Host):
     _save_in_progress: SaveInProgress | None = None
     _locks: FolderLocks | None = None
     _resumes_newest = False
+    _ends_with_save = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -194,7 +199,14 @@ class DivGuardMixin(_Host):
 
         def act() -> None:
             self._evaluate_before_save()
-            host_acts(tr_loss, grad_norm, model, *args, **kwargs)
+            self._ends_with_save = True
+            try:
+                host_acts(tr_loss, grad_norm, model, *args, **kwargs)
+            except _NothingSaved:
+                # Raised where the host would call `on_save` next, which is the last that it does here.
+                switches.suspend_save(self.control)
+            finally:
+                self._ends_with_save = False
 
         run, save_was_due = self._run, self.control.should_save
         if run is None:
@@ -249,10 +261,12 @@ class DivGuardMixin(_Host):
         if self._run is None:
             host_save(model, trial, *args, **kwargs)
             return
-        self._run.save(
+        saved = self._run.save(
             write=lambda: host_save(model, trial, *args, **kwargs),
             note_best=lambda metrics: host_determines(metrics=metrics, trial=trial),
         )
+        if not saved and self._ends_with_save:
+            raise _NothingSaved
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
         """Delete the checkpoints that need not stay; extend it to keep or delete more.
