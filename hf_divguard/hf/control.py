@@ -18,6 +18,7 @@ __all__ = [
     "GuardedState",
     "apply",
     "cancel_end",
+    "end_training",
     "enforce_abort",
     "mark_run_output",
     "merge_over_ranks",
@@ -183,6 +184,11 @@ def request_evaluation_before_save(control: Any, *, is_evaluated: bool) -> None:
         control.should_evaluate = False
     elif control.should_save:
         control.should_evaluate = True
+
+
+def end_training(control: Any) -> None:
+    """Let training end."""
+    control.should_training_stop = True
 
 
 def cancel_end(control: Any) -> None:

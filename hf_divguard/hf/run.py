@@ -23,6 +23,7 @@ from hf_divguard.hf.callbacks import (
 from hf_divguard.hf.comparison import Comparison, make_comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
+from hf_divguard.hf.ending import Ending
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
@@ -75,6 +76,7 @@ class GuardedRun:
         resumed_from: Checkpoint that training resumes from, if any.
         initial_states: State of each stateful callback before its first training.
         locks: The folders that this training holds already, and for how long.
+        resumes_newest: Whether it resumes from the newest checkpoint, not from one that was named.
     """
 
     callbacks: RunCallbacks
@@ -92,6 +94,7 @@ class GuardedRun:
         resumed_from: str | None,
         initial_states: dict[str, Any],
         locks: FolderLocks | None = None,
+        resumes_newest: bool = False,
     ) -> None:
         self.host = host
         self.options = options
@@ -103,6 +106,7 @@ class GuardedRun:
         self._resumed_from = resumed_from
         self._initial_states = initial_states
         self._locks = locks
+        self._resumes_newest = resumes_newest
 
     # ---- life cycle
 
@@ -148,6 +152,14 @@ class GuardedRun:
         )
         if self.comparison is not None:
             self.losses.subscribe(self.comparison)
+        self.ending = Ending(
+            host,
+            self.ranks,
+            self.checkpoints.ledger,
+            self._resumed_from,
+            resumes_newest=self._resumes_newest,
+            is_active=is_active,
+        )
         self.rollback = self._make_rollback()
         self.checkpoints.pending_since = self._pending_since
         if self.rollback is not None:
@@ -193,6 +205,7 @@ class GuardedRun:
         """At the start of training: give callbacks, evaluations and rollback what the resumed checkpoint knows."""
         state, resumed_from = self.host.state, self._resumed_from
         self.losses.start(state.global_step)
+        self.ending.begin()
         states: dict[str, Any] | None = None
         if resumed_from is not None:
             self.evaluations.recall(state)
@@ -228,6 +241,16 @@ class GuardedRun:
         if note is not None or verify_checkpoint(resumed_from, checksums=False).status == "suspect":
             for detector in self.detectors.values():
                 detector.judge_again()
+
+    @property
+    def keeps_all_at_end(self) -> bool:
+        """Whether the host must not delete checkpoints at the end of training."""
+        return self.checkpoints.preserves_best or self.ending.had_come
+
+    def conclude(self, output: Any) -> Any:
+        """Note how the run ended; return what ``train()`` returns."""
+        gave_up = self.rollback is not None and self.rollback.error is not None
+        return self.ending.conclude(output, self.outcome, gave_up=gave_up)
 
     def finish(self) -> None:
         """At the end of training: report the best checkpoints, and which one a stopped run should be resumed from."""
@@ -385,22 +408,25 @@ class GuardedRun:
 
     # ---- saving
 
-    def save(self, write: Callable[[], None], note_best: Callable[[dict[str, float]], object]) -> None:
+    def save(self, write: Callable[[], None], note_best: Callable[[dict[str, float]], object]) -> bool:
         """Save a checkpoint of the present step, unless what was decided forbids it.
 
         Args:
             write: The host's own save.
             note_best: Lets the host record the best metric, from the evaluation of this step.
+
+        Returns:
+            Whether the checkpoint of this step is there.
         """
         # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
         self.losses.deliver(self.host)
         outcome, rollback = self.outcome, self.rollback
         if not outcome.may_save or (rollback is not None and rollback.saves_suspended):
-            return
+            return False
         if not self.checkpoints.is_active:
             write()
             self.host.rotate_after_own_save(self._run_dir)
-            return
+            return True
         self._follow_findings()
         saves_rollback = rollback is not None and rollback.save_pending
         if rollback is not None:
@@ -412,7 +438,7 @@ class GuardedRun:
             if evaluations.host_best_is_due(step):
                 note_best(self.ranks.broadcast(evaluations.metrics))
 
-        self.checkpoints.save(
+        is_saved = self.checkpoints.save(
             write=write,
             note_best=host_notes_best,
             metric=self.ranks.broadcast(None if self._is_known(step) else evaluations.metric_of_step(step)),
@@ -421,6 +447,7 @@ class GuardedRun:
         )
         if saves_rollback:
             failpoint("rollback saved")
+        return is_saved
 
     def _is_known(self, step: int) -> bool:
         """Return whether what is saved now are the weights of a checkpoint that is ranked already."""

@@ -159,7 +159,7 @@ class Checkpoints:
         metric: float | None,
         callback_states: dict[str, Any],
         damaged_by: Finding | None,
-    ) -> None:
+    ) -> bool:
         """Save a checkpoint of the present step, publish it, rotate.
 
         Args:
@@ -169,6 +169,9 @@ class Checkpoints:
             callback_states: The states of the callbacks.
             damaged_by: The finding after which this checkpoint must never be resumed; ``None`` for a
                 good one.
+
+        Returns:
+            Whether the checkpoint is there: written now, or before by this very training.
 
         Raises:
             CheckpointSaveError: On every rank, if any of them failed and
@@ -217,10 +220,10 @@ class Checkpoints:
                 raise
             if self._ranks.rank == 0:
                 logger.warning("%s Training goes on without this checkpoint.", error)
-            return
+            return False
         if not written:
             self.ledger.rewind_to(before)
-            return
+            return True
         self._last_saved = step
         self.point_to_best()
         if pushes:
@@ -228,6 +231,7 @@ class Checkpoints:
         if note is not None and self._ranks.rank == 0:
             logger.warning("%s was saved and quarantined: it is never resumed.", self.ledger.path(step))
         self._host.rotate(self.ledger.run_dir)
+        return True
 
     def _undo(self, before: CheckpointLedger, best_before: tuple[Any, Any, Any]) -> None:
         """After a failed save, know again what was known before it."""

@@ -37,6 +37,10 @@ else:
     _Host = object
 
 
+class _NothingSaved(Exception):
+    """Takes the host's loop past the callbacks of a save that did not take place."""
+
+
 class DivGuardMixin(_Host):
     """Adds the guards of hf_divguard to any ``Trainer`` class.
 
@@ -67,6 +71,8 @@ class DivGuardMixin(_Host):
     _initial_callback_states: dict[str, Any] | None = None
     _save_in_progress: SaveInProgress | None = None
     _locks: FolderLocks | None = None
+    _resumes_newest = False
+    _ends_with_save = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -131,6 +137,7 @@ class DivGuardMixin(_Host):
         is_auto = str(resume_from_checkpoint).strip().lower() == "auto"
         with FolderLocks() as locks:
             self._locks = locks
+            self._resumes_newest = str(resume_from_checkpoint).strip().lower() in ("true", "latest", "auto")
             try:
                 if resume_from_checkpoint:
                     chosen = self._choose_checkpoint(resume_from_checkpoint, locks)
@@ -185,10 +192,11 @@ class DivGuardMixin(_Host):
             resumed_from=kwargs.get("resume_from_checkpoint"),
             initial_states=self._initial_callback_states or {},
             locks=self._locks,
+            resumes_newest=self._resumes_newest,
         )
         with run:
             self._run, self._initial_callback_states = run, run.callbacks.initial_states
-            output = super()._inner_training_loop(batch_size, *args, **kwargs)
+            output = run.conclude(super()._inner_training_loop(batch_size, *args, **kwargs))
         if run.rollback is not None and run.rollback.error is not None:
             raise run.rollback.error
         output.metrics.update(end_metrics(run.outcome, run.checkpoints.ledger))
@@ -208,9 +216,11 @@ class DivGuardMixin(_Host):
         return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the micro-batches of the coming step, as the stock Trainer does."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        """Return the micro-batches of the coming step, as the stock Trainer does; none in a run that has finished."""
         run = self._run
+        if run is not None and run.ending.had_come:
+            return [], None
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
         if run is not None and run.is_training and run.comparison is not None and batches:
             run.comparison.take_batches(batches, num_items)
         return batches, num_items
@@ -228,11 +238,20 @@ class DivGuardMixin(_Host):
 
         def act() -> None:
             self._evaluate_before_save()
-            host_acts(tr_loss, grad_norm, model, *args, **kwargs)
+            self._ends_with_save = True
+            try:
+                host_acts(tr_loss, grad_norm, model, *args, **kwargs)
+            except _NothingSaved:
+                # Raised where the host would call `on_save` next, which is the last that it does here.
+                switches.suspend_save(self.control)
+            finally:
+                self._ends_with_save = False
 
         run, save_was_due = self._run, self.control.should_save
         if run is None:
             act()
+            return
+        if run.ending.had_come:
             return
         delivered = run.losses.end_step(run.host, run.events.gradient_norm_of_step(grad_norm))
         run.end_step(act, model, tr_loss, losses_delivered=delivered, save_was_due=save_was_due)
@@ -245,6 +264,8 @@ class DivGuardMixin(_Host):
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log, as the stock Trainer does; a callback that asks for a save here gets its evaluation too."""
+        if self._run is not None:
+            self._run.ending.complete_log(args[0] if args else kwargs["logs"])
         super().log(*args, **kwargs)
         if self.is_in_train and not (self._run is not None and self._run.evaluations.is_running):
             self._evaluate_before_save()
@@ -253,6 +274,8 @@ class DivGuardMixin(_Host):
         run, step = self._run, self.state.global_step
         if run is None:
             return super()._evaluate(trial, *args, **kwargs)
+        if run.ending.had_come:
+            return {}
         if self._options.eval_on_save and run.evaluations.has_evaluated(step):
             # Only `eval_on_start` after a resume comes here, and it does not look at the result.
             return {}
@@ -277,10 +300,12 @@ class DivGuardMixin(_Host):
         if self._run is None:
             host_save(model, trial, *args, **kwargs)
             return
-        self._run.save(
+        saved = self._run.save(
             write=lambda: host_save(model, trial, *args, **kwargs),
             note_best=lambda metrics: host_determines(metrics=metrics, trial=trial),
         )
+        if not saved and self._ends_with_save:
+            raise _NothingSaved
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
         """Delete the checkpoints that need not stay; extend it to keep or delete more.
@@ -327,8 +352,8 @@ class DivGuardMixin(_Host):
         def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
             # With a limit of 1 the host deletes everything but the best checkpoint here.
             run = self._run
-            preserves = run is not None and run.checkpoints.preserves_best
-            with save_limit(self.args, None) if preserves else contextlib.nullcontext():
+            keeps_all = run is not None and run.keeps_all_at_end
+            with save_limit(self.args, None) if keeps_all else contextlib.nullcontext():
                 return super()._finalize_training(*args, **kwargs)
 
     if HAS_ROTATE_METHOD:
@@ -336,7 +361,7 @@ class DivGuardMixin(_Host):
         def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:
             # The host asks once for the end of training, to delete everything but the best with a limit of 1.
             run = self._run
-            if run is not None and run.is_training and run.checkpoints.preserves_best:
+            if run is not None and run.is_training and run.keeps_all_at_end:
                 return []
             return list(super()._sorted_checkpoints(*args, **kwargs))  # type: ignore[misc, unused-ignore]
 

@@ -303,6 +303,21 @@ def stop_by_sigterm(
     return {**report(trainer), "seen": seen[-1] if seen else None}
 
 
+def sigterm_on_a_full_disk(rank: int, output_dir: str, at_step: int, **options: Any) -> dict[str, Any]:
+    """Train until SIGTERM; no save succeeds then."""
+    trainer = terminated_at(
+        at_step, "on_step_end", trainer_of(output_dir, enable_jit_checkpoint=True, **options)
+    )
+
+    def fail(moment: str) -> None:
+        if moment == "manifest written" and trainer.state.global_step == at_step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with watch_failpoints(fail):
+        trainer.train()
+    return report(trainer)
+
+
 def kill_during_a_second_save(rank: int, output_dir: str, save_mode: str, moment: str | None) -> None:
     """Save the same step twice and die by SIGKILL at a ``moment`` of the second save; ``None``: right after it."""
     trainer = trainer_of(output_dir, max_steps=2, save_total_limit=1, divguard_save_mode=save_mode)
