@@ -19,6 +19,7 @@ from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
+from hf_divguard.hf.options.saving import asks_for_safe_saves
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
     JOURNAL,
@@ -33,6 +34,7 @@ from hf_divguard.hf.restore import load_weights_on_all_ranks
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
+from hf_divguard.hf.start_checks import warn_at_start
 from hf_divguard.storage.checkpoints import verify_checkpoint
 from hf_divguard.storage.failpoints import failpoint
 
@@ -102,12 +104,9 @@ class GuardedRun:
         stack.callback(self.losses.close)
         self.callbacks = RunCallbacks(host, stack, self.losses, self._initial_states)
         self.running_loss = RunningLoss(host, self.ranks)
-        uses_options = options.preserve_best_model or options.eval_on_save
-        is_active = (
-            uses_options or self.callbacks.stateful or options.divguard_save_mode not in ("auto", "off")
-        )
+        is_active = asks_for_safe_saves(options) or bool(self.callbacks.stateful)
         self.checkpoints = Checkpoints(
-            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=bool(is_active)
+            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=is_active
         )
         self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
         ledger = self.checkpoints.ledger
@@ -172,12 +171,7 @@ class GuardedRun:
             self.journal.begin(state.global_step)
         if self.rollback is not None:
             self.rollback.begin(state)
-        if self.options.divguard_action != "stop" and not self.detectors and self.ranks.rank == 0:
-            logger.warning(
-                "`divguard_action=%r` has no detector to act for, so nothing is guarded. Set `divguard_detector`, for "
-                "example to 'adaptive'.",
-                self.options.divguard_action,
-            )
+        warn_at_start(self.host, self.options, self.detectors.values(), is_resumed=resumed_from is not None)
 
     def _judge_suspect_again(self, resumed_from: str, states: dict[str, Any]) -> None:
         """After a resume from a checkpoint that was saved under a fault: warn, and have the fault found again."""
