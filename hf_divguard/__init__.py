@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_divguard.hf.arguments import DivGuardArgumentsMixin, DivGuardTrainingArguments
     from hf_divguard.hf.detectors import DivergenceDetector
     from hf_divguard.hf.dual_detectors import DualTimeScaleDivergenceDetector, DualWindowDivergenceDetector
+    from hf_divguard.hf.guard import guard
     from hf_divguard.hf.trainer import DivGuardMixin, DivGuardTrainer
     from hf_divguard.replays import replay
     from hf_divguard.storage.checkpoints import (
@@ -64,6 +65,7 @@ _HOME = {
     "Verdict": "storage.checkpoints",
     "best_checkpoints": "storage.checkpoints",
     "find_checkpoints": "storage.checkpoints",
+    "guard": "hf.guard",
     "latest_complete_checkpoint": "storage.checkpoints",
     "verify_checkpoint": "storage.checkpoints",
 }
@@ -93,6 +95,7 @@ __all__ = [
     "best_checkpoints",
     "exit_on_divergence",
     "find_checkpoints",
+    "guard",
     "latest_complete_checkpoint",
     "replay",
     "verify_checkpoint",

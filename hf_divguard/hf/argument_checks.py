@@ -1,76 +1,116 @@
-"""Checks of the options: single values, and what they need of each other and of the data."""
+"""Checks of options together: with each other, and with the data and metrics of a trainer."""
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import pickle
+import re
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
+
+from hf_divguard.core.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER, greater_is_better
 
 __all__ = [
+    "check_arguments_can_be_saved",
+    "check_combinations",
     "check_evaluation_data",
     "check_ranking_has_evaluations",
+    "check_ranking_metric_can_come",
     "check_something_is_saved",
-    "json_object",
-    "optional_bool",
-    "require_bool",
-    "require_choice",
-    "require_whole",
+    "evaluates_as_stock",
+    "warn_of_options_without_effect",
 ]
 
 logger = logging.getLogger(__name__)
 
-_TRUE = {"true", "yes", "1", "t", "y"}
-_FALSE = {"false", "no", "0", "f", "n"}
+_DEPENDS_ON_USE = {"distance", "divergence", "entropy", "grad_norm", "kl", "kl_div"}
+"""Known names whose direction is another one in some trainings, such as the entropy of a policy."""
+
+_METRICS_OF_EVERY_EVALUATION = re.compile(r"eval_(.*_)?(loss|runtime|samples_per_second|steps_per_second)")
 
 
-def optional_bool(name: str, value: Any) -> bool | None:
-    """Return true, false or none as written on a command line or in a file."""
-    word = str(value).strip().lower()
-    if value is None or word in {"none", "null", ""}:
-        return None
-    if word in _TRUE:
-        return True
-    if word in _FALSE:
-        return False
-    raise ValueError(f"`{name}` must be true, false or none, got {value!r}.")
+def _warn(sentence: str, *values: Any) -> None:
+    # Arguments are made by every process, before they know of each other.
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(sentence, *values)
 
 
-def require_bool(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is true or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be true or false, got {value!r} of type {type(value).__name__}.")
+def _strategy(value: Any) -> str:
+    return str(getattr(value, "value", value))
 
 
-def require_whole(name: str, value: Any, unit: str, *, at_least: int, instead: str = "") -> None:
-    """Raise ``ValueError`` unless ``value`` is a whole number, large enough."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+# ---- options with each other
+
+
+def check_combinations(args: Any) -> None:
+    """Raise ``ValueError`` for options that contradict each other or what is known."""
+    if args.divguard_save_mode == "off":
+        for name in ("divguard_checksums", "divguard_fsync"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"`{name}=True` is for checkpoints that hf_divguard completes, but `divguard_save_mode` is 'off', "
+                    "which leaves saving to the stock Trainer. Set `divguard_save_mode='auto'`, or leave "
+                    f"`{name}` out."
+                )
+    _check_direction(args)
+
+
+def _check_direction(args: Any) -> None:
+    """Raise, or warn where a name is not certain, if the ranking metric is to be the wrong way round."""
+    name, asked = "best_model_greater_is_better", args.best_model_greater_is_better
+    if asked is None and args.preserve_best_model:
+        name, asked = "greater_is_better", getattr(args, "greater_is_better", None)
+    metric = args.best_model_metric.removeprefix("eval_")
+    usual = greater_is_better(metric)
+    if asked is None or usual is None or bool(asked) == usual:
+        return
+    better, kept = ("higher", "lowest") if usual else ("lower", "highest")
+    if metric.lower() in (HIGHER_IS_BETTER | LOWER_IS_BETTER) - _DEPENDS_ON_USE:
         raise ValueError(
-            f"`{name}` must be a whole number of {unit}, at least {at_least}, got {value!r}.{instead}"
+            f"`{name}={bool(asked)}` contradicts `best_model_metric={args.best_model_metric!r}`: {metric} is better "
+            f"when {better}, so the worst checkpoints would be kept. Leave `{name}` out. If your metric is of another "
+            "kind, let `compute_metrics` return it under another name."
         )
+    _warn(
+        "`%s=%s`: a metric with a name like `best_model_metric=%r` is usually better when %s. The checkpoints with the "
+        "%s values are kept. Leave `%s` out if that is not meant.",
+        name,
+        bool(asked),
+        args.best_model_metric,
+        better,
+        kept,
+        name,
+    )
 
 
-def json_object(name: str, value: Any) -> dict[str, Any] | None:
-    """Return settings that were given as a mapping or, on a command line, as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError as error:
-            raise ValueError(
-                f"`{name}` must be a JSON object like '{{\"threshold\": 1.0}}', got {value!r}: {error}."
-            ) from None
-    if value is None or (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
-        return value
-    raise ValueError(f"`{name}` must be a JSON object or a dict of settings, got {value!r}.")
+def warn_of_options_without_effect(args: Any, changed: Mapping[str, Any]) -> None:
+    """Warn of options that have no effect as the others are, whatever the trainer and its callbacks.
 
-
-def require_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of a ``Literal``."""
-    if value not in get_args(choices):
-        raise ValueError(f"`{name}` must be one of {list(get_args(choices))}, got {value!r}.")
-
-
-# ---- options and data together
+    Args:
+        args: The arguments, complete.
+        changed: The options that are not at their defaults.
+    """
+    if "preserve_n_best" in changed and not args.preserve_best_model:
+        _warn(
+            "`preserve_n_best=%s` has no effect: no best checkpoint is kept as long as `preserve_best_model` is off. "
+            "Set `preserve_best_model=True`.",
+            args.preserve_n_best,
+        )
+    evaluates = args.eval_on_save or _strategy(args.eval_strategy) != "no"
+    ranking = [name for name in ("best_model_metric", "best_model_greater_is_better") if name in changed]
+    if ranking and not args.preserve_best_model and not evaluates:
+        _warn(
+            "%s ranks checkpoints, but there is nothing to rank by: `preserve_best_model` is off, `eval_strategy` is "
+            "'no' and `eval_on_save` is off. Set `preserve_best_model=True` and `eval_on_save=True`.",
+            " and ".join(f"`{name}`" for name in ranking),
+        )
+    if "divguard_action" in changed and args.divguard_detector == "none":
+        _warn(
+            "`divguard_action=%r` has no detector to act for: `divguard_detector` is 'none', and detectors that are "
+            "passed as callbacks have an `action` of their own. Set `divguard_detector`, for example to 'adaptive'.",
+            args.divguard_action,
+        )
 
 
 def check_something_is_saved(args: Any) -> None:
@@ -80,14 +120,23 @@ def check_something_is_saved(args: Any) -> None:
             "`save_strategy` is 'best', which saves when an evaluation is better than all before, but "
             "`eval_strategy` is 'no': nothing would ever be saved. Set `eval_strategy` to 'steps' or 'epoch'."
         )
+    if _strategy(args.save_strategy) == "no":
+        _warn(
+            "`eval_on_save=True` evaluates before every save, but `save_strategy` is 'no': nothing is saved, so nothing "
+            "is evaluated. Set `save_strategy` to 'steps' or 'epoch', or use `eval_strategy`."
+        )
 
 
 def check_ranking_has_evaluations(args: Any) -> None:
     """Raise, or warn, if checkpoints are ranked without evaluations at the steps of saves."""
+    eval_strategy, save_strategy = _strategy(args.eval_strategy), _strategy(args.save_strategy)
+    if save_strategy == "no":
+        _warn(
+            "`preserve_best_model=True` keeps the best checkpoints, but `save_strategy` is 'no': there is none to keep. "
+            "Set `save_strategy` to 'steps' or 'epoch'."
+        )
     if args.eval_on_save:
         return
-    eval_strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    save_strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if eval_strategy == "no":
         raise ValueError(
             "`preserve_best_model=True` ranks checkpoints by evaluations, but `eval_strategy` is 'no' and "
@@ -97,7 +146,7 @@ def check_ranking_has_evaluations(args: Any) -> None:
     if save_strategy == eval_strategy == "steps" and args.save_steps >= 1 and args.eval_steps >= 1:
         apart = args.save_steps % args.eval_steps != 0
     if apart:
-        logger.warning(
+        _warn(
             "Checkpoints are ranked only where an evaluation falls on the very step of a save; with "
             "eval_strategy=%s (eval_steps=%s) and save_strategy=%s (save_steps=%s) some saves have none and can "
             "never be best. Set `eval_on_save=True` to evaluate before every save.",
@@ -106,6 +155,9 @@ def check_ranking_has_evaluations(args: Any) -> None:
             save_strategy,
             args.save_steps,
         )
+
+
+# ---- options and the trainer
 
 
 def check_evaluation_data(options: Any, eval_dataset: Any) -> None:
@@ -124,3 +176,46 @@ def check_evaluation_data(options: Any, eval_dataset: Any) -> None:
                 f"{list(eval_dataset)}: with several sets each metric carries the name of its set. Set it to one "
                 f"of {likely}."
             )
+
+
+def evaluates_as_stock(trainer: Any) -> bool:
+    """Return whether all metrics of an evaluation come from ``compute_metrics``.
+
+    A class of another library may add some by its own evaluation, and a callback by its own
+    ``on_evaluate``.
+    """
+    kind = type(trainer)
+    methods = [getattr(kind, name) for name in ("evaluate", "evaluation_loop")]
+    methods += [type(each).on_evaluate for each in trainer.callback_handler.callbacks]
+    return all(method.__module__.split(".")[0] in ("transformers", "hf_divguard") for method in methods)
+
+
+def check_ranking_metric_can_come(options: Any, trainer: Any) -> None:
+    """Raise ``ValueError`` if checkpoints are ranked by a metric of ``compute_metrics`` and there is none."""
+    key = options.divguard_ranking_key
+    if (
+        not options.preserve_best_model
+        or getattr(trainer, "compute_metrics", None) is not None
+        or _METRICS_OF_EVERY_EVALUATION.fullmatch(key)
+        or not evaluates_as_stock(trainer)
+    ):
+        return
+    raise ValueError(
+        f"`best_model_metric={options.best_model_metric!r}` ranks checkpoints, but no evaluation produces `{key}`: the "
+        "trainer has no `compute_metrics`, so there is only `eval_loss`. Pass a `compute_metrics` that returns "
+        f"{key.removeprefix('eval_')!r}, or set `best_model_metric='loss'`."
+    )
+
+
+def check_arguments_can_be_saved(args: Any) -> None:
+    """Raise ``TypeError`` if the class of the arguments cannot be stored, which every checkpoint does."""
+    if _strategy(args.save_strategy) == "no":
+        return
+    try:
+        pickle.dumps(type(args))
+    except (pickle.PicklingError, AttributeError) as error:
+        raise TypeError(
+            f"The class of the arguments must be importable by its name, since each checkpoint stores it in "
+            f"training_args.bin, but `{type(args).__qualname__}` is not: {error}. Define it at the top of a module, not "
+            "inside a function."
+        ) from error

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
-from hf_divguard.core.detection.registry import make_rule
-from hf_divguard.core.metrics import greater_is_better, with_eval_prefix
-from hf_divguard.core.outcome import Action
 from hf_divguard.hf.argument_checks import (
+    check_combinations,
     check_ranking_has_evaluations,
     check_something_is_saved,
-    json_object,
-    optional_bool,
-    require_bool,
-    require_choice,
-    require_whole,
+    warn_of_options_without_effect,
 )
+from hf_divguard.hf.options.best_checkpoints import BestCheckpointOptions
+from hf_divguard.hf.options.comparison import ComparisonOptions
+from hf_divguard.hf.options.detection import DetectionOptions, DetectorName
+from hf_divguard.hf.options.rollback import RollbackOptions
+from hf_divguard.hf.options.saving import SaveMode, SavingOptions
+from hf_divguard.hf.unguarded import warn_if_unguarded
 
 __all__ = [
     "DetectorName",
     "DivGuardArgumentsMixin",
     "DivGuardTrainingArguments",
     "SaveMode",
+    "changed_options",
     "options_of",
 ]
 
-logger = logging.getLogger(__name__)
-
-DetectorName = Literal["adaptive", "ema", "window", "nonfinite", "none"]
-SaveMode = Literal["auto", "staged", "in_place", "off"]
-
+_GROUPS: tuple[Any, ...] = (
+    BestCheckpointOptions,
+    SavingOptions,
+    DetectionOptions,
+    ComparisonOptions,
+    RollbackOptions,
+)
 
 # To a type checker the mixin is the class of arguments it will be mixed into.
 if TYPE_CHECKING:
@@ -43,15 +46,20 @@ else:
     _Host = object
 
 
-@dataclass
-class DivGuardArgumentsMixin(_Host):
+# Fields come in the order of the last base to the first: with a new group, here and in ``_GROUPS``.
+@dataclass(repr=False, eq=False)
+class DivGuardArgumentsMixin(
+    RollbackOptions, ComparisonOptions, DetectionOptions, SavingOptions, BestCheckpointOptions, _Host
+):
     """Adds the options of hf_divguard to any ``TrainingArguments`` dataclass.
 
     Put it left of the class it extends. Each field says what it does in its help text
     (``--help`` on a command line). With every field at its default the training is the
-    stock one.
+    stock one. :func:`hf_divguard.guard` makes such a class in one line.
 
     Raises:
+        TypeError: When a class is made that has the mixin on the right of the class it
+            extends; when an object is made of a class that is no dataclass.
         ValueError: At construction, for values out of range and for options that
             contradict each other; the sentence says what to change.
 
@@ -66,182 +74,37 @@ class DivGuardArgumentsMixin(_Host):
         (7, 'no', True)
     """
 
-    preserve_best_model: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the best checkpoints out of reach of save_total_limit: after every save the last "
-            "save_total_limit and the best preserve_n_best stay on disk. Needs evaluations (eval_on_save, or an "
-            "eval_strategy whose steps meet the save steps)."
-        },
-    )
-    best_model_metric: str = field(
-        default="loss",
-        metadata={"help": "The evaluation metric that ranks checkpoints, with or without the prefix eval_."},
-    )
-    best_model_greater_is_better: str | None = field(
-        default=None,
-        metadata={
-            "help": "Whether a greater best_model_metric is better: true, false or none. none takes the direction "
-            "from a table of known metric names (loss, perplexity, wer, ... lower; accuracy, f1, bleu, ... higher)."
-        },
-    )
-    preserve_n_best: int = field(
-        default=1,
-        metadata={"help": "How many of the best checkpoints preserve_best_model keeps, at least 1."},
-    )
-    eval_on_save: bool = field(
-        default=False,
-        metadata={
-            "help": "Evaluate before every save, so that each checkpoint has metrics of its own step. save_steps need "
-            "not be a multiple of eval_steps then, also with load_best_model_at_end; eval_strategy may be no."
-        },
-    )
-    divguard_save_mode: SaveMode = field(
-        default="auto",
-        metadata={
-            "help": "How a checkpoint becomes complete. staged: written in a folder of another name and renamed when "
-            "complete; in_place: written under its name, complete when its manifest is there; off: as the stock Trainer "
-            "writes it; auto: staged where the file system renames folders, else in_place, and off as long as no "
-            "other option or callback of hf_divguard is in use."
-        },
-    )
-    divguard_checksums: bool = field(
-        default=False,
-        metadata={
-            "help": "Put a SHA-256 of every file into the manifest, and check it on resume. Finds flipped bits; costs "
-            "one more read of each checkpoint."
-        },
-    )
-    divguard_fsync: bool = field(
-        default=False,
-        metadata={
-            "help": "Flush every file of a checkpoint to the disk (fsync) before it counts as complete. Protects "
-            "against power loss, not needed against killed processes; makes saving slower."
-        },
-    )
-    divguard_on_save_error: Literal["raise", "continue"] = field(
-        default="raise",
-        metadata={
-            "help": "What follows when a checkpoint cannot be written (disk full, input/output error). raise: training "
-            "ends with the error, the older checkpoints stay; continue: a warning, and training goes on without it."
-        },
-    )
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        trainers = sys.modules.get("transformers.trainer")  # not imported for this question alone
+        if trainers is not None and issubclass(cls, trainers.Trainer):
+            raise TypeError(
+                f"`DivGuardArgumentsMixin` extends a class of training arguments, but `{cls.__name__}` is a Trainer. "
+                "Use `DivGuardMixin` for it."
+            )
+        if TrainingArguments in order and order.index(TrainingArguments) < order.index(
+            DivGuardArgumentsMixin
+        ):
+            raise TypeError(
+                f"`DivGuardArgumentsMixin` must stand left of the class of arguments it extends, but `{cls.__name__}` "
+                "has it on the right, where none of its options is checked or has an effect. Swap the two."
+            )
 
-    divguard_detector: DetectorName = field(
-        default="none",
-        metadata={
-            "help": "Watch the training for divergence. adaptive: needs no tuning, sees the raw loss of every step; "
-            "ema: two moving averages; window: two windows; nonfinite: NaN and infinity only; none: do not watch."
-        },
-    )
-    divguard_action: Action = field(
-        default="stop",
-        metadata={
-            "help": "What divguard_detector does when it finds a divergence. warn: a line in the log; stop: after the "
-            "step's log, evaluation and save; abort: at once, saving nothing more; rollback: go back to a "
-            "checkpoint from before it and go on."
-        },
-    )
-    divguard_metric_key: str | None = field(
-        default=None,
-        metadata={
-            "help": "Log key that divguard_detector watches. Default: loss for adaptive and nonfinite, eval_loss for "
-            "ema and window."
-        },
-    )
-    divguard_detector_kwargs: dict | str | None = field(  # type: ignore[type-arg]
-        default=None,
-        metadata={
-            "help": "Settings of divguard_detector's rule as JSON, for example '{\"threshold\": 1.0}' for ema. An "
-            "unknown setting is an error that lists the known ones."
-        },
-    )
-    divguard_check_steps: int = field(
-        default=10,
-        metadata={
-            "help": "Optimizer steps between two looks at the raw losses, which stay on the device until then. They "
-            "are also looked at before every log, evaluation and save. At least 1."
-        },
-    )
-
-    divguard_compare: Literal["auto", "off"] = field(
-        default="auto",
-        metadata={
-            "help": "Before divguard_action is taken because of the level of a loss, compare kept with present weights "
-            "on the coming batches. auto: act only if the kept ones do better there; off: go by the curve alone."
-        },
-    )
-    divguard_compare_memory_gb: float = field(
-        default=5.0,
-        metadata={
-            "help": "CPU memory in GB that the kept states may take, above 0. They are four: of trained parameters and "
-            "buffers, and with rollback of the optimizer, which is left out where it does not fit."
-        },
-    )
-    divguard_skip_nonfinite: bool = field(
-        default=True,
-        metadata={
-            "help": "Leave out the update of a step whose loss or gradient is not finite, wherever a detector is on. The "
-            "data and the learning rate go on. With false such an update goes into the weights."
-        },
-    )
-    divguard_max_skipped_in_a_row: int = field(
-        default=10,
-        metadata={
-            "help": "How many updates in a row divguard_skip_nonfinite may leave out, at least 1; with the next one "
-            "divguard_action is taken."
-        },
-    )
-
-    divguard_max_rollbacks: int = field(
-        default=3,
-        metadata={
-            "help": "Rollbacks allowed for one incident, at least 1; then training ends with an error. An incident is "
-            "over when nothing was found for ten times divguard_cooldown_steps."
-        },
-    )
-    divguard_cooldown_steps: int = field(
-        default=20,
-        metadata={
-            "help": "Optimizer steps after a rollback in which findings are ignored, so that the fault can pass. Doubled "
-            "with each further rollback of an incident."
-        },
-    )
-    divguard_rollback_margin_steps: int = field(
-        default=0,
-        metadata={"help": "How many steps further before the onset of the fault a rollback has to go."},
-    )
-    divguard_rollback_lr_factor: float = field(
-        default=1.0,
-        metadata={
-            "help": "What each rollback multiplies the learning rate with, above 0 and at most 1. The last rollback "
-            "that is allowed uses 0.5 or less."
-        },
-    )
-    divguard_rewarm_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Optimizer steps over which the learning rate rises again after a rollback; 0 for none."
-        },
-    )
-    divguard_restore_rng: bool = field(
-        default=False,
-        metadata={
-            "help": "Also put the random number generators back at a rollback. Off, so that dropout and augmentation "
-            "do not repeat what went wrong."
-        },
-    )
-    divguard_snapshot_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Keep trainable parameters and optimizer in CPU memory every so many steps (the last three, or "
-            "four that are spread out if they are close together, and those of the start), so that a rollback needs "
-            "no checkpoint. 0 keeps none."
-        },
-    )
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a class that has no ``__init__`` of its own fields, because ``@dataclass`` is missing."""
+        maker = next(each for each in cls.__mro__ if "__init__" in vars(each))
+        if maker in (DivGuardArgumentsMixin, *_GROUPS) and cls is not maker:
+            raise TypeError(
+                f"`{cls.__name__}` must be a dataclass, but it is not, so it takes the options of hf_divguard only. "
+                "Write `@dataclass` above the class."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self._check_divguard_fields()
+        for group in _GROUPS:
+            group._check_values(self)
+        check_combinations(self)
         if self.preserve_best_model:
             self._take_ranking_metric()
         # The parent couples load_best_model_at_end to aligned save and eval steps. An evaluation before every
@@ -259,125 +122,28 @@ class DivGuardArgumentsMixin(_Host):
             check_something_is_saved(self)
         if self.preserve_best_model:
             check_ranking_has_evaluations(self)
+        warn_of_options_without_effect(self, changed_options(self))
 
-    @property
-    def divguard_greater_is_better(self) -> bool | None:
-        """Direction of the ranking metric as it will be used; ``None`` for an unknown name."""
-        if self.best_model_greater_is_better is not None:
-            return bool(self.best_model_greater_is_better)
-        host_metric, host_direction = (
-            getattr(self, "metric_for_best_model", None),
-            getattr(self, "greater_is_better", None),
-        )
-        is_same = host_metric is None or with_eval_prefix(host_metric) == self.divguard_ranking_key
-        if is_same and host_direction is not None:
-            return bool(host_direction)
-        return greater_is_better(self.divguard_ranking_key)
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the warm-up steps, as the stock arguments do; warn if the Trainer that asks is not guarded."""
+        # The host asks when it makes the schedule, at the start of training.
+        warn_if_unguarded(self, changed_options(self))
+        return int(super().get_warmup_steps(num_training_steps))
 
-    @property
-    def divguard_ranking_key(self) -> str:
-        """Key of the ranking metric in the evaluation's results, with ``eval_``.
 
-        It is ``best_model_metric``. Where that was left alone and no best checkpoints are
-        preserved, it is the metric that the stock Trainer tracks, if it tracks one.
-        """
-        host_metric = getattr(self, "metric_for_best_model", None)
-        if host_metric is not None and not self.preserve_best_model and self.best_model_metric == "loss":
-            return with_eval_prefix(host_metric)
-        return with_eval_prefix(self.best_model_metric)
+def changed_options(args: Any) -> dict[str, Any]:
+    """Return the options of hf_divguard that are not at their defaults; none for stock arguments.
 
-    def _check_divguard_fields(self) -> None:
-        for name in (
-            "preserve_best_model",
-            "eval_on_save",
-            "divguard_checksums",
-            "divguard_fsync",
-            "divguard_restore_rng",
-            "divguard_skip_nonfinite",
-        ):
-            require_bool(name, getattr(self, name))
-        self.best_model_greater_is_better = optional_bool(  # type: ignore[assignment]
-            "best_model_greater_is_better", self.best_model_greater_is_better
-        )
-        if not isinstance(self.best_model_metric, str) or not self.best_model_metric.strip():
-            raise ValueError(
-                f"`best_model_metric` must be the name of an evaluation metric, got {self.best_model_metric!r}."
-            )
-        require_whole(
-            "preserve_n_best",
-            self.preserve_n_best,
-            "checkpoints",
-            at_least=1,
-            instead=" To keep no best checkpoint, set `preserve_best_model=False`.",
-        )
-        require_choice("divguard_save_mode", self.divguard_save_mode, SaveMode)
-        require_choice("divguard_on_save_error", self.divguard_on_save_error, Literal["raise", "continue"])
-        require_choice("divguard_compare", self.divguard_compare, Literal["auto", "off"])
-        require_choice("divguard_detector", self.divguard_detector, DetectorName)
-        require_choice("divguard_action", self.divguard_action, Action)
-        require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)
-        require_whole(
-            "divguard_max_skipped_in_a_row", self.divguard_max_skipped_in_a_row, "updates", at_least=1
-        )
-        require_whole("divguard_max_rollbacks", self.divguard_max_rollbacks, "rollbacks", at_least=1)
-        for name in ("cooldown_steps", "rollback_margin_steps", "rewarm_steps", "snapshot_steps"):
-            require_whole(
-                f"divguard_{name}", getattr(self, f"divguard_{name}"), "optimizer steps", at_least=0
-            )
-        memory_gb = self.divguard_compare_memory_gb
-        if not isinstance(memory_gb, (int, float)) or isinstance(memory_gb, bool) or not memory_gb > 0.0:
-            raise ValueError(
-                f"`divguard_compare_memory_gb` must be a number of GB above 0, got {memory_gb!r}."
-            )
-        factor = self.divguard_rollback_lr_factor
-        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0.0 < factor <= 1.0:
-            raise ValueError(f"`divguard_rollback_lr_factor` must be above 0 and at most 1, got {factor!r}.")
-        self.divguard_detector_kwargs = json_object("divguard_detector_kwargs", self.divguard_detector_kwargs)
-        if self.divguard_detector != "none":
-            make_rule(
-                self.divguard_detector,
-                metric_key=self.divguard_metric_key or "loss",
-                **self.divguard_detector_kwargs or {},
-            )
-        elif self.divguard_detector_kwargs or self.divguard_metric_key:
-            raise ValueError(
-                "`divguard_detector_kwargs` and `divguard_metric_key` are settings of a detector, but "
-                "`divguard_detector` "
-                "is 'none'. Set it to one of adaptive, ema, window, nonfinite."
-            )
-
-    def _take_ranking_metric(self) -> None:
-        """Let the parent's own best-model bookkeeping use the same metric and direction."""
-        host_metric = getattr(self, "metric_for_best_model", None)
-        if host_metric is not None and with_eval_prefix(host_metric) != self.divguard_ranking_key:
-            raise ValueError(
-                f"`metric_for_best_model={host_metric!r}` and `best_model_metric={self.best_model_metric!r}` name two "
-                "metrics, and there can be one best checkpoint only. Set both to the same metric, or leave "
-                "`metric_for_best_model` out."
-            )
-        host_direction = getattr(self, "greater_is_better", None)
-        own_direction: Any = self.best_model_greater_is_better  # a truth value or None by now
-        if own_direction is not None and host_direction is not None and bool(host_direction) != own_direction:
-            raise ValueError(
-                f"`greater_is_better={host_direction}` and `best_model_greater_is_better={own_direction}` contradict "
-                "each other. Set one of them, or both to the same value."
-            )
-        if self.divguard_greater_is_better is None:
-            raise ValueError(
-                f"The direction of `best_model_metric={self.best_model_metric!r}` is not known. Set "
-                "`best_model_greater_is_better` to true if a greater value is better, else to false."
-            )
-        self._fill_metric_for_best_model(self.best_model_metric)
-
-    def _fill_metric_for_best_model(self, metric: str) -> None:
-        host: Any = self  # fields of the class that is extended
-        if host.metric_for_best_model is None:
-            host.metric_for_best_model = metric
-        if host.greater_is_better is None:
-            if self.preserve_best_model:
-                host.greater_is_better = self.divguard_greater_is_better
-            else:
-                host.greater_is_better = not host.metric_for_best_model.endswith("loss")
+    Example:
+        >>> changed_options(DivGuardTrainingArguments("out", divguard_detector="ema", use_cpu=True))
+        {'divguard_detector': 'ema'}
+    """
+    if not isinstance(args, DivGuardArgumentsMixin):
+        return {}
+    given = {
+        option.name: (getattr(args, option.name), option.default) for option in fields(DivGuardArgumentsMixin)
+    }
+    return {name: value for name, (value, default) in given.items() if value != default}
 
 
 def options_of(args: Any) -> Any:
@@ -388,7 +154,7 @@ def options_of(args: Any) -> Any:
     return SimpleNamespace(**defaults, divguard_greater_is_better=False, divguard_ranking_key="eval_loss")
 
 
-@dataclass
+@dataclass(repr=False)
 class DivGuardTrainingArguments(DivGuardArgumentsMixin, TrainingArguments):
     """``transformers.TrainingArguments`` with the options of hf_divguard.
 

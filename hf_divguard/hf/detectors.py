@@ -12,8 +12,10 @@ from hf_divguard.core.detection.detector import IncidentRule, Rule, StepValues
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import Action, RunOutcome, check_action
 from hf_divguard.hf import control as switches
+from hf_divguard.hf.arguments import changed_options
 from hf_divguard.hf.callbacks import StandaloneStateKeeper
 from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.unguarded import warn_if_unguarded
 from hf_divguard.hf.watched_key import WatchedKey, is_world_zero
 
 __all__ = ["DivergenceDetector"]
@@ -127,6 +129,8 @@ class DivergenceDetector(TrainerCallback):
                 f"{self._label}: `action='rollback'` needs `DivGuardTrainer`, which can put weights and optimizer back "
                 "inside the running loop. With this trainer use 'stop', 'abort' or 'warn'."
             )
+        if not self.state_keeper.kept_by_trainer:
+            warn_if_unguarded(args, changed_options(args))
         self.rule.reset()
         self._forget_run()
         self._resumed_at = self._step(state) or None

@@ -28,6 +28,7 @@ from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
+from hf_divguard.hf.options.saving import asks_for_safe_saves
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
     JOURNAL,
@@ -43,6 +44,7 @@ from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.hf.skipping import NonFiniteUpdates
+from hf_divguard.hf.start_checks import warn_at_start
 from hf_divguard.storage.checkpoints import verify_checkpoint
 from hf_divguard.storage.failpoints import failpoint
 
@@ -59,9 +61,7 @@ ROLLBACK_MEMORY = "divguard_rollback"
 
 def saves_checkpoints_itself(options: Any, callbacks: Iterable[Any]) -> bool:
     """Return whether checkpoints are saved by us: for an option, or for a callback that has a state."""
-    if options.preserve_best_model or options.eval_on_save:
-        return True
-    return options.divguard_save_mode not in ("auto", "off") or any(map(is_stateful, callbacks))
+    return asks_for_safe_saves(options) or any(map(is_stateful, callbacks))
 
 
 class GuardedRun:
@@ -226,12 +226,7 @@ class GuardedRun:
         self.checkpoints.point_to_best()
         if self.rollback is not None:
             self.rollback.begin(state)
-        if self.options.divguard_action != "stop" and not self.detectors and self.ranks.rank == 0:
-            logger.warning(
-                "`divguard_action=%r` has no detector to act for, so nothing is guarded. Set `divguard_detector`, for "
-                "example to 'adaptive'.",
-                self.options.divguard_action,
-            )
+        warn_at_start(self.host, self.options, self.detectors.values(), is_resumed=resumed_from is not None)
 
     def _judge_suspect_again(self, resumed_from: str, states: dict[str, Any]) -> None:
         """After a resume from a checkpoint that was saved under a fault: warn, and have the fault found again."""

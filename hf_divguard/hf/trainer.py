@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.argument_checks import check_evaluation_data
+from hf_divguard.hf.argument_checks import (
+    check_arguments_can_be_saved,
+    check_evaluation_data,
+    check_ranking_metric_can_come,
+)
 from hf_divguard.hf.arguments import options_of
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors_by_name import make_detector
@@ -25,6 +29,7 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import end_metrics
 from hf_divguard.hf.resume import choose_for_all
 from hf_divguard.hf.run import GuardedRun, saves_checkpoints_itself
+from hf_divguard.hf.unguarded import note_guarded
 from hf_divguard.storage.checkpoints import Checkpoint
 
 __all__ = ["DivGuardMixin", "DivGuardTrainer"]
@@ -46,11 +51,13 @@ class DivGuardMixin(_Host):
 
     Put it left of the class it extends. The options are fields of the arguments (see
     :class:`DivGuardArgumentsMixin`); with a stock ``TrainingArguments`` all of them are
-    at their defaults.
+    at their defaults. :func:`hf_divguard.guard` makes such a class in one line.
 
     Raises:
+        TypeError: When a class is made that has the mixin on the right of the class it
+            extends; when the class of the arguments cannot be stored in checkpoints.
         ValueError: If an option needs an evaluation data set and there is none, or names
-            a metric that no data set of several can produce.
+            a metric that no evaluation can produce.
 
     Example:
         >>> from transformers import Seq2SeqTrainer
@@ -61,6 +68,11 @@ class DivGuardMixin(_Host):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         order = cls.__mro__
+        if issubclass(cls, TrainingArguments):
+            raise TypeError(
+                f"`DivGuardMixin` extends a Trainer class, but `{cls.__name__}` is a class of training arguments. Use "
+                "`DivGuardArgumentsMixin` for it."
+            )
         if Trainer in order and order.index(Trainer) < order.index(DivGuardMixin):
             raise TypeError(
                 f"`DivGuardMixin` must stand left of the Trainer class it extends, but `{cls.__name__}` has it on the "
@@ -77,8 +89,11 @@ class DivGuardMixin(_Host):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         outcome_of(self.state)
+        note_guarded(self.args)
         self._options = options_of(self.args)
+        check_arguments_can_be_saved(self.args)
         check_evaluation_data(self._options, getattr(self, "eval_dataset", None))
+        check_ranking_metric_can_come(self._options, self)
         detector = make_detector(self._options)
         if detector is not None:
             self.add_callback(detector)
@@ -133,6 +148,7 @@ class DivGuardMixin(_Host):
             TrainingDivergedError: If rollbacks did not help; the model then holds the best
                 weights from before the fault.
         """
+        note_guarded(self.args)
         self._options = options_of(self.args)
         is_auto = str(resume_from_checkpoint).strip().lower() == "auto"
         with FolderLocks() as locks:

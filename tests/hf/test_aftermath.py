@@ -364,9 +364,9 @@ def test_a_stopped_run_says_from_which_checkpoint_to_go_on_and_a_resume_from_a_l
 def test_an_action_without_a_detector_is_told(
     make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
 ) -> None:
-    """The run goes on unguarded, as it was asked to."""
-    make_trainer(divguard_action="rollback", max_steps=1).train()
-    assert "has no detector to act for, so nothing is guarded" in our_log.text
+    """As soon as the arguments are made, whatever callbacks there are: those have an action of their own."""
+    make_trainer(divguard_action="rollback", max_steps=1)
+    assert "`divguard_action='rollback'` has no detector to act for" in our_log.text
 
 
 def test_the_mixin_on_the_wrong_side_is_refused_where_the_class_is_made() -> None:

@@ -41,7 +41,7 @@ def parse(*line: str, cls: Any = DivGuardTrainingArguments) -> Any:
 ALL_ON = {
     "preserve_best_model": True,
     "best_model_metric": "eval_f1",
-    "best_model_greater_is_better": False,
+    "best_model_greater_is_better": True,
     "preserve_n_best": 3,
     "eval_on_save": True,
 }
@@ -94,14 +94,14 @@ def test_every_option_is_read_alike_from_everywhere(read_options: Any) -> None:
     args = read_options(ALL_ON)
     assert {name: getattr(args, name) for name in ALL_ON} == ALL_ON
     assert args.divguard_ranking_key == "eval_f1"
-    assert args.divguard_greater_is_better is False
+    assert args.divguard_greater_is_better is True
 
 
 @pytest.mark.parametrize(("given", "expected"), [(True, True), (False, False), (None, None)])
 def test_the_direction_is_true_false_or_none_everywhere(
     read_options: Any, given: bool | None, expected: bool | None
 ) -> None:
-    args = read_options({"best_model_greater_is_better": given})
+    args = read_options({"best_model_metric": "zork", "best_model_greater_is_better": given})
     assert args.best_model_greater_is_better is expected
 
 
@@ -122,9 +122,12 @@ def test_the_direction_is_true_false_or_none_everywhere(
     ],
 )
 def test_the_direction_is_a_word_on_the_command_line(word: str, expected: bool | None) -> None:
-    args = parse("--best_model_greater_is_better", word)
+    args = parse("--best_model_metric", "zork", "--best_model_greater_is_better", word)
     assert args.best_model_greater_is_better is expected
-    assert arguments(best_model_greater_is_better=word).best_model_greater_is_better is expected
+    assert (
+        arguments(best_model_metric="zork", best_model_greater_is_better=word).best_model_greater_is_better
+        is expected
+    )
 
 
 @pytest.mark.parametrize("word", ["maybe", "2", "lower", "tru"])
@@ -134,7 +137,7 @@ def test_any_other_word_for_the_direction_is_refused(word: str) -> None:
 
 
 def test_a_flag_without_a_value_switches_a_boolean_on() -> None:
-    args = parse("--preserve_best_model", "--eval_on_save", "--best_model_greater_is_better", "false")
+    args = parse("--preserve_best_model", "--eval_on_save")
     assert args.preserve_best_model is True
     assert args.eval_on_save is True
 
@@ -279,8 +282,8 @@ def test_without_eval_on_save_the_stock_rules_for_loading_the_best_still_hold(
         ({"preserve_best_model": True, "best_model_metric": "accuracy"}, "accuracy", True),
         ({"preserve_best_model": True, "best_model_metric": "wer"}, "wer", False),
         (
-            {"preserve_best_model": True, "best_model_metric": "wer", "best_model_greater_is_better": True},
-            "wer",
+            {"preserve_best_model": True, "best_model_metric": "zork", "best_model_greater_is_better": True},
+            "zork",
             True,
         ),
     ],

@@ -1,0 +1,1 @@
+"""The options, a group a file; ``hf_divguard.hf.arguments`` puts them together."""
