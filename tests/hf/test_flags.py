@@ -170,7 +170,11 @@ def test_detectors_passed_as_callbacks_work_beside_a_flag(make_trainer: Callable
         ),
     ]
     trainer = make_trainer(
-        callbacks=passed, divguard_detector="nonfinite", divguard_action="abort", max_steps=6
+        callbacks=passed,
+        divguard_detector="nonfinite",
+        divguard_action="abort",
+        divguard_skip_nonfinite=False,
+        max_steps=6,
     )
     healthy = trainer.compute_loss
     trainer.compute_loss = lambda *args, **kwargs: (
