@@ -188,7 +188,7 @@ class Comparison:
             ruling = self._look_back(ruling, step)
         if ruling is None:
             self._without_comparison()
-        elif ruling.act == "act":
+        elif ruling.act == "act" or (is_last and ruling.cause == "weights" and self.incident.cause != "data"):
             self._act(ruling, step, is_last)
         elif ruling.act == "dismiss" or is_last:
             self._note_data(ruling, step)
