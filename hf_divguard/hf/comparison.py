@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # Micro-batches of one look: a step may have many.
 _MOST_BATCHES = 4
 _INCIDENT_SHARE = 0.1
-_RESERVE = 40.0
+_RESERVE = 80.0
 # Batches from within an incident that are kept, to see whether the data there can be learnt.
 _BETWEEN = 3
 _LEARNT = 0.8

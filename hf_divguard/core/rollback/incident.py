@@ -170,6 +170,8 @@ class Incident(Stateful):
         newest = judge(compared[-len(present) :], usual, self._noise())
         if verdict.cause != "weights" and newest.cause == "weights":
             verdict = newest  # damage that grows looks like noise beside the earlier pairs
+        if verdict.cause == "weights" and self._newest_does_not_know(kept):
+            return self._later(step, "data", verdict)
         if verdict.cause == "weights" and (verdict.is_high or self.cause is not None or is_asked):
             return self._damaged(step, good, verdict, lasts=newest.cause == "weights" or newest.is_uneasy)
         self._damage_since = None
@@ -182,6 +184,18 @@ class Incident(Stateful):
         if verdict.is_high:
             return self._later(step, "unknown", verdict)
         return self._calm(step, verdict)
+
+    def _newest_does_not_know(self, kept: Mapping[int, Sequence[float]]) -> bool:
+        """Return whether the newest state that was sound does badly on the coming batches, whatever older ones do.
+
+        It was kept two steps or more before a loss was out of its range, so the data are not
+        those that it was trained on: a turn of domains, which an older state may know.
+        """
+        sound = [kept_step for kept_step in kept if kept_step <= self.since - 2]
+        if not sound:
+            return False
+        pairs = [Pair(*pair) for pair in self._pairs[max(sound)]]
+        return judge(pairs, self.range.usual, self._noise()).cause != "weights"
 
     def _damaged(self, step: int, good: int, verdict: Verdict, *, lasts: bool) -> Ruling:
         """Act on damage that lasts. A spike, and what little a passing data fault leaves, heal by themselves."""
@@ -265,9 +279,7 @@ class Incident(Stateful):
 
     def is_about_new_data(self, onset_step: int) -> bool:
         """Return whether what the curve places at ``onset_step`` are data that have become the usual ones."""
-        if self._new_data is None:
-            return False
-        return self._new_data[0] - _LEVEL <= onset_step <= self._new_data[1]
+        return onset_step <= self.new_data_until
 
     def has_restored(self, step: int) -> None:
         """Note a rollback at ``step``, and look whether the fault has passed."""

@@ -179,3 +179,11 @@ def test_an_incident_survives_a_save() -> None:
     assert other.rule(64, [3.0], {60: [1.65]}, is_asked=False) == made.rule(
         64, [3.0], {60: [1.65]}, is_asked=False
     )
+
+
+def test_a_turn_of_domains_that_an_older_state_knows_is_no_damage() -> None:
+    """The newest state was sound when it was kept, and does not know these data either."""
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    ruling = made.rule(61, [6.0], {58: [5.9], 40: [1.6]}, is_asked=False)
+    assert (ruling.act, ruling.cause) == ("dismiss", "data")
