@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # Micro-batches of one look: a step may have many.
 _MOST_BATCHES = 4
 _INCIDENT_SHARE = 0.1
-_RESERVE = 40.0
+_RESERVE = 80.0
 # Batches from within an incident that are kept, to see whether the data there can be learnt.
 _BETWEEN = 3
 _LEARNT = 0.8
@@ -188,7 +188,7 @@ class Comparison:
             ruling = self._look_back(ruling, step)
         if ruling is None:
             self._without_comparison()
-        elif ruling.act == "act":
+        elif ruling.act == "act" or (is_last and ruling.cause == "weights" and self.incident.cause != "data"):
             self._act(ruling, step, is_last)
         elif ruling.act == "dismiss" or is_last:
             self._note_data(ruling, step)

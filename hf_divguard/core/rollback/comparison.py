@@ -12,7 +12,7 @@ from hf_divguard.core.detection.baseline import median
 from hf_divguard.core.findings import Cause
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["MOST_PAIRS", "Budget", "LossRange", "Pair", "Verdict", "best_step", "explains", "judge"]
+__all__ = ["MOST_PAIRS", "Budget", "LossRange", "Pair", "Verdict", "best_step", "explains", "is_new", "judge"]
 
 # The present weights must be worse by so much of the loss: less heals by itself sooner than a rollback repairs it.
 _MARGIN = 0.1
@@ -121,11 +121,11 @@ def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
         "standard_errors": min(errors, 1e6),
         "pairs": len(finite),
     }
-    is_high = rise > max(margin, _HIGH_SPREADS * usual.spread / math.sqrt(len(finite)))
+    bar = _MARGIN * abs(usual.level) + _MARGIN_OF_FIRST * abs(usual.first)
+    is_high = rise > max(bar, _HIGH_SPREADS * usual.spread / math.sqrt(len(finite)))
     if gain > margin and errors > _ERRORS and gain >= _EXPLAINS * rise:
         return Verdict("weights", is_high, True, numbers)
-    new = max(_NEW_SPREADS * usual.spread, _NEW_SHARE * abs(usual.level), (1.0 - _EXPLAINS) * rise)
-    if is_high and kept - usual.level > new:
+    if is_high and is_new(kept, usual) and kept - usual.level > (1.0 - _EXPLAINS) * rise:
         return Verdict("data", numbers=numbers)
     return Verdict("unknown", is_high, gain > margin and errors > _UNEASY_ERRORS, numbers)
 
@@ -135,6 +135,11 @@ def _noise(differences: Sequence[float], prior: float) -> float:
     mean = sum(differences) / len(differences)
     squares = sum((each - mean) ** 2 for each in differences) + _PRIOR_PAIRS * prior**2
     return math.sqrt(squares / (len(differences) - 1 + _PRIOR_PAIRS))
+
+
+def is_new(kept: float, usual: Usual) -> bool:
+    """Return whether batches are unlike those of before: kept weights have a high loss on them."""
+    return kept - usual.level > max(_NEW_SPREADS * usual.spread, _NEW_SHARE * abs(usual.level))
 
 
 def explains(present: Sequence[float], kept: Sequence[float], usual: Usual) -> bool:

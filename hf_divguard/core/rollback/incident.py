@@ -10,18 +10,33 @@ from typing import Literal
 
 from hf_divguard.core.detection.baseline import median
 from hf_divguard.core.findings import Cause
-from hf_divguard.core.rollback.comparison import MOST_PAIRS, LossRange, Pair, Verdict, best_step, judge
+from hf_divguard.core.rollback.comparison import (
+    MOST_PAIRS,
+    LossRange,
+    Pair,
+    Verdict,
+    best_step,
+    is_new,
+    judge,
+)
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["Incident", "Ruling"]
 
 # Steps between two looks while new data last.
 _LOOKS_AT_DATA = (3, 5, 10, 20, 40)
+# Looks that must have seen bad data before what they leave is undone.
+_FEWEST_LOOKS_AT_DATA = 3
 # Steps between two looks after a rollback; a fault that lasts is undone again and again, ever less often.
 _LOOKS_AFTER = (1, 2, 4, 8, 8)
 _GAPS = (1, 1, 1, 1, 2, 2, 4, 4, 8)
 # Data are new and can be learnt where the loss has fallen below this part of the first one.
 _LEARNT = 0.8
+# A loss so many times that of the untrained model is no spike of a healthy run: it needs no second look.
+_PLAIN = 1.5
+# Steps within which the present weights may recover after a data fault has passed.
+_HEALS_WITHIN = 5
+_HUGE = 1e300
 # Losses that make a level, within an incident.
 _LEVEL = 5
 # Pairs after which a high loss, that the kept weights do not have less of, is no damage.
@@ -68,6 +83,7 @@ class Incident(Stateful):
     restores: int = memory(0)
     last_restore: int = memory(-1)
     _looks: int = memory(0)
+    _damage_since: tuple[int, float] | None = memory(None)
     _new_data: tuple[int, int] | None = memory(None)
     _losses: deque[float] = memory(lambda: deque(maxlen=_LEVEL))
     _left_out: list[float] = memory(list)
@@ -106,6 +122,7 @@ class Incident(Stateful):
     def _open(self, step: int) -> None:
         self.next_look, self.since, self.cause = step, step, None
         self._looks, self.restores, self.last_restore = 0, 0, -1
+        self._damage_since = None
         self._pairs.clear()
         self._losses.clear()
         self._left_out.clear()
@@ -150,12 +167,14 @@ class Incident(Stateful):
             return self._later(step, "data", Verdict("data"))
         compared = [Pair(*pair) for pair in self._pairs[good]]
         verdict = judge(compared, usual, self._noise())
-        if verdict.cause != "weights":  # damage that grows looks like noise beside the earlier pairs
-            newest = judge(compared[-len(present) :], usual, self._noise())
-            verdict = newest if newest.cause == "weights" else verdict
+        newest = judge(compared[-len(present) :], usual, self._noise())
+        if verdict.cause != "weights" and newest.cause == "weights":
+            verdict = newest  # damage that grows looks like noise beside the earlier pairs
+        if verdict.cause == "weights" and self._newest_does_not_know(kept):
+            return self._later(step, "data", verdict)
         if verdict.cause == "weights" and (verdict.is_high or self.cause is not None or is_asked):
-            self.next_look = step + 1
-            return Ruling("act", "data" if self.cause == "data" else "weights", good, verdict)
+            return self._damaged(step, good, verdict, lasts=newest.cause == "weights" or newest.is_uneasy)
+        self._damage_since = None
         if verdict.cause == "data":
             return self._later(step, "data", verdict)
         is_high = verdict.is_high and self.last_restore < 0
@@ -165,6 +184,42 @@ class Incident(Stateful):
         if verdict.is_high:
             return self._later(step, "unknown", verdict)
         return self._calm(step, verdict)
+
+    def _newest_does_not_know(self, kept: Mapping[int, Sequence[float]]) -> bool:
+        """Return whether the newest state that was sound does badly on the coming batches, whatever older ones do.
+
+        It was kept two steps or more before a loss was out of its range, so the data are not
+        those that it was trained on: a turn of domains, which an older state may know.
+        """
+        sound = [kept_step for kept_step in kept if kept_step <= self.since - 2]
+        if not sound:
+            return False
+        pairs = [Pair(*pair) for pair in self._pairs[max(sound)]]
+        return judge(pairs, self.range.usual, self._noise()).cause != "weights"
+
+    def _damaged(self, step: int, good: int, verdict: Verdict, *, lasts: bool) -> Ruling:
+        """Act on damage that lasts. A spike, and what little a passing data fault leaves, heal by themselves."""
+        if self.cause == "data" and self._looks < _FEWEST_LOOKS_AT_DATA:
+            # Too short to tell a fault from a turn of domains, and too short for much damage.
+            self.take_as_usual(step)
+            return Ruling("dismiss", "data", 0, verdict)
+        gain = verdict.numbers.get("present_loss", math.inf) - verdict.numbers["kept_loss"]
+        before, wait = self._damage_since, _HEALS_WITHIN if self.cause == "data" else 1
+        is_plain = (
+            self.cause is None
+            and verdict.numbers.get("present_loss", math.inf) > _PLAIN * self.range.usual.first
+        )
+        if is_plain or (
+            before is not None and step >= before[0] + wait and lasts and gain >= 0.5 * before[1]
+        ):
+            self.next_look, self._damage_since = step + 1, None
+            return Ruling("act", "data" if self.cause == "data" else "weights", good, verdict)
+        if before is None or not lasts:
+            self._damage_since = (step, min(gain, _HUGE))
+            self.next_look = step + wait
+        else:
+            self.next_look = max(step + 1, before[0] + wait)
+        return Ruling("none", "weights", good, verdict)
 
     def _noise(self) -> float:
         """Return the noise of a difference between healthy states, as far as it is known."""
@@ -207,7 +262,10 @@ class Incident(Stateful):
             self.range.extend(self._left_out)
         self._left_out.clear()
         self._pairs.clear()
-        if self.last_restore >= 0 and self._looks < len(_LOOKS_AFTER):
+        if self.cause == "data" and is_new(verdict.numbers.get("kept_loss", 0.0), self.range.usual):
+            # The present weights have learnt what the kept ones do not know.
+            self.take_as_usual(step)
+        elif self.last_restore >= 0 and self._looks < len(_LOOKS_AFTER):
             self.next_look = step + _LOOKS_AFTER[self._looks]
             self._looks += 1
         else:
@@ -221,16 +279,14 @@ class Incident(Stateful):
 
     def is_about_new_data(self, onset_step: int) -> bool:
         """Return whether what the curve places at ``onset_step`` are data that have become the usual ones."""
-        if self._new_data is None:
-            return False
-        return self._new_data[0] - _LEVEL <= onset_step <= self._new_data[1]
+        return onset_step <= self.new_data_until
 
     def has_restored(self, step: int) -> None:
         """Note a rollback at ``step``, and look whether the fault has passed."""
         if not self.is_open:
             self._open(step)
         self.restores += 1
-        self.last_restore, self._looks, self.cause = step, 1, None
+        self.last_restore, self._looks, self.cause, self._damage_since = step, 1, None, None
         self._pairs.clear()
         self._losses.clear()
         self._left_out.clear()

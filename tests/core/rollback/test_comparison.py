@@ -127,9 +127,27 @@ def test_new_data_are_looked_at_less_and_less_often_and_then_are_the_usual_ones(
 def test_what_passing_data_leave_is_undone_and_called_by_its_cause() -> None:
     made = incident()
     made.observe(61, 6.0, 1.0)
-    assert made.rule(61, [6.0], {60: [6.1]}, is_asked=False).act == "dismiss"
-    ruling = made.rule(64, [3.0], {60: [1.65]}, is_asked=False)
+    for step in (61, 64, 69):
+        assert made.rule(step, [6.0], {60: [6.1]}, is_asked=False).act == "dismiss"
+    assert made.rule(79, [3.0], {60: [1.65]}, is_asked=False).act == "none"
+    assert made.next_look == 84
+    ruling = made.rule(84, [2.7], {60: [1.65]}, is_asked=False)
     assert (ruling.act, ruling.cause) == ("act", "data")
+
+
+def test_what_heals_by_itself_is_not_undone() -> None:
+    made = incident()
+    made.observe(61, 2.4, 1.0)
+    assert made.rule(61, [2.3], {60: [1.6]}, is_asked=False).act == "none"
+    assert made.rule(62, [1.65], {60: [1.6]}, is_asked=False).act != "act"
+
+
+def test_damage_that_is_no_more_than_a_spike_needs_a_second_look() -> None:
+    made = incident()
+    made.observe(61, 2.4, 1.0)
+    assert made.rule(61, [2.3], {60: [1.6]}, is_asked=False).act == "none"
+    ruling = made.rule(62, [2.2], {60: [1.6]}, is_asked=False)
+    assert (ruling.act, ruling.cause) == ("act", "weights")
 
 
 def test_two_faults_close_together_are_two_incidents() -> None:
@@ -161,3 +179,11 @@ def test_an_incident_survives_a_save() -> None:
     assert other.rule(64, [3.0], {60: [1.65]}, is_asked=False) == made.rule(
         64, [3.0], {60: [1.65]}, is_asked=False
     )
+
+
+def test_a_turn_of_domains_that_an_older_state_knows_is_no_damage() -> None:
+    """The newest state was sound when it was kept, and does not know these data either."""
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    ruling = made.rule(61, [6.0], {58: [5.9], 40: [1.6]}, is_asked=False)
+    assert (ruling.act, ruling.cause) == ("dismiss", "data")
