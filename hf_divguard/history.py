@@ -17,9 +17,6 @@ from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 
 __all__ = ["Entry", "History", "HistorySource", "read_history"]
 
-HistorySource = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
-"""A file or folder, a ``log_history``, or a mapping of plain sequences."""
-
 _MAX_BYTES = 256 << 20  # a week of logging every step
 _TEXT_NUMBERS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf, "+inf": math.inf, "-inf": -math.inf}
 
@@ -45,6 +42,10 @@ class History:
         return [entry for entry in self.entries if key in entry.values]
 
 
+HistorySource = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | History
+"""A file or folder, a ``log_history``, a mapping of plain sequences, or a history that was read before."""
+
+
 def read_history(source: HistorySource) -> History:
     """Read a training history.
 
@@ -63,6 +64,8 @@ def read_history(source: HistorySource) -> History:
         >>> [dict(entry.values) for entry in history.entries]
         [{'grad_norm': 1.0, 'loss': 2.5}, {'loss': nan}]
     """
+    if isinstance(source, History):
+        return source
     if isinstance(source, (str, os.PathLike)):
         path = _state_file(Path(source))
         return _from_content(_load(path), f"`{path}`")
@@ -145,17 +148,17 @@ def _number(value: Any) -> float | None:
 
 def _from_log(log: Sequence[Mapping[str, Any]], name: str) -> History:
     entries: list[Entry] = []
-    without_step = 0
+    without_step = trained = 0
     for logged in log:
         values = {key: number for key, raw in logged.items() if (number := _number(raw)) is not None}
         step = values.pop("step", None)
         if step is None or not math.isfinite(step):
             without_step += 1
             # Evaluations and the closing summary belong to the training entry before them.
-            trained = sum("loss" in entry.values for entry in entries)
             step = trained + ("loss" in values)
         if values:
             entries.append(Entry(int(step), values))
+            trained += "loss" in values
     if not entries:
         raise HistoryError(
             f"{name} holds no log entries, so there is nothing to replay. Was anything logged?"

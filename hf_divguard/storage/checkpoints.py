@@ -21,6 +21,9 @@ __all__ = [
     "best_checkpoints",
     "find_checkpoints",
     "latest_complete_checkpoint",
+    "ledger_of",
+    "ranked",
+    "ranking",
     "verify_checkpoint",
 ]
 
@@ -96,23 +99,41 @@ def best_checkpoints(
     if n is not None and n < 0:
         raise ValueError(f"`n` must be at least 0, got {n}.")
     found = find_checkpoints(output_dir)
-    key, greater = _ranking(metric, greater_is_better, found)
+    key, greater = ranking(metric, greater_is_better, found)
+    return ranked(ledger_of(output_dir, found, key), found, greater)[:n]
+
+
+def ledger_of(
+    output_dir: str | os.PathLike[str], found: list[Checkpoint], metric_key: str
+) -> CheckpointLedger:
+    """Return the ledger of what was ``found`` in ``output_dir``, in the lineage of the newest complete one."""
     complete = [each for each in found if each.verdict.status == "complete"]
-    if not complete:
-        return []
-    ledger = CheckpointLedger.of(os.fspath(output_dir), found, complete[-1].path, key)
-    by_step = {each.step: each for each in complete}
+    return CheckpointLedger.of(
+        os.fspath(output_dir), found, complete[-1].path if complete else None, metric_key
+    )
+
+
+def ranked(
+    ledger: CheckpointLedger, found: Sequence[Checkpoint], greater_is_better: bool
+) -> list[Checkpoint]:
+    """Return the complete ones of ``found`` that ``ledger`` ranks, best first."""
+    by_step = {each.step: each for each in found if each.verdict.status == "complete"}
+    key = ledger.metric_key
     return [
-        replace(by_step[each.step], metric_name=key, metric=each.metric, greater_is_better=greater)
-        for each in ledger.best(greater)
+        replace(by_step[each.step], metric_name=key, metric=each.metric, greater_is_better=greater_is_better)
+        for each in ledger.best(greater_is_better)
         if each.step in by_step
-    ][:n]
+    ]
 
 
-def _ranking(
+def ranking(
     metric: str | None, greater_is_better: bool | None, found: Sequence[Checkpoint]
 ) -> tuple[str, bool]:
-    """Return the name of the ranking metric as evaluations report it, and its direction."""
+    """Return the name of the ranking metric as evaluations report it, and its direction.
+
+    Raises:
+        ValueError: If the direction is not known.
+    """
     named = [each for each in found if each.metric_name is not None]
     if metric is None:
         metric = named[-1].metric_name if named else "loss"

@@ -1,0 +1,185 @@
+"""What stands in an output folder: checkpoints, sizes, times; and the sentences for a path that is none."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_divguard.cli.exits import CommandError
+from hf_divguard.storage.events import EVENTS_FOLDER
+from hf_divguard.storage.names import checkpoint_folders, checkpoint_step
+from hf_divguard.storage.regular_files import error_words
+from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
+
+__all__ = [
+    "DiskUsage",
+    "age_of",
+    "disk_usage",
+    "is_run_folder",
+    "open_folder",
+    "run_folder",
+    "runs_below",
+    "saved_at",
+]
+
+_MOST_FOLDERS = 20_000
+
+
+def open_folder(path: str) -> None:
+    """Raise a ``CommandError`` unless ``path`` is a folder that can be listed."""
+    try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise CommandError(f"`{path}` is a file. Give the output folder of a run.")
+        with os.scandir(path):
+            pass
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise CommandError(f"`{path}` is a symbolic link that leads nowhere.") from None
+        raise CommandError(f"There is no folder `{path}`.{_similar(path)}") from None
+    except (OSError, ValueError) as error:
+        raise CommandError(f"`{path}` cannot be listed: {error_words(error)}.") from None
+
+
+def _similar(path: str) -> str:
+    """Return a sentence with names like the one that is missing."""
+    parent = Path(path).parent
+    try:
+        names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(Path(path).name, names, n=2)
+    return f" There is {' and '.join(f'`{parent / name}`' for name in close)}." if close else ""
+
+
+def run_folder(path: str) -> str:
+    """Return ``path`` if it is the output folder of a run.
+
+    Raises:
+        CommandError: With the way out, if it is not.
+    """
+    open_folder(path)
+    if is_run_folder(path):
+        return path
+    absolute = os.path.abspath(path)
+    if checkpoint_step(os.path.basename(absolute)) is not None:
+        raise CommandError(
+            f"`{path}` is a checkpoint. Give the output folder that holds it: `{os.path.dirname(absolute)}`."
+        )
+    below = runs_below(path, most=3)
+    hint = f" Below it are runs: {', '.join(f'`{each}`' for each in below)}." if below else ""
+    raise CommandError(
+        f"`{path}` is not the output folder of a run: it holds neither `checkpoint-<step>` folders nor a "
+        f"`{TRAINER_STATE_NAME}`.{hint}"
+    )
+
+
+def is_run_folder(path: str | os.PathLike[str]) -> bool:
+    """Return whether checkpoints, a trainer state or our events stand directly in ``path``."""
+    if checkpoint_step(os.path.basename(os.path.abspath(path))) is not None:
+        return False
+    if any(os.path.lexists(os.path.join(path, name)) for name in (TRAINER_STATE_NAME, EVENTS_FOLDER)):
+        return True
+    return bool(checkpoint_folders(path))
+
+
+def runs_below(path: str | os.PathLike[str], *, most: int = 10_000) -> list[str]:
+    """Return the output folders of runs below ``path``, by name; links are not followed."""
+    found: list[str] = []
+    for seen, (folder, names, _) in enumerate(os.walk(path)):
+        if len(found) >= most or seen > _MOST_FOLDERS:
+            break
+        if folder != os.fspath(path) and is_run_folder(folder):
+            found.append(folder)
+        names[:] = sorted(
+            name
+            for name in names
+            if checkpoint_step(name) is None and not name.startswith((".", "_divguard"))
+        )
+    return found
+
+
+# ---- time
+
+
+def saved_at(checkpoint: str) -> float | None:
+    """Return when a checkpoint was saved, in seconds since 1970: when its trainer state was written."""
+    for name in (os.path.join(checkpoint, TRAINER_STATE_NAME), checkpoint):
+        try:
+            return os.lstat(name).st_mtime
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def age_of(moment: float | None) -> float | None:
+    """Return how long ago ``moment`` was, in seconds; 0 for one that lies in the future."""
+    return None if moment is None else max(0.0, time.time() - moment)
+
+
+# ---- size
+
+
+@dataclass
+class DiskUsage:
+    """The files below some folders, each file once.
+
+    Args:
+        sizes: Bytes of the files of each folder that have one name only.
+        links: The other names: folder, file, number of its names, bytes.
+        is_complete: Whether all folders could be read.
+    """
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    links: list[tuple[str, tuple[int, int], int, int]] = field(default_factory=list)
+    is_complete: bool = True
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes.values()) + sum({file: size for _, file, _, size in self.links}.values())
+
+    def freed_by(self, folders: Iterable[str]) -> int:
+        """Return the bytes that are freed if ``folders`` are deleted: not those with a name elsewhere."""
+        gone = set(folders)
+        names: dict[tuple[int, int], list[int]] = {}
+        for folder, file, count, size in self.links:
+            if folder in gone:
+                names.setdefault(file, [0, count, size])[0] += 1
+        shared = sum(size for seen, count, size in names.values() if seen >= count)
+        return sum(self.sizes.get(folder, 0) for folder in gone) + shared
+
+    def size_of(self, folder: str) -> int:
+        """Return the bytes of the files in ``folder``."""
+        return self.sizes.get(folder, 0) + sum(size for other, _, _, size in self.links if other == folder)
+
+
+def disk_usage(folders: Iterable[str]) -> DiskUsage:
+    """Return what the files in ``folders`` take on the disk. Symbolic links count nothing."""
+    usage = DiskUsage()
+    for top in folders:
+        size = 0
+        waiting = [] if os.path.islink(top) else [top]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        status = entry.stat(follow_symlinks=False)
+                        if stat.S_ISDIR(status.st_mode):
+                            waiting.append(entry.path)
+                        elif stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                            size += status.st_size
+                        elif stat.S_ISREG(status.st_mode):
+                            file = (status.st_dev, status.st_ino)
+                            usage.links.append((top, file, status.st_nlink, status.st_size))
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # deleted by the run meanwhile
+            except OSError:
+                usage.is_complete = False
+        usage.sizes[top] = size
+    return usage

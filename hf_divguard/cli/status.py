@@ -1,0 +1,146 @@
+"""The command ``status``: how a run ended, and which checkpoint to take."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import asdict
+from typing import Any
+
+from hf_divguard.cli.condition import Condition, condition_of
+from hf_divguard.cli.exits import DIVERGED, FAILED, OK, STOPPED
+from hf_divguard.cli.folders import age_of, disk_usage, run_folder, saved_at
+from hf_divguard.cli.keeping import Plan, Survey, survey
+from hf_divguard.cli.needed import needed_steps
+from hf_divguard.cli.output import coloured, duration_in_words, print_json, printable, size_in_words
+from hf_divguard.cli.parsers import DEFAULT_KEEP_BEST, DEFAULT_KEEP_LAST
+from hf_divguard.storage.survey import Checkpoint
+
+__all__ = ["run_status"]
+
+_CODES = {"finished": OK, "running": OK, "stopped": STOPPED, "diverged": DIVERGED, "failed": FAILED}
+
+
+def run_status(options: Any) -> int:
+    """Say how a run ended, or that it is running."""
+    seen = survey(run_folder(options.dir), options.metric, options.greater)
+    condition = condition_of(seen)
+    disk = _disk(seen, condition)
+    newest = seen.found[-1] if seen.found else None
+    if options.json:
+        print_json("status", _content(options.dir, seen, condition, newest, disk))
+    else:
+        print("\n".join(_lines(options.dir, seen, condition, newest, disk)))
+    return _CODES[condition.state] if options.exit_code else OK
+
+
+def _disk(seen: Survey, condition: Condition) -> dict[str, Any]:
+    everything = disk_usage(each.path for each in seen.found)
+    content: dict[str, Any] = {
+        "checkpoints": len(seen.found),
+        "bytes": everything.size,
+        "all_readable": everything.is_complete,
+    }
+    needed = needed_steps(seen, condition)
+    keep_best = 0 if seen.greater_is_better is None else DEFAULT_KEEP_BEST
+    plan = Plan(DEFAULT_KEEP_LAST, keep_best, needed=needed).make(seen)
+    freed = everything.freed_by(each.path for each in plan.delete)
+    command = f"hf-divguard prune {shlex.quote(seen.run_dir)} --keep-last {DEFAULT_KEEP_LAST} --keep-best {keep_best}"
+    return content | {
+        "prune": {"command": command, "checkpoints": len(plan.delete), "bytes": freed},
+    }
+
+
+def _content(
+    shown: str, seen: Survey, condition: Condition, newest: Checkpoint | None, disk: dict[str, Any]
+) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for each in seen.found:
+        counts[each.verdict.status] = counts.get(each.verdict.status, 0) + 1
+    take = condition.take
+    return {
+        "dir": shown,
+        "state": condition.state,
+        "reason": condition.reason,
+        "step": condition.step,
+        "max_steps": condition.progress.max_steps,
+        "last_activity": condition.active_at,
+        "seconds_since_activity": age_of(condition.active_at),
+        "divergence": None if condition.divergence is None else asdict(condition.divergence),
+        "replay": condition.replay_note,
+        "warnings": [asdict(each) for each in condition.record.warnings[-20:]],
+        "rollbacks": condition.record.rollbacks,
+        "steps_undone": condition.record.steps_undone,
+        "steps_lost": condition.steps_lost,
+        "hours_lost": condition.hours_lost,
+        "newest": None if newest is None else _checkpoint(newest),
+        "take": None if take is None else _checkpoint(take) | {"why": condition.take_reason},
+        "paste": condition.paste,
+        "checkpoints": counts,
+        "disk": disk,
+    }
+
+
+def _checkpoint(each: Checkpoint) -> dict[str, Any]:
+    saved = saved_at(each.path)
+    return {
+        "path": each.path,
+        "step": each.step,
+        "verdict": each.verdict.status,
+        "reason": each.verdict.reason,
+        "resumable": each.verdict.resumable,
+        "metric": each.metric,
+        "metric_name": each.metric_name,
+        "saved_at": saved,
+        "age_seconds": age_of(saved),
+    }
+
+
+def _lines(
+    shown: str, seen: Survey, condition: Condition, newest: Checkpoint | None, disk: dict[str, Any]
+) -> list[str]:
+    lines = [f"{printable(shown)}: {coloured(condition.state)}. {printable(condition.reason)}"]
+
+    def add(name: str, text: str) -> None:
+        lines.append(f"  {name:<10} {printable(text)}")
+
+    fault = condition.divergence
+    if fault is not None:
+        by_replay = " (found by a replay of the log)" if fault.source == "replay" else ""
+        add("finding", f"{fault.kind}: {fault.message}{by_replay}")
+        if fault.cause is not None:
+            add("cause", fault.cause)
+        add("onset", f"step {fault.onset_step}, found at step {fault.step}")
+    elif condition.replay_note is not None:
+        add("replay", condition.replay_note)
+    if condition.steps_lost:
+        hours = condition.hours_lost
+        time = "" if hours is None or hours < 1 / 60 else f", about {duration_in_words(hours * 3600)}"
+        add("lost", f"{condition.steps_lost} steps{time}")
+    if condition.record.rollbacks:
+        add("rollbacks", f"{condition.record.rollbacks}; they undid {condition.record.steps_undone} steps")
+    for each in condition.record.warnings[-3:]:
+        add("warning", each.message)
+    if newest is None:
+        add("newest", "there is no checkpoint")
+    else:
+        age = age_of(saved_at(newest.path))
+        saved = "" if age is None else f", saved {duration_in_words(age)} ago"
+        add(
+            "newest",
+            f"{os.path.basename(newest.path)}{saved}: {newest.verdict.status}. {newest.verdict.reason}",
+        )
+    add(
+        "take",
+        condition.take_reason
+        if condition.take is None
+        else f"{condition.take.path} ({condition.take_reason})",
+    )
+    if condition.paste is not None:
+        add("paste", condition.paste)
+    prune = disk["prune"]
+    free = (
+        f"; `{prune['command']}` would free {size_in_words(prune['bytes'])}" if prune["checkpoints"] else ""
+    )
+    add("disk", f"{disk['checkpoints']} checkpoints, {size_in_words(disk['bytes'])}{free}")
+    return lines
