@@ -19,6 +19,7 @@ __all__ = [
     "check_ranking_metric_can_come",
     "check_something_is_saved",
     "evaluates_as_stock",
+    "is_in_every_evaluation",
     "warn_of_options_without_effect",
 ]
 
@@ -178,6 +179,11 @@ def check_evaluation_data(options: Any, eval_dataset: Any) -> None:
             )
 
 
+def is_in_every_evaluation(key: str) -> bool:
+    """Return whether ``key`` is a metric that an evaluation has without ``compute_metrics``, such as ``eval_loss``."""
+    return _METRICS_OF_EVERY_EVALUATION.fullmatch(key) is not None
+
+
 def evaluates_as_stock(trainer: Any) -> bool:
     """Return whether all metrics of an evaluation come from ``compute_metrics``.
 
@@ -196,7 +202,7 @@ def check_ranking_metric_can_come(options: Any, trainer: Any) -> None:
     if (
         not options.preserve_best_model
         or getattr(trainer, "compute_metrics", None) is not None
-        or _METRICS_OF_EVERY_EVALUATION.fullmatch(key)
+        or is_in_every_evaluation(key)
         or not evaluates_as_stock(trainer)
     ):
         return

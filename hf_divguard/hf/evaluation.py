@@ -11,9 +11,9 @@ from transformers import EarlyStoppingCallback
 
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, is_better, rank
-from hf_divguard.errors import MetricNotFoundError
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.trial_evaluation import metric_not_found
 from hf_divguard.storage.ledger import CheckpointLedger
 
 __all__ = ["Evaluations"]
@@ -99,12 +99,7 @@ class Evaluations:
 
     def _beats_all(self, metrics: dict[str, float]) -> bool:
         if self.metric_key not in metrics:
-            there = sorted(key for key in metrics if key.startswith("eval_"))
-            raise MetricNotFoundError(
-                f"`best_model_metric={self._best_model_metric!r}` ranks checkpoints, but the evaluation produced "
-                f"no `{self.metric_key}`. It produced {there}. Set `best_model_metric` to one of them, or let "
-                "`compute_metrics` return it."
-            )
+            raise metric_not_found(self._best_model_metric, self.metric_key, metrics)
         return self._ledger.would_be_best(float(metrics[self.metric_key]), self._greater_is_better)
 
     def _note_best(self, metrics: dict[str, float]) -> None:

@@ -80,6 +80,11 @@ class Host:
     # ---- what it holds
 
     @property
+    def trainer(self) -> Any:
+        """The trainer, for its public methods."""
+        return self._trainer
+
+    @property
     def args(self) -> Any:
         """The ``TrainingArguments``."""
         return self._trainer.args

@@ -45,6 +45,7 @@ from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.hf.skipping import NonFiniteUpdates
 from hf_divguard.hf.start_checks import warn_at_start
+from hf_divguard.hf.trial_evaluation import check_ranking_metric
 from hf_divguard.storage.checkpoints import verify_checkpoint
 from hf_divguard.storage.failpoints import failpoint
 
@@ -227,6 +228,7 @@ class GuardedRun:
         if self.rollback is not None:
             self.rollback.begin(state)
         warn_at_start(self.host, self.options, self.detectors.values(), is_resumed=resumed_from is not None)
+        check_ranking_metric(self.host.trainer, self.options, self.ranks)
 
     def _judge_suspect_again(self, resumed_from: str, states: dict[str, Any]) -> None:
         """After a resume from a checkpoint that was saved under a fault: warn, and have the fault found again."""

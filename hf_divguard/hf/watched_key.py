@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from hf_divguard.hf.options.values import did_you_mean
+
 __all__ = ["WatchedKey", "is_world_zero"]
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,13 @@ class WatchedKey:
     def _warn(self, state: Any, values: dict[str, Any]) -> None:
         self._has_warned = True
         if is_world_zero(state):
-            there = f" Keys that are there: {sorted(values)}." if values else ""
+            there = (
+                f" Keys that are there: {sorted(values)}.{did_you_mean(self._key, values)}" if values else ""
+            )
             logger.warning(
-                "%s watches `%s`, but that key has not come in %d rounds of logs: nothing is being guarded.%s "
-                "Set `metric_key` to one of the logged keys.",
+                "%s watches `%s`, but that key has not come in %d rounds of logs: nothing is being guarded.%s Set "
+                "`metric_key` (the flag is `divguard_metric_key`) to one of the logged keys. Those of evaluations begin "
+                "with `eval_`.",
                 self._label,
                 self._key,
                 len(self._rounds),
