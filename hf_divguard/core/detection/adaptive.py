@@ -28,7 +28,7 @@ class AdaptiveRule(Stateful):
     Shifting or scaling the loss does not change what is reported. Kinds and severities:
 
     - ``non_finite``, ``nan_filtered`` (error), ``scaler_skip`` (note): as in ``NonFiniteRule``;
-    - ``jump`` (error): the loss rose at once by a quarter of ``P`` or more, has stayed up
+    - ``jump`` (error): the loss rose at once by 0.22 ``P`` or more, has stayed up
       for 9 values or longer, and does not recover; the higher it rose above everything
       before, the fewer values are needed, down to 2, or 1 at a thousand times;
     - ``climb`` (error): it has crept up over the best level by 0.4 ``P`` or more;
@@ -69,7 +69,7 @@ class AdaptiveRule(Stateful):
         >>> for part in found[0].message.split(": "):
         ...     print(part)
         `loss` = 4 at step 68 has stayed up since it jumped at step 60
-        2.009 before, 4 now (limit 2.684), 74% of the progress lost.
+        2.009 before, 4 now (limit 2.603), 74% of the progress lost.
     """
 
     name: ClassVar[str] = "adaptive"

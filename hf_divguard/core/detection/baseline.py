@@ -38,6 +38,7 @@ CERTAIN_NOISES = 4.0
 _MEDIAN_DIFFERENCE = 0.8261  # median of |b - (a + c) / 2|: 0.6745 * sqrt(1.5)
 _MEDIAN_ERROR = 1.2533  # spread of a median of n is this over sqrt(n): sqrt(pi / 2)
 _NORMAL_EDGE = 1.2816  # 0.9 quantile
+_EDGE_DIFFERENCE = 1.645 * math.sqrt(2.0)  # 0.9 quantile of |a - b|
 
 HUGE: Final = 1e300
 """Larger numbers are cut to this, so that differences stay finite."""
@@ -181,16 +182,16 @@ class RobustBaseline(Stateful):
         self._measure()
 
     def _learn_movement(self, level: float, width: int, size: int) -> None:
-        """Learn how far the level rises, beyond noise, while the values it is taken from are replaced."""
+        """Learn how far the level moves, beyond noise, while the values it is taken from are replaced."""
         levels = self._levels
         levels.append(level)
         while len(levels) > width + 1:
             levels.popleft()
         if len(levels) <= width:
             return
-        self._moves.push(min(max(0.0, level - levels[0]), HUGE), size)
+        self._moves.push(min(abs(level - levels[0]), HUGE), size)
         move = self._moves.quantile(1.0 - EDGE)
-        by_noise = _NORMAL_EDGE * math.sqrt(2.0) * _MEDIAN_ERROR * self.noise / math.sqrt(width)
+        by_noise = _EDGE_DIFFERENCE * _MEDIAN_ERROR * self.noise / math.sqrt(width)
         self.movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
 
     def _measure(self) -> None:

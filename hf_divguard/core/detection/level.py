@@ -22,7 +22,7 @@ HISTORY_PER_PATIENCE = 10
 HISTORY_PER_SURGE = 3
 JUMP_SCORE = 8.0
 CLIMB_SCORE = 30.0
-JUMP_SHARE = 0.25
+JUMP_SHARE = 0.22
 FULL_SHARE = 0.4
 JUMP_SPREADS = 3.0
 CLIMB_SPREADS = 10.0
@@ -228,7 +228,11 @@ class LossLevelMonitor(Stateful):
         patience = max(LEAST_PATIENCE, min(PATIENCE, self.level.count / HISTORY_PER_SURGE))
         is_pulled = pull is not None and pull > PULL
         self._surge.add(height, reach=reach, least=PATIENCE / patience, is_pulled=is_pulled)
-        if self._is_open or not self._surge.is_over(JUMP_SCORE / self.sensitivity, reach):
+        if (
+            self._is_open
+            or not self._jump.values
+            or not self._surge.is_over(JUMP_SCORE / self.sensitivity, reach)
+        ):
             return False
         is_extreme = self._surge.last >= SURGE * reach
         return is_extreme or not self._is_recovering(self._jump, center, bounds.jump, bounds)

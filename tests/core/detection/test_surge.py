@@ -139,9 +139,9 @@ def test_what_recovered_raises_the_bar_for_a_while_and_not_for_ever() -> None:
     for t in range(300, 330):
         curve[t] += 2.0 * math.exp(-(t - 300) / 8)
     steps = {}
-    for after in (360, 3000):
+    for after in (340, 3000):
         monitor.reset()
-        values = [*curve[:after], *(value + 1.5 for value in curve[after : after + 600])]
+        values = [*curve[:after], *(value + 1.5 for value in curve[after : after + 900])]
         found = [monitor.observe(step, value, None) for step, value in enumerate(values)]
         steps[after] = next(f.step - after for f in found if f is not None and f.severity == "error")
-    assert steps[3000] <= 20 < steps[360]
+    assert steps[3000] <= 20 < steps[340]
