@@ -14,6 +14,7 @@ from hf_divguard.core.metrics import greater_is_better, with_eval_prefix
 from hf_divguard.core.outcome import Action
 from hf_divguard.hf.argument_checks import (
     check_ranking_has_evaluations,
+    check_signals,
     check_something_is_saved,
     json_object,
     optional_bool,
@@ -124,6 +125,13 @@ class DivGuardArgumentsMixin(_Host):
         metadata={
             "help": "What follows when a checkpoint cannot be written (disk full, input/output error). raise: training "
             "ends with the error, the older checkpoints stay; continue: a warning, and training goes on without it."
+        },
+    )
+    divguard_save_on_signal: str = field(
+        default="none",
+        metadata={
+            "help": "Signals, with commas between them (SIGTERM,SIGUSR1), after which the present step is saved and the "
+            "process ends with exit code 75, on all ranks, so that a scheduler starts it again; none for no signal."
         },
     )
 
@@ -282,6 +290,7 @@ class DivGuardArgumentsMixin(_Host):
         )
         require_choice("divguard_save_mode", self.divguard_save_mode, SaveMode)
         require_choice("divguard_on_save_error", self.divguard_on_save_error, Literal["raise", "continue"])
+        check_signals(self, "divguard_save_on_signal")
         require_choice("divguard_detector", self.divguard_detector, DetectorName)
         require_choice("divguard_action", self.divguard_action, Action)
         require_whole("divguard_check_steps", self.divguard_check_steps, "optimizer steps", at_least=1)

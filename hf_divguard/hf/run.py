@@ -11,6 +11,7 @@ from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
+from hf_divguard.hf.argument_checks import signals_of
 from hf_divguard.hf.callbacks import RunCallbacks, is_stateful, read_callback_states, restore_states
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
@@ -29,6 +30,7 @@ from hf_divguard.hf.reports import (
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
+from hf_divguard.hf.signals import Interruption
 
 __all__ = ["GuardedRun", "saves_checkpoints_itself"]
 
@@ -40,7 +42,7 @@ ROLLBACK_MEMORY = "divguard_rollback"
 
 def saves_checkpoints_itself(options: Any, callbacks: Iterable[Any]) -> bool:
     """Return whether checkpoints are saved by us: for an option, or for a callback that has a state."""
-    if options.preserve_best_model or options.eval_on_save:
+    if options.preserve_best_model or options.eval_on_save or options.divguard_save_on_signal != "none":
         return True
     return options.divguard_save_mode not in ("auto", "off") or any(map(is_stateful, callbacks))
 
@@ -122,6 +124,8 @@ class GuardedRun:
             resumes_newest=self._resumes_newest,
             is_active=is_active,
         )
+        self.interruption = Interruption(host, self.ranks, signals_of(options.divguard_save_on_signal))
+        self.interruption.listen(stack)
         self.rollback = self._make_rollback()
         if self.rollback is not None:
             self.losses.subscribe(self.rollback)
@@ -155,6 +159,11 @@ class GuardedRun:
         return {name: each for name, each in named if isinstance(each, DivergenceDetector)}
 
     @property
+    def _keeps_states(self) -> bool:
+        """Whether checkpoints hold states: of callbacks, or of losses between two logs, where a signal may cut."""
+        return bool(self.callbacks.stateful) or self.options.divguard_save_on_signal != "none"
+
+    @property
     def outcome(self) -> RunOutcome:
         """What was decided in this run so far."""
         return outcome_of(self.host.state)
@@ -167,7 +176,7 @@ class GuardedRun:
         states: dict[str, Any] | None = None
         if resumed_from is not None:
             self.evaluations.recall(state)
-            if self.callbacks.stateful:
+            if self._keeps_states:
                 read = read_callback_states(resumed_from) if self.ranks.rank == 0 else None
                 states = self.ranks.broadcast(read)
         self.callbacks.restore(states)
@@ -190,12 +199,20 @@ class GuardedRun:
     @property
     def keeps_all_at_end(self) -> bool:
         """Whether the host must not delete checkpoints at the end of training."""
-        return self.checkpoints.preserves_best or self.ending.had_come
+        interrupted = self.interruption.by is not None
+        return self.checkpoints.preserves_best or self.ending.had_come or interrupted
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the host has nothing more to log, to evaluate or to save at the end of a step or epoch."""
+        return self.ending.had_come or self.interruption.is_done
 
     def conclude(self, output: Any) -> Any:
         """Note how the run ended; return what ``train()`` returns."""
         gave_up = self.rollback is not None and self.rollback.error is not None
-        return self.ending.conclude(output, self.outcome, gave_up=gave_up)
+        return self.ending.conclude(
+            output, self.outcome, gave_up=gave_up, interrupted_by=self.interruption.by
+        )
 
     def finish(self) -> None:
         """At the end of training: report the best checkpoints, and which one a stopped run should be resumed from."""
@@ -228,7 +245,7 @@ class GuardedRun:
             losses_delivered: Whether detectors and rollback have seen the losses up to this step.
             save_was_due: Whether a save was due at this step before they did.
         """
-        if self.callbacks.stateful:
+        if self._keeps_states:
             self.running_loss.end_step(tr_loss, self.host.state.global_step)
         if self.rollback is None:
             host_acts()
@@ -236,6 +253,7 @@ class GuardedRun:
             self.rollback.end_step(
                 host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
             )
+        self.interruption.end_step()
 
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
@@ -260,6 +278,8 @@ class GuardedRun:
         is_best = ask_host() if answer is None else answer
         # A detector that stops has promised a save, and a rollback needs one.
         stops = outcome.finding is not None and self.host.control.should_save
+        if self.interruption.by is not None:
+            return True
         return is_best or stops or (rollback is not None and rollback.save_pending)
 
     # ---- saving
@@ -274,6 +294,13 @@ class GuardedRun:
         Returns:
             Whether the checkpoint of this step is there.
         """
+        saved = self._save(write, note_best)
+        self.interruption.note_saved(
+            self.checkpoints.ledger.path(self.host.state.global_step) if saved else None
+        )
+        return saved
+
+    def _save(self, write: Callable[[], None], note_best: Callable[[dict[str, float]], object]) -> bool:
         # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
         self.losses.deliver(self.host)
         outcome, rollback = self.outcome, self.rollback
