@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIVERGED_EXIT_CODE",
+    "INTERRUPTED_EXIT_CODE",
     "CheckpointError",
     "CheckpointSaveError",
     "DivGuardError",
@@ -39,6 +40,10 @@ __all__ = [
 
 DIVERGED_EXIT_CODE = 79
 """What a script exits with when training was ended: no number of sysexits.h (64 to 78), no signal (128 on)."""
+
+
+INTERRUPTED_EXIT_CODE = 75
+"""What a process exits with when a signal had it save and end: ``EX_TEMPFAIL`` of sysexits.h, "try again"."""
 
 
 class DivGuardError(Exception):

@@ -26,7 +26,9 @@ __all__ = [
     "request_evaluation_before_save",
     "request_log",
     "request_save",
+    "save_and_end",
     "saves_checkpoints",
+    "saves_on_sigterm",
     "suspend_save",
 ]
 
@@ -186,9 +188,19 @@ def request_evaluation_before_save(control: Any, *, is_evaluated: bool) -> None:
         control.should_evaluate = True
 
 
+def saves_on_sigterm(args: Any, control: Any) -> bool:
+    """Return whether the host ends training to save on SIGTERM by itself, where it saves outside of a step's end."""
+    return bool(getattr(args, "enable_jit_checkpoint", False) and control.should_training_stop)
+
+
 def end_training(control: Any) -> None:
     """Let training end."""
     control.should_training_stop = True
+
+
+def save_and_end(control: Any) -> None:
+    """Have this step saved, and let training end with it."""
+    control.should_save = control.should_training_stop = True
 
 
 def cancel_end(control: Any) -> None:

@@ -118,13 +118,16 @@ class Ending:
         if self._earlier is not None and "train_runtime" in logs:
             logs.update(self._earlier.metrics)
 
-    def conclude(self, output: Any, outcome: RunOutcome, *, gave_up: bool = False) -> Any:
+    def conclude(
+        self, output: Any, outcome: RunOutcome, *, gave_up: bool = False, interrupted_by: str | None = None
+    ) -> Any:
         """Note how the run ended.
 
         Args:
             output: What the host's ``train()`` returns.
             outcome: What was decided in the run.
             gave_up: Whether rollbacks did not help.
+            interrupted_by: The signal that ended the run, if one did.
 
         Returns:
             ``output``, or what the run returned when it ended, if it had ended before.
@@ -139,15 +142,17 @@ class Ending:
             return output._replace(global_step=earlier.step, training_loss=loss)
         if self._ranks.rank == 0:
             try:
-                write_outcome(self._ledger.run_dir, self._end(output, outcome, gave_up))
+                write_outcome(self._ledger.run_dir, self._end(output, outcome, gave_up, interrupted_by))
             except (OSError, ValueError, TypeError) as error:
                 logger.warning("How the run ended could not be noted (%s).", error)
         return output
 
-    def _end(self, output: Any, outcome: RunOutcome, gave_up: bool) -> RunEnd:
+    def _end(self, output: Any, outcome: RunOutcome, gave_up: bool, interrupted_by: str | None) -> RunEnd:
         state = self._host.state
         finding = outcome.stopped_by
         status: Status = "finished" if state.global_step >= state.max_steps else "ended_early"
+        if interrupted_by is not None:
+            status = "interrupted"
         if finding is not None:
             status = "stopped"
         if gave_up:
@@ -155,6 +160,7 @@ class Ending:
         last_good = state.global_step if finding is None else finding.onset_step - 2
         good = [r.step for r in self._ledger.records if r.in_lineage and r.step <= last_good]
         loads = self._host.args.load_best_model_at_end and state.best_model_checkpoint is not None
+        loads = loads and interrupted_by is None
         return RunEnd(
             status=status,
             step=state.global_step,
@@ -162,7 +168,7 @@ class Ending:
             run_id=self._ledger.run_id,
             time=time.time(),
             train_loss=float(output.training_loss),
-            reason=outcome.stop_reason,
+            reason=outcome.stop_reason or interrupted_by,
             resume_from=self._ledger.path(max(good)) if good else None,
             loaded=os.path.basename(state.best_model_checkpoint) if loads else None,
             metrics=dict(output.metrics),

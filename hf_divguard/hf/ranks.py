@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from hf_divguard.errors import CheckpointError, CheckpointSaveError
@@ -57,6 +58,14 @@ class Ranks:
     def broadcast(self, value: T) -> T:
         """Return the value of rank 0 on every rank."""
         return self.gather(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers of all ranks. Cheap enough for every step."""
+        if self.world_size == 1:
+            return number
+        value = torch.tensor(number)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
+        return int(value)
 
     def run_on_main(self, decide: Callable[[], T]) -> T:
         """Return what ``decide`` gives on rank 0, on every rank; an error of it is raised on every rank."""

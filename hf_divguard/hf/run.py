@@ -29,6 +29,7 @@ from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.options.saving import asks_for_safe_saves
+from hf_divguard.hf.options.values import signals_of
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
     JOURNAL,
@@ -43,6 +44,7 @@ from hf_divguard.hf.restore import load_weights_on_all_ranks
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
+from hf_divguard.hf.signals import Interruption
 from hf_divguard.hf.skipping import NonFiniteUpdates
 from hf_divguard.hf.start_checks import warn_at_start
 from hf_divguard.hf.trial_evaluation import check_ranking_metric
@@ -161,6 +163,8 @@ class GuardedRun:
             resumes_newest=self._resumes_newest,
             is_active=is_active,
         )
+        self.interruption = Interruption(host, self.ranks, signals_of(options.divguard_save_on_signal))
+        self.interruption.listen(stack)
         self.rollback = self._make_rollback()
         self.checkpoints.pending_since = self._pending_since
         if self.rollback is not None:
@@ -198,6 +202,11 @@ class GuardedRun:
         return {name: each for name, each in named if isinstance(each, DivergenceDetector)}
 
     @property
+    def _keeps_states(self) -> bool:
+        """Whether checkpoints hold states: of callbacks, or of losses between two logs, where a signal may cut."""
+        return bool(self.callbacks.stateful) or self.options.divguard_save_on_signal != "none"
+
+    @property
     def outcome(self) -> RunOutcome:
         """What was decided in this run so far."""
         return outcome_of(self.host.state)
@@ -210,7 +219,7 @@ class GuardedRun:
         states: dict[str, Any] | None = None
         if resumed_from is not None:
             self.evaluations.recall(state)
-            if self.callbacks.stateful:
+            if self._keeps_states:
                 read = read_callback_states(resumed_from) if self.ranks.rank == 0 else None
                 states = self.ranks.broadcast(read)
         self.callbacks.restore(states)
@@ -242,12 +251,20 @@ class GuardedRun:
     @property
     def keeps_all_at_end(self) -> bool:
         """Whether the host must not delete checkpoints at the end of training."""
-        return self.checkpoints.preserves_best or self.ending.had_come
+        interrupted = self.interruption.by is not None
+        return self.checkpoints.preserves_best or self.ending.had_come or interrupted
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the host has nothing more to log, to evaluate or to save at the end of a step or epoch."""
+        return self.ending.had_come or self.interruption.is_done
 
     def conclude(self, output: Any) -> Any:
         """Note how the run ended; return what ``train()`` returns."""
         gave_up = self.rollback is not None and self.rollback.error is not None
-        return self.ending.conclude(output, self.outcome, gave_up=gave_up)
+        return self.ending.conclude(
+            output, self.outcome, gave_up=gave_up, interrupted_by=self.interruption.by
+        )
 
     def finish(self) -> None:
         """At the end of training: report the best checkpoints, and which one a stopped run should be resumed from."""
@@ -319,7 +336,7 @@ class GuardedRun:
             losses_delivered: Whether detectors and rollback have seen the losses up to this step.
             save_was_due: Whether a save was due at this step before they did.
         """
-        if self.callbacks.stateful:
+        if self._keeps_states:
             self.running_loss.end_step(tr_loss, self.host.state.global_step)
         if self.comparison is not None:
             self._end_compared_step(losses_delivered, save_was_due)
@@ -335,7 +352,7 @@ class GuardedRun:
             self._follow_findings()
             # After the save: killed before it, the run resumes from before a rollback, and repeats it.
             self.journal.write()
-
+        self.interruption.end_step()
         if self.rollback is not None:
             self.rollback.take_snapshot_if_due()
         elif self.comparison is not None:
@@ -401,6 +418,8 @@ class GuardedRun:
         is_best = ask_host() if answer is None else answer
         # A detector that stops has promised a save, and a rollback needs one.
         stops = outcome.finding is not None and self.host.control.should_save
+        if self.interruption.by is not None:
+            return True
         return is_best or stops or (rollback is not None and rollback.save_pending)
 
     # ---- saving
@@ -415,6 +434,13 @@ class GuardedRun:
         Returns:
             Whether the checkpoint of this step is there.
         """
+        saved = self._save(write, note_best)
+        self.interruption.note_saved(
+            self.checkpoints.ledger.path(self.host.state.global_step) if saved else None
+        )
+        return saved
+
+    def _save(self, write: Callable[[], None], note_best: Callable[[dict[str, float]], object]) -> bool:
         # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
         self.losses.deliver(self.host)
         outcome, rollback = self.outcome, self.rollback

@@ -35,7 +35,12 @@ class RunEvents(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that an epoch begins; a run that had ended before ends here again."""
         self._run.losses.begin_epoch()
+        self._run.interruption.is_at_epoch_end = False
         self._run.ending.end_at_once()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that an epoch has ended."""
+        self._run.interruption.is_at_epoch_end = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what is not finite; lower a rate that rises again after a rollback; measure gradients if need be."""

@@ -147,6 +147,8 @@ class DivGuardMixin(_Host):
             FolderInUseError: If another training writes its checkpoints into the same folder.
             TrainingDivergedError: If rollbacks did not help; the model then holds the best
                 weights from before the fault.
+            SystemExit: With exit code 75, if a signal had the run save and end
+                (``divguard_save_on_signal``, ``enable_jit_checkpoint``).
         """
         note_guarded(self.args)
         self._options = options_of(self.args)
@@ -216,6 +218,7 @@ class DivGuardMixin(_Host):
         if run.rollback is not None and run.rollback.error is not None:
             raise run.rollback.error
         output.metrics.update(end_metrics(run.outcome, run.checkpoints.ledger))
+        run.interruption.end_process()
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,18 +266,22 @@ class DivGuardMixin(_Host):
             finally:
                 self._ends_with_save = False
 
-        run, save_was_due = self._run, self.control.should_save
+        run = self._run
         if run is None:
             act()
             return
-        if run.ending.had_come:
+        if run.is_over:
             return
+        run.interruption.check()
+        save_was_due = self.control.should_save
         delivered = run.losses.end_step(run.host, run.events.gradient_norm_of_step(grad_norm))
         run.end_step(act, model, tr_loss, losses_delivered=delivered, save_was_due=save_was_due)
 
     def _evaluate_before_save(self) -> None:
         if self._options.eval_on_save:
             run, step = self._run, self.state.global_step
+            if run is not None and run.interruption.adds_save:
+                return
             is_evaluated = run is not None and run.evaluations.has_evaluated(step)
             switches.request_evaluation_before_save(self.control, is_evaluated=is_evaluated)
 
@@ -316,6 +323,12 @@ class DivGuardMixin(_Host):
         if self._run is None:
             host_save(model, trial, *args, **kwargs)
             return
+        is_active, is_jit = (
+            self._run.checkpoints.is_active,
+            switches.saves_on_sigterm(self.args, self.control),
+        )
+        if is_active and is_jit and not self._ends_with_save:
+            self._run.interruption.note_host_save()
         saved = self._run.save(
             write=lambda: host_save(model, trial, *args, **kwargs),
             note_best=lambda metrics: host_determines(metrics=metrics, trial=trial),
@@ -341,9 +354,10 @@ class DivGuardMixin(_Host):
             rotate_as_host(self, use_mtime, output_dir)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self._run is not None:
-            self._run.loaded = self.state.best_model_checkpoint
+        if self._run is None or self._run.interruption.by is None:
+            super()._load_best_model()
+            if self._run is not None:
+                self._run.loaded = self.state.best_model_checkpoint
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # `training_args.bin` is written in here and must hold the user's own limit.

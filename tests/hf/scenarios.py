@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -12,13 +13,14 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDetector
+from hf_divguard.errors import INTERRUPTED_EXIT_CODE
 from hf_divguard.storage.failpoints import watch_failpoints
 from hf_divguard.storage.names import STAGING_NAME
 from tests.processes import kill_at, kill_self
@@ -234,6 +236,17 @@ def train_with_a_limit_on_file_sizes(
     return report(trainer)
 
 
+@contextlib.contextmanager
+def ends_by_signal() -> Iterator[None]:
+    """Take the exit code that a run ends with on a signal; a run that goes on is fine, too."""
+    code = None
+    try:
+        yield
+    except SystemExit as exit:
+        code = exit.code
+    assert code in (None, INTERRUPTED_EXIT_CODE)
+
+
 def terminated_at(at_step: int, event: str, trainer: Any) -> Any:
     """Return ``trainer``, which gets SIGTERM at ``event`` of ``at_step`` and saves at once."""
 
@@ -283,7 +296,8 @@ def losses_before_sigterm(rank: int, output_dir: str, at_step: int) -> dict[str,
     trainer = trainer_of(
         output_dir, enable_jit_checkpoint=True, callbacks=[Watch(action="warn")], max_steps=20, **options
     )
-    terminated_at(at_step, "on_step_end", trainer).train()
+    with ends_by_signal():
+        terminated_at(at_step, "on_step_end", trainer).train()
     return {"saved": sorted(checkpoint_steps(output_dir)), "losses": steps[: steps.index(at_step) + 1]}
 
 
@@ -298,9 +312,17 @@ def stop_by_sigterm(
         if moment == "host wrote":
             seen.append(names_in(output_dir))
 
-    with watch_failpoints(look):
+    with watch_failpoints(look), ends_by_signal():
         trainer.train(resume_from_checkpoint=resume)
     return {**report(trainer), "seen": seen[-1] if seen else None}
+
+
+def raise_by_sigterm(rank: int, output_dir: str, at_step: int, **options: Any) -> dict[str, Any]:
+    """Train until the host's own save on SIGTERM has ended the run."""
+    event = options.pop("event", "on_step_end")
+    trainer = terminated_at(at_step, event, trainer_of(output_dir, enable_jit_checkpoint=True, **options))
+    trainer.train()
+    return report(trainer)
 
 
 def sigterm_on_a_full_disk(rank: int, output_dir: str, at_step: int, **options: Any) -> dict[str, Any]:
@@ -313,7 +335,7 @@ def sigterm_on_a_full_disk(rank: int, output_dir: str, at_step: int, **options: 
         if moment == "manifest written" and trainer.state.global_step == at_step:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with watch_failpoints(fail):
+    with watch_failpoints(fail), ends_by_signal():
         trainer.train()
     return report(trainer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hf_divguard.hf.options.values import require_bool, require_choice
+from hf_divguard.hf.options.values import check_signals, require_bool, require_choice
 
 __all__ = ["SaveMode", "SavingOptions", "asks_for_safe_saves"]
 
@@ -47,7 +47,16 @@ class SavingOptions:
         },
     )
 
+    divguard_save_on_signal: str = field(
+        default="none",
+        metadata={
+            "help": "Signals, with commas between them (SIGTERM,SIGUSR1), after which the present step is saved and the "
+            "process ends with exit code 75, on all ranks, so that a scheduler starts it again; none for no signal."
+        },
+    )
+
     def _check_values(self) -> None:
+        check_signals(self, "divguard_save_on_signal")
         require_choice("divguard_save_mode", self.divguard_save_mode, SaveMode)
         for name in ("divguard_checksums", "divguard_fsync"):
             require_bool(name, getattr(self, name))
@@ -62,5 +71,6 @@ def asks_for_safe_saves(options: Any) -> bool:
         or options.divguard_checksums
         or options.divguard_fsync
         or options.divguard_on_save_error != "raise"
+        or options.divguard_save_on_signal != "none"
         or options.divguard_save_mode not in ("auto", "off")
     )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import signal
 from collections.abc import Iterable
 from typing import Any, get_args
 
 __all__ = [
+    "check_signals",
     "did_you_mean",
     "json_object",
     "optional_bool",
     "require_bool",
     "require_choice",
     "require_whole",
+    "signals_of",
 ]
 
 _TRUE = {"true", "yes", "1", "t", "y"}
@@ -79,4 +82,34 @@ def require_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(
             f"`{name}` must be one of {list(get_args(choices))}, got {value!r}."
             f"{did_you_mean(value, get_args(choices))}"
+        )
+
+
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+
+
+def signals_of(value: str) -> tuple[str, ...]:
+    """Return the names in a list of signals.
+
+    Example:
+        >>> signals_of("SIGTERM, sigusr1"), signals_of("none")
+        (('SIGTERM', 'SIGUSR1'), ())
+    """
+    words = [word.strip().upper() for word in value.split(",") if word.strip()]
+    return () if words == ["NONE"] else tuple(dict.fromkeys(words))
+
+
+def check_signals(args: Any, name: str) -> None:
+    """Raise ``ValueError`` unless an option lists signals that a run can end on."""
+    value = getattr(args, name)
+    usable = [each for each in _SIGNALS if hasattr(signal, each)]
+    names = signals_of(value) if isinstance(value, str) else None
+    if names is None or (not names and value.strip().lower() != "none") or not set(names) <= set(usable):
+        raise ValueError(
+            f"`{name}` must be none, or one or more of {', '.join(usable)} with commas between them, got {value!r}."
+        )
+    if "SIGTERM" in names and getattr(args, "enable_jit_checkpoint", False):
+        raise ValueError(
+            f"`{name}={value}` and `enable_jit_checkpoint=True` both save on SIGTERM. Set one of them; `{name}` saves "
+            "at the end of the step, from where a resumed run goes on as one that was not cut."
         )
