@@ -347,6 +347,7 @@ def test_a_stop_on_the_training_loss_lets_log_evaluation_and_save_of_its_step_ta
         detector,
         logging_strategy="steps",
         eval_steps=100,
+        **({} if trainer_class is Trainer else {"divguard_compare": "off"}),  # acted on at once
     )
     assert trainer.state.global_step == 3
     assert recorder.events[-3:] == [("log", 3), ("evaluate", 3), ("save", 3)]
