@@ -12,7 +12,8 @@ from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callbacks import RunCallbacks, collect_states, read_callback_states, restore_states
-from hf_divguard.hf.comparison import Comparison, make_comparison
+from hf_divguard.hf.comparison import Comparison
+from hf_divguard.hf.comparison_of_run import make_comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
