@@ -169,6 +169,8 @@ class Comparison:
             is_last: Whether no step follows: then the batches of the last one have to do.
         """
         step, deferred = self._host.state.global_step, self._outcome.deferred
+        if self._ignores_level:
+            self.incident.close()
         if deferred is not None and self._ignores_level:
             self._dismiss(deferred[0], "the level of this loss does not measure progress")
             return
