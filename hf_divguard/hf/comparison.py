@@ -17,18 +17,15 @@ from hf_divguard.core.rollback.comparison import Budget, Pair, explains, judge
 from hf_divguard.core.rollback.incident import Incident, Ruling
 from hf_divguard.core.rollback.words import damage_finding, rounded, why
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFiniteDetector
 from hf_divguard.hf.control import outcome_of
-from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.kept import KeptStates
 from hf_divguard.hf.probes import probe, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.rows import suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
 
-__all__ = ["Comparison", "make_comparison"]
+__all__ = ["Comparison"]
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +169,8 @@ class Comparison:
             is_last: Whether no step follows: then the batches of the last one have to do.
         """
         step, deferred = self._host.state.global_step, self._outcome.deferred
+        if self._ignores_level:
+            self.incident.close()
         if deferred is not None and self._ignores_level:
             self._dismiss(deferred[0], "the level of this loss does not measure progress")
             return
@@ -374,26 +373,3 @@ class Comparison:
             logger.warning(
                 "`loss` is high since step %d: %s. Training goes on.", self.incident.since, why(ruling)
             )
-
-
-def make_comparison(
-    host: Host, options: Any, ranks: Ranks, journal: RunJournal, detectors: list[DivergenceDetector]
-) -> tuple[Snapshots, Comparison | None]:
-    """Return the states that are kept in memory, and what compares them, if any detector acts by the level of a loss."""
-    acting = [each for each in detectors if each.action != "warn"]
-    by_level = [each for each in acting if not isinstance(each, NonFiniteDetector)]
-    is_on = options.divguard_compare == "auto" and bool(by_level)
-    every, margin = options.divguard_snapshot_steps, options.divguard_rollback_margin_steps
-    if is_on and every == 0:
-        snapshots: Snapshots = KeptStates(
-            ranks,
-            with_optimizer=any(each.action == "rollback" for each in acting),
-            limit_bytes=options.divguard_compare_memory_gb * 1e9,
-        )
-    else:
-        snapshots = Snapshots(every, check_steps=options.divguard_check_steps, margin_steps=margin)
-    if not is_on:
-        return snapshots, None
-    sensitive = [each for each in by_level if isinstance(each, AdaptiveDivergenceDetector)]
-    action = next((each.action for each in sensitive if each.takes_raw_losses), None)
-    return snapshots, Comparison(host, ranks, journal, snapshots, action=action, margin_steps=margin)

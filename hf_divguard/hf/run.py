@@ -20,7 +20,8 @@ from hf_divguard.hf.callbacks import (
     read_callback_states,
     restore_states,
 )
-from hf_divguard.hf.comparison import Comparison, make_comparison
+from hf_divguard.hf.comparison import Comparison
+from hf_divguard.hf.comparison_of_run import make_comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.ending import Ending

@@ -177,6 +177,8 @@ _FEWEST = 12
 _TRIGGER_ONCE = 5.0
 _TRIGGER_TWICE = 3.0
 _NORM_FACTOR = 10.0
+# A loss that begins below this part of its largest value begins at 0.
+_ZERO = 0.05
 
 
 @dataclass
@@ -208,7 +210,7 @@ class LossRange(Stateful):
         """
         if self._was_negative or not self._first:
             return False
-        return median(self._first) > 0.05 * max(map(abs, (*self._losses, *self._first)))
+        return min(self._first) > _ZERO * max(map(abs, (*self._losses, *self._first)))
 
     @property
     def usual(self) -> Usual:

@@ -187,3 +187,11 @@ def test_a_turn_of_domains_that_an_older_state_knows_is_no_damage() -> None:
     made.observe(61, 6.0, 1.0)
     ruling = made.rule(61, [6.0], {58: [5.9], 40: [1.6]}, is_asked=False)
     assert (ruling.act, ruling.cause) == ("dismiss", "data")
+
+
+def test_a_loss_that_begins_at_zero_and_grows_fast_is_no_objective() -> None:
+    """A distance to a reference grows within the first few steps."""
+    range_ = LossRange()
+    for step in range(40):
+        range_.observe(0.01 * step**1.5, None)
+    assert not range_.is_objective
