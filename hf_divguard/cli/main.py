@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         gc.disable()  # the process ends soon, and long logs are many objects without a cycle
     words = list(sys.argv[1:] if arguments is None else arguments)
-    own = words[: words.index("--")] if "--" in words else words
+    own, after = words, []
+    if words[:1] == ["run"] and "--" in words:
+        own, after = words[: words.index("--")], words[words.index("--") + 1 :]
     command = next((word for word in own if word in COMMANDS), "")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -62,7 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What the package would log are notes beside the answer; the answer has them where they matter.
     logging.getLogger("hf_divguard").addHandler(logging.NullHandler())
     try:
-        options = make_parser().parse_args(words)
+        parser = make_parser()
+        options, rest = parser.parse_known_args(own)
+        if options.command == "run":
+            options.words, options.after = rest, after
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         code = _run(options)
         sys.stdout.flush()
         return code

@@ -183,10 +183,11 @@ def _add_run(group: Any) -> None:
         "run",
         "Run a training script that does not use hf_divguard, with its Trainer guarded.",
         {1: "or any other code: that of the command", 127: "the command was not found"},
-        more="usage: hf-divguard run [--divguard_detector adaptive] [OPTION ...] -- python train.py ...\n\n"
-        "The options are those of DivGuardTrainingArguments (docs/arguments.md). Without --divguard_detector the\n"
+        more="The options are those of DivGuardTrainingArguments (docs/arguments.md). Without --divguard_detector the\n"
         "detector is `adaptive`. Output, exit code and tracebacks are those of the command.",
         has_json=False,
     )
+    parser.usage = (
+        "hf-divguard run [--options FILE] [--divguard_detector adaptive] [OPTION ...] -- COMMAND ..."
+    )
     parser.add_argument("--options", metavar="FILE", help="YAML or JSON file with options")
-    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

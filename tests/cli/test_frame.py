@@ -243,8 +243,8 @@ def test_bash_completes_commands_and_options(cli: Any, tmp_path: Path) -> None:
         (["hf-divguard", "st"], "status"),
         (["hf-divguard", "prune", "--ke"], "--keep-last"),
     ):
-        line = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}"
-        ask = f"source {script}; {line}; _hf_divguard; echo ${{COMPREPLY[@]}}"
+        given = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}"
+        ask = f"source {script}; {given}; _hf_divguard; echo ${{COMPREPLY[@]}}"
         done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, timeout=30)
         assert expected in done.stdout.split()
 
