@@ -19,6 +19,7 @@ from hf_divguard.hf.options.best_checkpoints import BestCheckpointOptions
 from hf_divguard.hf.options.detection import DetectionOptions, DetectorName
 from hf_divguard.hf.options.rollback import RollbackOptions
 from hf_divguard.hf.options.saving import SaveMode, SavingOptions
+from hf_divguard.hf.options.values import did_you_mean
 from hf_divguard.hf.unguarded import warn_if_unguarded
 
 __all__ = [
@@ -83,13 +84,18 @@ class DivGuardArgumentsMixin(RollbackOptions, DetectionOptions, SavingOptions, B
             )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a class that has no ``__init__`` of its own fields, because ``@dataclass`` is missing."""
+        """Refuse a class without ``@dataclass``, whose ``__init__`` is not its own, and options that are misspelt."""
         maker = next(each for each in cls.__mro__ if "__init__" in vars(each))
         if maker in (DivGuardArgumentsMixin, *_GROUPS) and cls is not maker:
             raise TypeError(
                 f"`{cls.__name__}` must be a dataclass, but it is not, so it takes the options of hf_divguard only. "
                 "Write `@dataclass` above the class."
             )
+        has_own_fields = getattr(vars(maker).get("__dataclass_params__"), "init", False)
+        known = {option.name for option in fields(cls)}
+        for name in kwargs.keys() - known if has_own_fields else ():
+            if likely := did_you_mean(name, known):
+                raise TypeError(f"`{cls.__name__}` has no option {name!r}.{likely}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -130,17 +130,20 @@ class DivGuardMixin(_Host):
             NoCompleteCheckpointError: If there are checkpoints but none is complete, or if it
                 cannot be known.
             CheckpointError: If the named checkpoint does not exist or is not complete.
+            ValueError: If there is no checkpoint at all, unless ``"auto"`` was asked for.
             TrainingDivergedError: If rollbacks did not help; the model then holds the best
                 weights from before the fault.
         """
         note_guarded(self.args)
         self._options = options_of(self.args)
-        is_auto = str(resume_from_checkpoint).strip().lower() == "auto"
         if resume_from_checkpoint:
-            # Where there is nothing at all, the host says so; with "auto" training starts from scratch.
-            resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint) or (
-                None if is_auto else True
-            )
+            chosen = self._choose_checkpoint(resume_from_checkpoint)
+            if chosen is None and str(resume_from_checkpoint).strip().lower() != "auto":
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({self.args.output_dir}). To resume where there is "
+                    "one and start from scratch where there is none, set `resume_from_checkpoint='auto'`."
+                )
+            resume_from_checkpoint = chosen
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _choose_checkpoint(self, asked: str | bool) -> str | None:

@@ -19,7 +19,7 @@ from hf_divguard.hf.argument_checks import evaluates_as_stock, is_in_every_evalu
 from hf_divguard.hf.options.values import did_you_mean
 from hf_divguard.hf.ranks import Ranks
 
-__all__ = ["check_ranking_metric", "metric_not_found"]
+__all__ = ["check_ranking_metric", "metric_not_found", "metric_value"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,21 @@ def metric_not_found(asked: str, key: str, metrics: Mapping[str, Any]) -> Metric
     )
 
 
+def metric_value(key: str, metrics: Mapping[str, Any]) -> float:
+    """Return the ranking metric of an evaluation.
+
+    Raises:
+        TypeError: If it is not a number.
+    """
+    try:
+        return float(metrics[key])
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"The metric that ranks checkpoints must be a number, but `{key}` is {metrics[key]!r}. Let `compute_metrics` "
+            "return a number, or set another `best_model_metric`."
+        ) from None
+
+
 def check_ranking_metric(trainer: Any, options: Any, ranks: Ranks) -> None:
     """Before the first step, evaluate one batch and see whether the ranking metric is there.
 
@@ -49,6 +64,7 @@ def check_ranking_metric(trainer: Any, options: Any, ranks: Ranks) -> None:
 
     Raises:
         MetricNotFoundError: On every rank, if the metric is not among the results.
+        TypeError: On every rank, if it is not a number.
     """
     key = options.divguard_ranking_key
     if not _is_in_question(trainer, options, key):
@@ -57,6 +73,8 @@ def check_ranking_metric(trainer: Any, options: Any, ranks: Ranks) -> None:
     metrics = ranks.broadcast(metrics)
     if metrics is not None and key not in metrics:
         raise metric_not_found(options.best_model_metric, key, metrics)
+    if metrics is not None:
+        metric_value(key, metrics)
 
 
 def _is_in_question(trainer: Any, options: Any, key: str) -> bool:
