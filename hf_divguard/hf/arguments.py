@@ -49,6 +49,12 @@ class DivGuardArgumentsMixin(RollbackOptions, DetectionOptions, SavingOptions, B
     (``--help`` on a command line). With every field at its default the training is the
     stock one. :func:`hf_divguard.guard` makes such a class in one line.
 
+    An option that has no effect as the others are set is a warning: when the arguments are
+    made, or, where it depends on the callbacks, when training starts. In a Trainer that is not
+    guarded none of them has an effect. That is noticed when training starts, by the request for
+    the warm-up steps or by a detector among the callbacks. A Trainer with a schedule that was
+    passed to it and without a detector does not ask, and nothing can be said.
+
     Raises:
         TypeError: When a class is made that has the mixin on the right of the class it
             extends; when an object is made of a class that is no dataclass.

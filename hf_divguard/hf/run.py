@@ -20,6 +20,7 @@ from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.options.saving import asks_for_safe_saves
+from hf_divguard.hf.policy_gradients import policy_gradient_class
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
     JOURNAL,
@@ -101,7 +102,9 @@ class GuardedRun:
     def _start(self, stack: contextlib.ExitStack) -> None:
         host, options, args = self.host, self.options, self.host.args
         self.ranks = Ranks(args.process_index, args.world_size)
-        self.losses = StepLosses(options.divguard_check_steps, args.world_size)
+        # Policies are sampled from after each step, which fails with weights that are not finite.
+        check_steps = 1 if policy_gradient_class(host.trainer) else options.divguard_check_steps
+        self.losses = StepLosses(check_steps, args.world_size)
         stack.callback(self.losses.close)
         self.callbacks = RunCallbacks(host, stack, self.losses, self._initial_states)
         self.running_loss = RunningLoss(host, self.ranks)
