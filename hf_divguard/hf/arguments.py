@@ -20,6 +20,7 @@ from hf_divguard.hf.options.comparison import ComparisonOptions
 from hf_divguard.hf.options.detection import DetectionOptions, DetectorName
 from hf_divguard.hf.options.rollback import RollbackOptions
 from hf_divguard.hf.options.saving import SaveMode, SavingOptions
+from hf_divguard.hf.options.values import did_you_mean
 from hf_divguard.hf.unguarded import warn_if_unguarded
 
 __all__ = [
@@ -57,6 +58,12 @@ class DivGuardArgumentsMixin(
     (``--help`` on a command line). With every field at its default the training is the
     stock one. :func:`hf_divguard.guard` makes such a class in one line.
 
+    An option that has no effect as the others are set is a warning: when the arguments are
+    made, or, where it depends on the callbacks, when training starts. In a Trainer that is not
+    guarded none of them has an effect. That is noticed when training starts, by the request for
+    the warm-up steps or by a detector among the callbacks. A Trainer with a schedule that was
+    passed to it and without a detector does not ask, and nothing can be said.
+
     Raises:
         TypeError: When a class is made that has the mixin on the right of the class it
             extends; when an object is made of a class that is no dataclass.
@@ -92,13 +99,18 @@ class DivGuardArgumentsMixin(
             )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a class that has no ``__init__`` of its own fields, because ``@dataclass`` is missing."""
+        """Refuse a class without ``@dataclass``, whose ``__init__`` is not its own, and options that are misspelt."""
         maker = next(each for each in cls.__mro__ if "__init__" in vars(each))
         if maker in (DivGuardArgumentsMixin, *_GROUPS) and cls is not maker:
             raise TypeError(
                 f"`{cls.__name__}` must be a dataclass, but it is not, so it takes the options of hf_divguard only. "
                 "Write `@dataclass` above the class."
             )
+        has_own_fields = getattr(vars(maker).get("__dataclass_params__"), "init", False)
+        known = {option.name for option in fields(cls)}
+        for name in kwargs.keys() - known if has_own_fields else ():
+            if likely := did_you_mean(name, known):
+                raise TypeError(f"`{cls.__name__}` has no option {name!r}.{likely}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

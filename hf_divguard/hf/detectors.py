@@ -170,6 +170,8 @@ class DivergenceDetector(TrainerCallback):
         if value is None:
             if metrics and self.metric_key.startswith("eval_"):
                 self._key.is_missing_in(state, metrics)
+            elif metrics:
+                self._key.is_named_otherwise_in(state, metrics)
             return
         logged, self._just_logged = self._just_logged, None
         if logged is not None and logged[0] == self._step(state) and _same(logged[1], value):

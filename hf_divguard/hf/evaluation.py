@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +13,13 @@ from transformers import EarlyStoppingCallback
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, is_better, rank
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.ranking_metric import metric_not_found, metric_value
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.trial_evaluation import metric_not_found
 from hf_divguard.storage.ledger import CheckpointLedger
 
 __all__ = ["Evaluations"]
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluations:
@@ -43,6 +46,7 @@ class Evaluations:
             options.eval_on_save and self._host_key is not None
         )
         """Whether the host's best metric is set when a checkpoint is saved, not when one is evaluated."""
+        self._values_not_finite = 0
         self.is_running = False
         self.metrics: dict[str, float] = {}
         self._step: int | None = None
@@ -75,7 +79,7 @@ class Evaluations:
         """Return the ranking metric that was evaluated at exactly ``step``, if it was."""
         if self._step != step or self.metric_key not in self.metrics:
             return None
-        return float(self.metrics[self.metric_key])
+        return metric_value(self.metric_key, self.metrics)
 
     # ---- the best one
 
@@ -100,7 +104,17 @@ class Evaluations:
     def _beats_all(self, metrics: dict[str, float]) -> bool:
         if self.metric_key not in metrics:
             raise metric_not_found(self._best_model_metric, self.metric_key, metrics)
-        return self._ledger.would_be_best(float(metrics[self.metric_key]), self._greater_is_better)
+        value = metric_value(self.metric_key, metrics)
+        self._values_not_finite = 0 if math.isfinite(value) else self._values_not_finite + 1
+        if self._values_not_finite == 2:
+            logger.warning(
+                "`%s` = %s at two evaluations in a row. It ranks checkpoints, and a value that is not finite ranks last, "
+                "so none is better than another as long as it stays so. Look at the evaluation, or set another "
+                "`best_model_metric`.",
+                self.metric_key,
+                value,
+            )
+        return self._ledger.would_be_best(value, self._greater_is_better)
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         """Remember the best of all evaluations: the host's patience is measured against it, saved or not."""

@@ -31,6 +31,7 @@ from hf_divguard.hf.host import Host
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.options.saving import asks_for_safe_saves
 from hf_divguard.hf.options.values import signals_of
+from hf_divguard.hf.policy_gradients import policy_gradient_class
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
     JOURNAL,
@@ -48,7 +49,6 @@ from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.hf.signals import Interruption
 from hf_divguard.hf.skipping import NonFiniteUpdates
 from hf_divguard.hf.start_checks import warn_at_start
-from hf_divguard.hf.trial_evaluation import check_ranking_metric
 from hf_divguard.storage.checkpoints import verify_checkpoint
 from hf_divguard.storage.failpoints import failpoint
 
@@ -129,7 +129,9 @@ class GuardedRun:
     def _start(self, stack: contextlib.ExitStack) -> None:
         host, options, args = self.host, self.options, self.host.args
         self.ranks = Ranks(args.process_index, args.world_size)
-        self.losses = StepLosses(options.divguard_check_steps, args.world_size)
+        # Policies are sampled from after each step, which fails with weights that are not finite.
+        check_steps = 1 if policy_gradient_class(host.trainer) else options.divguard_check_steps
+        self.losses = StepLosses(check_steps, args.world_size)
         stack.callback(self.losses.close)
         has_detector = any(isinstance(each, DivergenceDetector) for each in host.callbacks)
         self.skipping = NonFiniteUpdates(
@@ -238,7 +240,6 @@ class GuardedRun:
         if self.rollback is not None:
             self.rollback.begin(state)
         warn_at_start(self.host, self.options, self.detectors.values(), is_resumed=resumed_from is not None)
-        check_ranking_metric(self.host.trainer, self.options, self.ranks)
 
     def _judge_suspect_again(self, resumed_from: str, states: dict[str, Any]) -> None:
         """After a resume from a checkpoint that was saved under a fault: warn, and have the fault found again."""

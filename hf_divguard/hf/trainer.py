@@ -94,7 +94,7 @@ class DivGuardMixin(_Host):
         check_arguments_can_be_saved(self.args)
         check_evaluation_data(self._options, getattr(self, "eval_dataset", None))
         check_ranking_metric_can_come(self._options, self)
-        detector = make_detector(self._options)
+        detector = make_detector(self._options, self)
         if detector is not None:
             self.add_callback(detector)
 

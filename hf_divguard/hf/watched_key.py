@@ -58,6 +58,23 @@ class WatchedKey:
         if len(self._rounds) >= _ROUNDS_BEFORE_MISSING:
             self._warn(state, values)
 
+    def is_named_otherwise_in(self, state: Any, metrics: dict[str, Any]) -> None:
+        """Warn at once where an evaluation has the key with ``eval_`` before it."""
+        if (
+            not self.was_seen
+            and not self._has_warned
+            and self._key != "loss"
+            and f"eval_{self._key}" in metrics
+        ):
+            self._has_warned = True
+            if is_world_zero(state):
+                logger.warning(
+                    "%s watches `%s`, which no log holds, but evaluations give `eval_%s`. Set `metric_key` (the flag is "
+                    "`divguard_metric_key`) to `eval_%s`.",
+                    self._label,
+                    *[self._key] * 3,
+                )
+
     def warn_if_it_never_came(self, state: Any) -> None:
         """At the end, warn if the key was missing all the time."""
         if not self.was_seen and self._rounds and not self._has_warned:
