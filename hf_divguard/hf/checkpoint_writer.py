@@ -61,6 +61,7 @@ class CheckpointWriter:
         checksums: Whether the manifest holds a SHA-256 of every file.
         flush: Whether files are flushed to the disk before a checkpoint counts.
         resumed_from: Checkpoint that training goes on from, if any.
+        continues_after_errors: Whether training goes on after a save that failed.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class CheckpointWriter:
         checksums: bool,
         flush: bool,
         resumed_from: str | None = None,
+        continues_after_errors: bool = False,
     ) -> None:
+        self._continues_after_errors = continues_after_errors
         self.run_dir = Path(run_dir)
         self._ranks = ranks
         self._checksums = checksums
@@ -167,7 +170,9 @@ class CheckpointWriter:
                 part()
             except Exception as caught:
                 error = caught
-        self._ranks.raise_if_any_failed(error, what, self._room(error, folder))
+        self._ranks.raise_if_any_failed(
+            error, what, self._room(error, folder), ends_run=not self._continues_after_errors
+        )
 
     def _is_there(self, step: int, final: Path) -> bool:
         """Return whether this training has published ``step`` already; if so, no marker says otherwise.

@@ -82,6 +82,7 @@ class GuardedRun:
         self.options = options
         self.events = RunEvents(self)
         self.is_training = False
+        self._acts_jointly = False
         self._run_dir = run_dir
         self._resumed_from = resumed_from
         self._initial_states = initial_states
@@ -245,15 +246,29 @@ class GuardedRun:
             losses_delivered: Whether detectors and rollback have seen the losses up to this step.
             save_was_due: Whether a save was due at this step before they did.
         """
+        step = self.host.state.global_step
         if self._keeps_states:
-            self.running_loss.end_step(tr_loss, self.host.state.global_step)
-        if self.rollback is None:
-            host_acts()
-        else:
-            self.rollback.end_step(
-                host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
-            )
+            self.running_loss.end_step(tr_loss, step)
+        with self._together(step):
+            if self.rollback is None:
+                host_acts()
+            else:
+                self.rollback.end_step(
+                    host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
+                )
         self.interruption.end_step()
+
+    def _together(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Let an error in the evaluation or save of ``step``, or in their callbacks, end all ranks alike."""
+        if not self.checkpoints.is_active:
+            return contextlib.nullcontext()
+        control, self._acts_jointly = self.host.control, False
+        due = control.should_save or control.should_evaluate
+        if self.ranks.world_size == 1 or not (due or control.should_log):
+            return contextlib.nullcontext()
+        return self.ranks.together(
+            f"The evaluation or save of step {step}", lambda: due or self._acts_jointly
+        )
 
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
@@ -265,6 +280,7 @@ class GuardedRun:
 
     def evaluated(self, step: int, metrics: dict[str, float] | None) -> None:
         """Note the results of an evaluation; make what callbacks asked for at it the same on all ranks."""
+        self._acts_jointly = True
         self.evaluations.note(step, metrics)
         if self.checkpoints.is_active:
             switches.merge_over_ranks(self.ranks, self.outcome, self.host.control)
@@ -294,7 +310,11 @@ class GuardedRun:
         Returns:
             Whether the checkpoint of this step is there.
         """
-        saved = self._save(write, note_best)
+        self._acts_jointly = True
+        what = f"Saving step {self.host.state.global_step}"
+        is_active = self.checkpoints.is_active
+        with self.ranks.together(what, lambda: True) if is_active else contextlib.nullcontext():
+            saved = self._save(write, note_best)
         self.interruption.note_saved(
             self.checkpoints.ledger.path(self.host.state.global_step) if saved else None
         )
