@@ -63,6 +63,7 @@ class CheckpointWriter:
         weights: Whether a checkpoint must hold the weights to be certified.
         training_state: Whether it must hold optimizer, schedule, random and trainer state.
         resumed_from: Checkpoint that training goes on from, if any.
+        continues_after_errors: Whether training goes on after a save that failed.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class CheckpointWriter:
         weights: bool = False,
         training_state: bool = False,
         resumed_from: str | None = None,
+        continues_after_errors: bool = False,
     ) -> None:
         self._expects = {"weights": weights, "training_state": training_state}
+        self._continues_after_errors = continues_after_errors
         self.run_dir = Path(run_dir)
         self._ranks = ranks
         self._checksums = checksums
@@ -172,7 +175,9 @@ class CheckpointWriter:
                 part()
             except Exception as caught:
                 error = caught
-        self._ranks.raise_if_any_failed(error, what, self._room(error, folder))
+        self._ranks.raise_if_any_failed(
+            error, what, self._room(error, folder), ends_run=not self._continues_after_errors
+        )
 
     def _is_there(self, step: int, final: Path) -> bool:
         """Return whether this training has published ``step`` already; if so, no marker says otherwise.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.core.rollback.policy import Target
 from hf_divguard.errors import CheckpointError
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.restore import load_weights, weights_kept_on_error
+from hf_divguard.hf.restore import load_weights, load_weights_on_all_ranks, weights_kept_on_error
 from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
 from hf_divguard.storage.integrity import verify_checkpoint
 from hf_divguard.storage.ledger import CheckpointLedger
 
-__all__ = ["best_before", "load_first_of"]
+__all__ = ["best_before", "load_first_of", "load_last_good"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,24 @@ def best_before(
     if not any(record.metric is not None for record in ranked):
         return sorted([*in_memory, *on_disk], key=lambda target: -target.step)
     return [*on_disk, *in_memory]
+
+
+def load_last_good(host: Host, outcome: RunOutcome, ledger: CheckpointLedger, ranks: Ranks) -> str:
+    """Load the weights of the newest checkpoint from before the fault that ended the run; return its folder.
+
+    Raises:
+        ValueError: If there is none.
+        CheckpointError: If the weights cannot be loaded; the model is then as it was.
+    """
+    finding = outcome.stopped_by
+    onset_step = host.state.global_step + 2 if finding is None else finding.onset_step
+    good = ledger.last_good(onset_step)
+    if good is None:
+        raise ValueError(
+            f"{ledger.run_dir} holds no good checkpoint from before step {onset_step}, so there is nothing to load."
+        )
+    load_weights_on_all_ranks(host, good.path, ranks)
+    return good.path
 
 
 def load_first_of(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import pickle
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,23 +15,39 @@ import torch
 import torch.distributed as dist
 
 from hf_divguard.errors import CheckpointError, CheckpointSaveError
+from hf_divguard.hf.alarm import Alarm
 
 __all__ = ["Ranks"]
 
 T = TypeVar("T")
 
-# How long one rank may wait for another. Writing a large checkpoint to a slow disk takes longer than the ten
-# minutes that collectives on an accelerator are allowed, so decisions travel over a group of their own.
+# How long one rank may wait for another that lives. Writing a large checkpoint to a slow disk takes longer than
+# the ten minutes that collectives on an accelerator are allowed, so decisions travel over a group of their own.
 _PATIENCE = datetime.timedelta(hours=3)
 
+# How long a rank with an error waits for the others, to end with them. They end as soon as they look; one that is
+# held in an exchange of the host is freed when this process ends and its connections close.
+_FAREWELL_SECONDS = 15.0
+
+_LAST_WORDS_SECONDS = 2.0
+
 _RANKS_FOLDER = "_divguard_ranks"
+
+
+class _Failed:
+    """What a rank with an error sends in an exchange, in the place of its value."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        self.message = message
+        self.kind = kind
 
 
 class Ranks:
     """The processes of one training run.
 
     Decisions are exchanged over a CPU group (gloo), so they neither synchronise an
-    accelerator nor share its short timeout. With one process nothing is exchanged.
+    accelerator nor share its short timeout. A rank that waits learns at once if another has
+    failed or died, and raises the same error. With one process nothing is exchanged.
 
     Args:
         rank: Index of this process.
@@ -39,21 +56,142 @@ class Ranks:
 
     _group: Any = None
     _group_belongs_to: Any = None
+    _count = 0
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size if dist.is_available() and dist.is_initialized() else 1
-        if self.world_size > 1 and Ranks._group_belongs_to is not dist.group.WORLD:
-            Ranks._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-            Ranks._group_belongs_to = dist.group.WORLD
+        self._exchanges = 0
+        self._agreed: CheckpointSaveError | None = None
+        self._is_together = False
+        if self.world_size > 1:
+            if Ranks._group_belongs_to is not dist.group.WORLD:
+                Ranks._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+                Ranks._group_belongs_to = dist.group.WORLD
+            Ranks._count += 1
+            self._alarm = Alarm(str(Ranks._count))
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, by rank."""
+        """Return the values of all ranks, by rank.
+
+        Raises:
+            CheckpointSaveError: If another rank has failed or died.
+        """
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        self._arrive()
+        values = self._exchange(value)
+        for each in values:
+            if isinstance(each, _Failed):
+                raise self._agree_on(each.message)
         return values
+
+    def _arrive(self) -> None:
+        self._exchanges += 1
+        self._alarm.arrive(self._exchanges)
+
+    def _exchange(self, value: Any, *, heeds_alarm: bool = True) -> list[Any]:
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        work = dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group, async_op=True)
+        self._wait(work, heeds_alarm=heeds_alarm)
+        longest = int(max(sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        texts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        work = dist.all_gather(texts, padded, group=self._group, async_op=True)
+        self._wait(work, heeds_alarm=heeds_alarm)
+        if self.rank == 0:
+            self._alarm.forget(self._exchanges - 1)  # all have left it
+        return [
+            pickle.loads(text.numpy().tobytes()[: int(size)]) for text, size in zip(texts, sizes, strict=True)
+        ]
+
+    def _wait(self, work: Any, *, heeds_alarm: bool = True) -> None:
+        """Wait for an exchange, or raise the error of a rank that does not come to it."""
+        began, pause = time.monotonic(), 5e-5
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+            message = self._alarm.look() if heeds_alarm else None
+            if message is not None:
+                raise self._agree_on(message)
+            if not heeds_alarm and time.monotonic() - began > _LAST_WORDS_SECONDS:
+                raise TimeoutError
+        try:
+            work.wait()
+        except RuntimeError as error:
+            # A rank that raised reports why before its process ends.
+            message = self._alarm.message(patience=1.0)
+            if message is None:
+                words = str(error).split(". ")[0]
+                message = (
+                    f"A rank of the training has ended while rank {self.rank} waited for it ({words}). The log of "
+                    "that rank says why."
+                )
+                self._alarm.ring(message)
+            raise self._agree_on(message) from error
+
+    def _agree_on(self, message: str) -> CheckpointSaveError:
+        """Return the error that ends all ranks."""
+        self._agreed = CheckpointSaveError(self._alarm.message() or message)
+        return self._agreed
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether an error has ended all ranks: nothing is exchanged any more."""
+        return self._agreed is not None
+
+    def _fail(self, message: str, error: BaseException) -> bool:
+        """Report an error of this rank to all, and wait until they end, too.
+
+        Returns:
+            Whether all ranks have an error of this kind. If not, ``is_ending`` is true from now on.
+        """
+        # After the error of another rank, which has waited by now, this one is perhaps only a consequence.
+        patience = _FAREWELL_SECONDS if self._alarm.message() is None else _LAST_WORDS_SECONDS
+        self._alarm.ring(message)
+        self._arrive()
+        kind = type(error).__name__
+        if self._alarm.wait_for(self.world_size, self._exchanges, patience):
+            with contextlib.suppress(RuntimeError, TimeoutError, CheckpointSaveError):
+                values = self._exchange(_Failed(message, kind), heeds_alarm=False)
+                return all(isinstance(each, _Failed) and each.kind == kind for each in values)
+        return False
+
+    @contextlib.contextmanager
+    def together(self, what: str, is_joint: Callable[[], bool]) -> Iterator[None]:
+        """Let an error on one rank inside of this block end all of them, with the same error.
+
+        Args:
+            what: What is done, for the sentence.
+            is_joint: Returns whether the block had a part that all ranks take; if not, an error
+                of this rank is its own.
+
+        Raises:
+            CheckpointSaveError: On every rank, if some of them failed. If all failed alike, each
+                raises its own error.
+        """
+        if self.world_size == 1 or self._is_together:
+            yield
+            return
+        self._is_together = True
+        try:
+            with self._alarm.listening():
+                yield
+                if is_joint():
+                    self.gather(None)
+        except Exception as error:
+            if self.is_ending and isinstance(error, CheckpointSaveError):
+                raise
+            if not is_joint():
+                raise
+            message = f"{what} failed on rank {self.rank}: {_in_words(error)}."
+            if self._fail(message, error):
+                raise
+            raise self._agree_on(message) from error
+        finally:
+            self._is_together = False
 
     def broadcast(self, value: T) -> T:
         """Return the value of rank 0 on every rank."""
@@ -64,7 +202,7 @@ class Ranks:
         if self.world_size == 1:
             return number
         value = torch.tensor(number)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
+        self._wait(dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return int(value)
 
     def run_on_main(self, decide: Callable[[], T]) -> T:
@@ -83,18 +221,26 @@ class Ranks:
             raise error
         return value
 
-    def raise_if_any_failed(self, error: BaseException | None, what: str, note: str = "") -> None:
+    def raise_if_any_failed(
+        self, error: BaseException | None, what: str, note: str = "", *, ends_run: bool = False
+    ) -> None:
         """Raise on every rank if there is an error on any of them; else return.
 
         Args:
             error: The error of this rank, if it has one.
             what: What was being done, for the sentence.
             note: What this rank has to add to its error.
+            ends_run: Whether the run ends with the error. Then it reaches ranks that do not come
+                here, too, because they are held in an exchange of the host.
 
         Raises:
             CheckpointSaveError: On every rank, naming the first rank that failed.
         """
-        own = None if error is None else f"{type(error).__name__}: {str(error).rstrip('.')}.{note}"
+        if error is not None and ends_run and self.world_size > 1:
+            sentence = f"{what} failed on rank {self.rank}: {_in_words(error)}.{note}"
+            self._fail(sentence, error)
+            raise self._agree_on(sentence) from error
+        own = None if error is None else f"{_in_words(error)}.{note}"
         for rank, message in enumerate(self.gather(own)):
             if message is not None:
                 where = f" on rank {rank}" if self.world_size > 1 else ""
@@ -135,6 +281,10 @@ class Ranks:
             with contextlib.suppress(OSError):
                 meeting.rmdir()
         return present
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).rstrip('.')}"
 
 
 def _that_travels(error: Exception | None) -> Exception | None:

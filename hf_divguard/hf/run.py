@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from hf_divguard.core.findings import Finding
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
@@ -28,6 +26,7 @@ from hf_divguard.hf.ending import Ending
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.last_weights import load_last_good
 from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
 from hf_divguard.hf.options.saving import asks_for_safe_saves
 from hf_divguard.hf.options.values import signals_of
@@ -40,16 +39,14 @@ from hf_divguard.hf.reports import (
     report_best,
     report_end,
     warn_of_diverged_weights,
-    warn_of_stopped_checkpoint,
 )
-from hf_divguard.hf.restore import load_weights_on_all_ranks
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.hf.signals import Interruption
 from hf_divguard.hf.skipping import NonFiniteUpdates
 from hf_divguard.hf.start_checks import warn_at_start
-from hf_divguard.storage.checkpoints import verify_checkpoint
+from hf_divguard.hf.suspects import Suspects
 from hf_divguard.storage.failpoints import failpoint
 
 __all__ = ["GuardedRun", "saves_checkpoints_itself"]
@@ -106,6 +103,7 @@ class GuardedRun:
         self.is_training = False
         self.loaded: str | None = None
         """Checkpoint whose weights the model was given after the run."""
+        self._acts_jointly = False
         self._run_dir = run_dir
         self._resumed_from = resumed_from
         self._initial_states = initial_states
@@ -168,8 +166,9 @@ class GuardedRun:
         )
         self.interruption = Interruption(host, self.ranks, signals_of(options.divguard_save_on_signal))
         self.interruption.listen(stack)
+        self.suspects = Suspects(host, self.checkpoints, self.evaluations, self.journal, self.detectors)
         self.rollback = self._make_rollback()
-        self.checkpoints.pending_since = self._pending_since
+        self.checkpoints.pending_since = self.suspects.pending_since
         if self.rollback is not None:
             self.losses.subscribe(self.rollback)
             self.checkpoints.protected_steps = self.rollback.protected_steps
@@ -230,7 +229,7 @@ class GuardedRun:
             self.running_loss.restore(states.get(RUNNING_LOSS))
             own = {ROLLBACK_MEMORY: self.rollback, COMPARISON_MEMORY: self.comparison, JOURNAL: self.journal}
             restore_states({name: each for name, each in own.items() if each and name in states}, states)
-            self._judge_suspect_again(resumed_from, states)
+            self.suspects.judge_again(resumed_from, states.get(STOPPED_BY))
         if self.comparison is not None:
             self.comparison.begin()
         if self.detectors:
@@ -240,15 +239,6 @@ class GuardedRun:
         if self.rollback is not None:
             self.rollback.begin(state)
         warn_at_start(self.host, self.options, self.detectors.values(), is_resumed=resumed_from is not None)
-
-    def _judge_suspect_again(self, resumed_from: str, states: dict[str, Any]) -> None:
-        """After a resume from a checkpoint that was saved under a fault: warn, and have the fault found again."""
-        note = states.get(STOPPED_BY)
-        if note is not None and self.ranks.rank == 0:
-            warn_of_stopped_checkpoint(resumed_from, note, self.checkpoints.ledger)
-        if note is not None or verify_checkpoint(resumed_from, checksums=False).status == "suspect":
-            for detector in self.detectors.values():
-                detector.judge_again()
 
     @property
     def keeps_all_at_end(self) -> bool:
@@ -283,24 +273,13 @@ class GuardedRun:
 
     def load_last_good(self) -> str:
         """Load the weights of the last good checkpoint; see :meth:`DivGuardMixin.load_last_good`."""
-        finding = self.outcome.stopped_by
-        onset_step = self.host.state.global_step + 2 if finding is None else finding.onset_step
-        good = self.checkpoints.ledger.last_good(onset_step)
-        if good is None:
-            raise ValueError(
-                f"{self._run_dir} holds no good checkpoint from before step {onset_step}, so there is nothing to load."
-            )
-        load_weights_on_all_ranks(self.host, good.path, self.ranks)
-        self.loaded = good.path
-        return good.path
+        self.loaded = load_last_good(self.host, self.outcome, self.checkpoints.ledger, self.ranks)
+        return self.loaded
 
     def warn_of_weights(self) -> None:
         """Before the model is saved: warn if it holds the weights of a run that a detector stopped."""
-        if (
-            self.loaded is None
-            and self.ranks.rank == 0
-            and (self.rollback is None or self.rollback.error is None)
-        ):
+        failed = self.rollback is not None and self.rollback.error is not None
+        if self.loaded is None and self.ranks.rank == 0 and not failed:
             warn_of_diverged_weights(self.host.state, self.outcome, self.checkpoints.ledger)
 
     # ---- one step
@@ -338,51 +317,33 @@ class GuardedRun:
             losses_delivered: Whether detectors and rollback have seen the losses up to this step.
             save_was_due: Whether a save was due at this step before they did.
         """
+        step = self.host.state.global_step
         if self._keeps_states:
-            self.running_loss.end_step(tr_loss, self.host.state.global_step)
+            self.running_loss.end_step(tr_loss, step)
         if self.comparison is not None:
             self._end_compared_step(losses_delivered, save_was_due)
-        self._follow_findings()
+        self.suspects.follow()
         try:
-            if self.rollback is None:
-                host_acts()
-            else:
-                self.rollback.end_step(
-                    host_acts, model, tr_loss, losses_delivered=losses_delivered, save_was_due=save_was_due
-                )
+            with self._together(step):
+                if self.rollback is None:
+                    host_acts()
+                else:
+                    self.rollback.end_step(
+                        host_acts,
+                        model,
+                        tr_loss,
+                        losses_delivered=losses_delivered,
+                        save_was_due=save_was_due,
+                    )
         finally:
-            self._follow_findings()
+            self.suspects.follow()
             # After the save: killed before it, the run resumes from before a rollback, and repeats it.
             self.journal.write()
         self.interruption.end_step()
         if self.rollback is not None:
             self.rollback.take_snapshot_if_due()
-        elif self.comparison is not None:
-            step = self.host.state.global_step
-            if self.snapshots.is_due(step) and not self.comparison.suspects:
-                self.snapshots.take(self.host, step, collect_states(self.detectors))
-
-    def _follow_findings(self) -> None:
-        """Let checkpoints and journal know what detectors have found."""
-        outcome, checkpoints = self.outcome, self.checkpoints
-        if outcome.rollback_request is not None or outcome.deferred is not None:
-            return  # nothing is saved until it is decided
-        if checkpoints.follow_condition(outcome.suspect_since):
-            self._distrust(outcome.suspect_since)
-        if outcome.reports:
-            self.journal.note_findings(outcome, self.host.state.global_step, checkpoints.ledger)
-
-    def _pending_since(self) -> int | None:
-        since = [detector.pending_since for detector in self.detectors.values()]
-        return min((step for step in since if step is not None), default=None)
-
-    def _distrust(self, condition: Finding | None) -> None:
-        """Point to the best checkpoint that is not suspect."""
-        if self.checkpoints.preserves_best:
-            self.checkpoints.point_to_best()
-        else:
-            last_good = math.inf if condition is None else condition.onset_step - 2
-            self.evaluations.recall_host_best(self.host.state, last_good)
+        elif self.comparison is not None and self.snapshots.is_due(step) and not self.comparison.suspects:
+            self.snapshots.take(self.host, step, collect_states(self.detectors))
 
     def _end_compared_step(self, losses_delivered: bool, save_was_due: bool) -> None:
         comparison, state = self.comparison, self.host.state
@@ -394,6 +355,18 @@ class GuardedRun:
         if self.rollback is None and is_last:
             comparison.settle(is_last=True)
 
+    def _together(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Let an error in the evaluation or save of ``step``, or in their callbacks, end all ranks alike."""
+        if not self.checkpoints.is_active:
+            return contextlib.nullcontext()
+        control, self._acts_jointly = self.host.control, False
+        due = control.should_save or control.should_evaluate
+        if self.ranks.world_size == 1 or not (due or control.should_log):
+            return contextlib.nullcontext()
+        return self.ranks.together(
+            f"The evaluation or save of step {step}", lambda: due or self._acts_jointly
+        )
+
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
         self.evaluations.forget_after(self.host.state, target_step)
@@ -404,6 +377,7 @@ class GuardedRun:
 
     def evaluated(self, step: int, metrics: dict[str, float] | None) -> None:
         """Note the results of an evaluation; make what callbacks asked for at it the same on all ranks."""
+        self._acts_jointly = True
         self.evaluations.note(step, metrics)
         if self.checkpoints.is_active:
             switches.merge_over_ranks(self.ranks, self.outcome, self.host.control)
@@ -413,7 +387,7 @@ class GuardedRun:
         rollback, outcome = self.rollback, self.outcome
         if outcome.rollback_request is not None or (rollback is not None and rollback.saves_suspended):
             return False
-        self._follow_findings()
+        self.suspects.follow()
         if outcome.suspect_since is not None:
             return outcome.finding is not None and bool(self.host.control.should_save)
         answer = self.evaluations.is_new_best(metrics)
@@ -436,7 +410,11 @@ class GuardedRun:
         Returns:
             Whether the checkpoint of this step is there.
         """
-        saved = self._save(write, note_best)
+        self._acts_jointly = True
+        what = f"Saving step {self.host.state.global_step}"
+        is_active = self.checkpoints.is_active
+        with self.ranks.together(what, lambda: True) if is_active else contextlib.nullcontext():
+            saved = self._save(write, note_best)
         self.interruption.note_saved(
             self.checkpoints.ledger.path(self.host.state.global_step) if saved else None
         )
@@ -452,7 +430,7 @@ class GuardedRun:
             write()
             self.host.rotate_after_own_save(self._run_dir)
             return True
-        self._follow_findings()
+        self.suspects.follow()
         saves_rollback = rollback is not None and rollback.save_pending
         if rollback is not None:
             rollback.save_pending = False

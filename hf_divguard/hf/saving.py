@@ -74,6 +74,7 @@ class Checkpoints:
                 weights=ranks.rank == 0 and bool(host.args.should_save),
                 training_state=bool(host.args.should_save and not host.args.save_only_model),
                 resumed_from=resumed_from,
+                continues_after_errors=options.divguard_on_save_error == "continue",
             )
             read = ranks.run_on_main(lambda: CheckpointLedger.read(run_dir, resumed_from, self._metric_key))
             # Each rank's own spelling of the folder, which is another one where ranks have disks of their own.
@@ -216,7 +217,7 @@ class Checkpoints:
             )
         except CheckpointSaveError as error:
             self._undo(before, best_before)
-            if self._options.divguard_on_save_error == "raise":
+            if self._options.divguard_on_save_error == "raise" or self._ranks.is_ending:
                 raise
             if self._ranks.rank == 0:
                 logger.warning("%s Training goes on without this checkpoint.", error)
@@ -237,8 +238,9 @@ class Checkpoints:
         """After a failed save, know again what was known before it."""
         state = self._host.state
         self.ledger.rewind_to(before)
-        self._ranks.run_on_main(self.ledger.drop_missing)
-        self.ledger.records = self._ranks.broadcast(self.ledger.records)
+        if not self._ranks.is_ending:
+            self._ranks.run_on_main(self.ledger.drop_missing)
+            self.ledger.records = self._ranks.broadcast(self.ledger.records)
         state.best_metric, state.best_global_step, state.best_model_checkpoint = best_before
         self.point_to_best()
 

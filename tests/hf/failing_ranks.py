@@ -1,0 +1,79 @@
+"""Runs on two ranks of which one fails or dies around a save: what the processes of ``test_failing_ranks.py`` do."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from hf_divguard import DivGuardTrainer
+from tests.hf import scenarios
+from tests.processes import kill_self
+
+
+class Fails(TrainerCallback):
+    """Raises, or dies, in an event of step 4 on rank 1."""
+
+    def __init__(self, event: str, rank: int, how: str) -> None:
+        self._rank, self._how = rank, how
+        setattr(self, event, self._fail)
+
+    def _fail(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4 and args.process_index == self._rank:
+            fail(self._how)
+
+
+def fail(how: str) -> None:
+    if how == "dies":
+        kill_self()
+    raise ValueError("a callback has failed")
+
+
+class FailsInSave(DivGuardTrainer):
+    """Fails on one rank in the host's save; ``meets``: the host's save has an exchange after that."""
+
+    meets = False
+    slow_seconds = 0.0
+    fails_on = 1
+    how = "raises"
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.state.global_step == 4:
+            if self.args.process_index == self.fails_on:
+                fail(self.how)
+            time.sleep(self.slow_seconds)
+            if self.meets:
+                dist.barrier()
+        super()._save_optimizer_and_scheduler(output_dir)
+
+
+def in_callback(
+    rank: int, output_dir: str, event: str, on_rank: int = 1, how: str = "raises", **options: Any
+) -> dict[str, Any]:
+    trainer = scenarios.trainer_of(output_dir, callbacks=[Fails(event, on_rank, how)], **options)
+    trainer.train()
+    return scenarios.report(trainer)
+
+
+def in_save(
+    rank: int,
+    output_dir: str,
+    meets: bool = False,
+    slow_seconds: float = 0.0,
+    on_rank: int = 1,
+    how: str = "raises",
+    **options: Any,
+) -> dict[str, Any]:
+    trainer = scenarios.trainer_of(output_dir, **options)
+    trainer.__class__ = FailsInSave
+    trainer.meets, trainer.slow_seconds = meets, slow_seconds
+    trainer.fails_on, trainer.how = on_rank, how
+    trainer.train()
+    return scenarios.report(trainer)
+
+
+def slow_rank(rank: int, output_dir: str, seconds: float) -> dict[str, Any]:
+    """Save; rank 1 takes longer for its part of it than the others may wait for a rank with an error."""
+    return in_save(rank, output_dir, slow_seconds=seconds if rank == 1 else 0.0, on_rank=-1, max_steps=4)
