@@ -1,4 +1,4 @@
-"""Which checkpoints a person or the run itself may have to go back to."""
+"""Which checkpoints a person or the run itself may need again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["needed_steps"]
 def needed_steps(seen: Survey, condition: Condition) -> dict[int, str]:
     """Return the steps of checkpoints that must not be deleted, each with the reason.
 
-    Those are what the rollbacks of the last incident went back to, the last good one before a
+    Those are what the rollbacks of the last incident restored, the last good one before a
     fault, the one to take, and the one that the Trainer itself will load as the best.
     """
-    needed = dict.fromkeys(condition.record.targets, "a rollback of the last incident went back to it")
+    needed = dict.fromkeys(condition.record.targets, "the last incident was rolled back to it")
     named = condition.progress.best_checkpoint
     best = checkpoint_step(named) if named else None
     if best is not None:

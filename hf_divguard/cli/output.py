@@ -130,7 +130,7 @@ def number_in_words(value: float | None) -> str:
     """Return a metric or a loss in few digits; ``-`` for none.
 
     Example:
-        >>> number_in_words(0.123456789), number_in_words(None), number_in_words(math.nan)
+        >>> number_in_words(0.123456789), number_in_words(None), number_in_words(float("nan"))
         ('0.123457', '-', 'nan')
     """
     return "-" if value is None else f"{value:.6g}"

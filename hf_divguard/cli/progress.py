@@ -24,8 +24,8 @@ __all__ = ["Progress", "last_activity", "read_progress", "seconds_per_step"]
 # Reading and replaying more than this takes more than a second.
 _MOST_BYTES = 8 << 20
 _HEAD, _TAIL = 4096, 1 << 16
-_STEP = re.compile(rb'^  "global_step": ([0-9]{1,15}),', re.MULTILINE)
-_MAX_STEPS = re.compile(rb'^  "max_steps": ([0-9]{1,15}),', re.MULTILINE)
+_STEP = re.compile(rb'^  "global_step": ([0-9]{1,15}),?$', re.MULTILINE)
+_MAX_STEPS = re.compile(rb'^  "max_steps": ([0-9]{1,15}),?$', re.MULTILINE)
 _BEST = re.compile(rb'^  "best_model_checkpoint": "([^"\n]{1,4000})"', re.MULTILINE)
 _RUNTIME = re.compile(rb'^      "train_runtime": ([0-9.e+]{1,30})', re.MULTILINE)
 

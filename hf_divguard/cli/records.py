@@ -102,7 +102,7 @@ class RunRecord:
         warnings: Faults that were only warned of, oldest first.
         rollbacks: Number of rollbacks.
         steps_undone: Updates that rollbacks have undone.
-        targets: Steps that rollbacks of the last incident went back to.
+        targets: Steps that rollbacks of the last incident restored.
         last_step: The highest step of an event; ``None`` without one.
         has_events: Whether there are events, those that a resume has undone included.
         resumed_at: When a resume that undid events began; ``None`` without one.

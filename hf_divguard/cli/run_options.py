@@ -25,14 +25,24 @@ _TRUE, _FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 def known_options() -> dict[str, str]:
     """Return the types of all options by name, as written in the source of the arguments."""
     spec = importlib.util.find_spec("hf_divguard")
-    place = Path(str(spec.origin if spec else "")).parent / "hf" / "arguments.py"
-    tree = ast.parse(place.read_text(encoding="utf-8"))
-    [owner] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == _CLASS]
-    return {
-        node.target.id: ast.unparse(node.annotation)
-        for node in owner.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
+    folder = Path(str(spec.origin if spec else "")).parent / "hf"
+    classes: dict[str, ast.ClassDef] = {}
+    for path in (folder / "arguments.py", *sorted((folder / "options").glob("*.py"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return _fields_of(classes[_CLASS], classes)
+
+
+def _fields_of(owner: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> dict[str, str]:
+    """Return the types of the fields of a dataclass, those of its bases first, from the last to the first."""
+    found: dict[str, str] = {}
+    for base in reversed(owner.bases):
+        if isinstance(base, ast.Name) and base.id in classes:
+            found |= _fields_of(classes[base.id], classes)
+    for node in owner.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            found[node.target.id] = ast.unparse(node.annotation)
+    return found
 
 
 def options_from_words(words: Sequence[str]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def test_the_command_that_it_prints_can_be_pasted(cli: Any, run_of: RunOf) -> No
 
 
 def test_what_a_stopped_run_needs_stays(cli: Any, run_of: RunOf) -> None:
-    """The last good one before the fault, and what the last incident went back to."""
+    """The last good one before the fault, and what the last incident restored."""
     run = run_of("given_up")
     cli("prune", run, "--keep-last", 1, "--keep-best", 0, "--yes")
     assert 8 in checkpoint_steps(run)

@@ -1,6 +1,6 @@
 """Runs at the start of each Python process of ``hf-divguard run``: waits for ``transformers.trainer``.
 
-When that module has been imported, ``hf_divguard.hf.guard_script`` puts a guarded class in the place of
+When that module has been imported, ``hf_divguard.cli.guard_script`` puts a guarded class in the place of
 its ``Trainer``. Until then nothing is imported that Python has not imported itself.
 """
 
@@ -35,7 +35,7 @@ class _Loader:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         try:
-            from hf_divguard.hf.guard_script import guard_module
+            from hf_divguard.cli.guard_script import guard_module
         except ImportError as error:
             if "hf_divguard.hf.trainer" not in sys.modules:
                 print(f"hf-divguard run: nothing is guarded, for {sys.executable} cannot import hf_divguard: "

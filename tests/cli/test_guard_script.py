@@ -14,7 +14,7 @@ import pytest
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_divguard import DivGuardArgumentsMixin
-from hf_divguard.hf.guard_script import guard_arguments, guarded_trainer
+from hf_divguard.cli.guard_script import guard_arguments, guarded_trainer
 from tests.tiny import base_arguments
 
 OPTIONS = {"divguard_detector": "adaptive", "divguard_check_steps": 3}

@@ -48,7 +48,7 @@ def _note(folder: Path, what: str) -> None:
         (folder / f"{what}-{os.getpid()}").touch()
 
 
-def guarded_trainer(original: Any, options: dict[str, Any], on_made: Any = None) -> type:
+def guarded_trainer(original: Any, options: dict[str, Any], on_made: Any = None) -> Any:
     """Return ``original`` with the guards, under its own name.
 
     Args:
@@ -57,7 +57,7 @@ def guarded_trainer(original: Any, options: dict[str, Any], on_made: Any = None)
         on_made: Called when a trainer was made.
     """
 
-    class TakesOptions(original):
+    class TakesOptions(original):  # type: ignore[misc]
         """Gives the arguments of the script the options, as soon as the host has them."""
 
         args: Any
@@ -103,7 +103,7 @@ def guard_arguments(args: Any, options: dict[str, Any]) -> Any:
 def _with_options(stock: Any) -> Any:
     """Return the class of arguments ``stock`` with the options as further fields."""
 
-    class KeepsHost(stock):
+    class KeepsHost(stock):  # type: ignore[misc]
         def __post_init__(self) -> None:
             # The host has set up these arguments before they got the options.
             if not hasattr(self, _CONVERTS):
