@@ -231,7 +231,8 @@ def test_best_and_latest_name_checkpoints(
     assert start_of(make_trainer, folder, "latest") == 6
     assert start_of(make_trainer, folder, "best") == best
     worst = max(losses, key=lambda step: losses[step] or 0.0)
-    assert start_of(make_trainer, folder, "best", best_model_greater_is_better=True) == worst
+    as_stock = {"metric_for_best_model": "loss", "greater_is_better": True}
+    assert start_of(make_trainer, folder, "best", **as_stock) == worst
     assert start_of(make_trainer, folder, str(folder / "checkpoint-2")) == 2
 
 
