@@ -112,7 +112,7 @@ def _with_options(stock: Any) -> Any:
     class Picklable(type(stock)):  # type: ignore[misc]
         """The class itself is stored as the one of the script, as its objects are."""
 
-    copyreg.pickle(Picklable, lambda _: (copy.copy, (stock,)))  # type: ignore[arg-type]
+    copyreg.pickle(Picklable, lambda _: (copy.copy, (stock,)))
 
     @dataclass(repr=False, eq=False)
     class WithOptions(DivGuardArgumentsMixin, KeepsHost, metaclass=Picklable):
