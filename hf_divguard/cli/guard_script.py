@@ -109,8 +109,13 @@ def _with_options(stock: Any) -> Any:
             if not hasattr(self, _CONVERTS):
                 super().__post_init__()
 
+    class Picklable(type(stock)):  # type: ignore[misc]
+        """The class itself is stored as the one of the script, as its objects are."""
+
+    copyreg.pickle(Picklable, lambda _: (copy.copy, (stock,)))
+
     @dataclass(repr=False, eq=False)
-    class WithOptions(DivGuardArgumentsMixin, KeepsHost):
+    class WithOptions(DivGuardArgumentsMixin, KeepsHost, metaclass=Picklable):
         def __reduce_ex__(self, protocol: Any) -> Any:
             # `training_args.bin` can be loaded where hf_divguard is not installed.
             return copyreg._reconstructor, (stock, object, None), self.__dict__  # type: ignore[attr-defined]

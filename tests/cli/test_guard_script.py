@@ -50,7 +50,9 @@ def test_copies_keep_the_options(arguments: TrainingArguments) -> None:
 
 
 def test_a_pickled_copy_is_of_the_class_of_the_host(arguments: TrainingArguments) -> None:
-    loaded = pickle.loads(pickle.dumps(guard_arguments(arguments, OPTIONS)))
+    guarded = guard_arguments(arguments, OPTIONS)
+    loaded = pickle.loads(pickle.dumps(guarded))
+    assert pickle.loads(pickle.dumps(type(guarded))) is TrainingArguments
     assert type(loaded) is TrainingArguments
     assert loaded.divguard_check_steps == 3  # type: ignore[attr-defined]
 
