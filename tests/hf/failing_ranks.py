@@ -74,6 +74,12 @@ def in_save(
     return scenarios.report(trainer)
 
 
+def without_its_metric(rank: int, output_dir: str) -> None:
+    """Evaluate for a ranking metric that no rank produces."""
+    options = {"preserve_best_model": True, "best_model_metric": "accuracy"}
+    scenarios.trainer_of(output_dir, compute_metrics=lambda prediction: {"score": 1.0}, **options).train()
+
+
 def slow_rank(rank: int, output_dir: str, seconds: float) -> dict[str, Any]:
     """Save; rank 1 takes longer for its part of it than the others may wait for a rank with an error."""
     return in_save(rank, output_dir, slow_seconds=seconds if rank == 1 else 0.0, on_rank=-1, max_steps=4)
