@@ -58,9 +58,11 @@ def check_ranking_metric(trainer: Any, options: Any, ranks: Ranks) -> None:
     """Before the first step, evaluate one batch and see whether the ranking metric is there.
 
     Nothing of it stays: no log, no event for callbacks, no random number. ``compute_metrics``
-    is called as a copy. It is left out where an evaluation has shown the metric or is about to
-    take place, and where metrics may come from elsewhere. If it fails, as a metric may with few
-    rows, nothing is concluded. Called by all ranks.
+    is called as a copy; only a function that counts outside of itself sees one more call.
+
+    There is no trial where an evaluation has shown the metric or is about to take place, and
+    where metrics may come from elsewhere. If it fails, as a metric may with few rows, nothing
+    is concluded. Called by all ranks.
 
     Raises:
         MetricNotFoundError: On every rank, if the metric is not among the results.
