@@ -197,17 +197,20 @@ def die_while_writing(
 def rank_with_a_nan(
     rank: int, output_dir: str, on_rank: int, own: bool = False, **options: Any
 ) -> dict[str, Any]:
-    calls: list[int] = []
+    class Score:
+        """Counts its calls; an object, so that the trial evaluation counts on a copy."""
 
-    def compute_metrics(prediction: Any) -> dict[str, float]:
-        calls.append(1)
-        return {"score": math.nan if rank == on_rank else float(len(calls) % 3)}
+        calls = 0
+
+        def __call__(self, prediction: Any) -> dict[str, float]:
+            self.calls += 1
+            return {"score": math.nan if rank == on_rank else float(self.calls % 3)}
 
     return train(
         rank,
         output_dir,
         own=own,
-        compute_metrics=compute_metrics,
+        compute_metrics=Score(),
         best_model_metric="score",
         best_model_greater_is_better=True,
         **options,
