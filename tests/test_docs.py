@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -164,6 +166,15 @@ def test_every_flag_on_a_command_line_is_known(page: Path) -> None:
 SMALL = "--text_limit 60000 --vocabulary 300 --block 16 --eval_blocks 8 --hidden 32 --layers 1"
 
 
+def run_command_line(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``hf-divguard`` with ``words``; the example takes the place of the reader's ``train.py``."""
+    if "train.py" in words:
+        example = (PROJECT / "examples" / "train_lm.py").as_posix()
+        script = ["--output_dir", "out", "--max_steps", "20", "--use_cpu", "--save_steps", "10"]
+        words = [*words[: words.index("--") + 1], sys.executable, example, *script, *SMALL.split()]
+    return run_python("-W", "ignore", "-m", "hf_divguard.cli", *words, cwd=cwd, timeout=300)
+
+
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     """Its training commands run as they are, on a smaller model; the other commands exist."""
     for command in command_lines(README):
@@ -173,6 +184,9 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
             done = run_python("-W", "ignore", script, *words[1:], *SMALL.split(), cwd=tmp_path, timeout=300)
             assert done.returncode == 0, done.stderr[-3000:]
             assert "best: " in done.stdout, command
+        elif program == "hf-divguard":
+            done = run_command_line(words, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr[-3000:]
         else:
             is_known = program == "make" or command in ("pip install .",) or words[0] == "train.py"
             assert is_known, f"Add a check for this command: {command}"
