@@ -15,6 +15,8 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 # More arguments for pytest, e.g. `make test PYTEST="-x -k sidecar"`.
 PYTEST ?=
+# The tests run in two processes. `make test WORKERS=` runs them in one.
+WORKERS ?= -n 2 --dist worksteal
 # The parts of the suite in which the versions of Transformers differ.
 OLD_TESTS ?= tests/hf
 # What a benchmark gets; continuous integration runs them with `BENCH=--short`.
@@ -57,16 +59,16 @@ demo: $(READY) ## Train one model through the same fault, stock and guarded: a t
 # ---- to check it
 
 test: $(READY) ## Run the tests that are not slow, with doctests
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	@$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST)
 
 test-all: $(READY) ## Run every test
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST)
 
 cov: $(READY) ## Run the tests that are not slow and show which lines they miss
 	@$(BIN)/python -m pytest -m "not slow" --cov=hf_divguard --cov-report=term-missing:skip-covered $(PYTEST)
 
 old-transformers: $(OLD_READY) ## Run the tests with the oldest Transformers that is supported
-	@$(OLD_BIN)/python -m pytest -m "not slow" $(PYTEST)
+	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST)
 
 style: $(READY) ## Fix and format the code
 	@$(BIN)/ruff check --fix .
@@ -120,7 +122,7 @@ ci-long: $(READY) $(OLD_READY) ## What continuous integration runs after `make t
 	@$(MAKE) --no-print-directory notebooks
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
-	@$(OLD_BIN)/python -m pytest -m "not slow" $(OLD_TESTS) $(PYTEST)
+	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)
 
 clean: ## Remove environments, builds and results
 	@rm -rf $(VENV) $(OLD_VENV) build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
