@@ -44,7 +44,7 @@ def test_a_loss_that_rises_with_the_distance_to_the_reference_ends_nothing(make_
 
 
 def test_the_same_loss_ends_a_trainer_of_another_name(make_trainer: Any) -> None:
-    trainer = run(make_trainer, trainer_class=guard(Rising))
+    trainer = run(make_trainer, trainer_class=guard(Rising), divguard_compare="off")
     trainer.train()
     assert trainer.state.divguard_finding is not None
 
@@ -53,7 +53,7 @@ def test_a_loss_that_is_not_finite_is_found_in_its_own_step(
     make_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TinyGRPOTrainer, "not_finite_at", 13)
-    trainer = run(make_trainer, divguard_action="abort")
+    trainer = run(make_trainer, divguard_action="abort", divguard_skip_nonfinite=False)
     trainer.train()
     assert trainer.state.global_step == 14
     assert trainer.state.divguard_finding.kind == "non_finite"
