@@ -142,13 +142,13 @@ EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
 METRICS = {
     "a metric that compute_metrics does not return": Mistake(
         with_options(**BEST, best_model_metric="bleu", given=score("rouge")),
-        "start",
+        "training",
         ("`best_model_metric='bleu'`", "no `eval_bleu`", "'eval_rouge'", "Set `best_model_metric`"),
         KeyError,
     ),
     "a metric close to one that is returned": Mistake(
         with_options(**BEST, best_model_metric="f1", given=score("f1_a")),
-        "start",
+        "training",
         ("no `eval_f1`", "Did you mean 'eval_f1_a'?"),
         KeyError,
     ),
@@ -176,7 +176,7 @@ METRICS = {
     ),
     "a metric that is a text": Mistake(
         with_options(**BEST, best_model_metric="accuracy", given=score("accuracy", "good")),
-        "start",
+        "training",
         ("must be a number", "`eval_accuracy` is 'good'", "Let `compute_metrics` return a number"),
         TypeError,
     ),
@@ -517,7 +517,7 @@ ROLLBACKS = {
         ("`divguard_rewarm_steps` has no effect", "Set `divguard_action='rollback'` and `divguard_detector`"),
     ),
     "rollback without saves": Mistake(
-        with_options(**ROLLBACK, save_strategy="no"),
+        with_options(**ROLLBACK, save_strategy="no", divguard_compare="off"),
         "start",
         ("Nothing is saved", "nothing to roll back to", "Set `save_strategy`", "`divguard_snapshot_steps`"),
     ),
@@ -743,6 +743,9 @@ TABLES = {
 ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row in rows.items()}
 
 LATE = {
+    "metrics: a metric that compute_metrics does not return": "an evaluation more would change metrics with a state",
+    "metrics: a metric close to one that is returned": "as above",
+    "metrics: a metric that is a text": "as above",
     "metrics: a metric that is always NaN": "the metric of a model that has not been trained may be NaN once",
     "detectors: an evaluation metric without eval_": "what evaluations give is known when one has taken place",
     "detectors: a metric to watch that never comes": "a callback may log it later, so three rounds are waited for",

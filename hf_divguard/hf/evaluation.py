@@ -118,12 +118,12 @@ class Evaluations:
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         """Remember the best of all evaluations: the host's patience is measured against it, saved or not."""
-        value = None if self._host_key is None else metrics.get(self._host_key)
-        if value is None:
+        if self._host_key is None or metrics.get(self._host_key) is None:
             return
+        value = metric_value(self._host_key, metrics)
         greater = bool(self._host.args.greater_is_better)
-        if is_better(float(value), self._best_evaluated, greater_is_better=greater):
-            self._best_evaluated = float(value)
+        if is_better(value, self._best_evaluated, greater_is_better=greater):
+            self._best_evaluated = value
         elif self._best_evaluated is None:  # as the host has it after an evaluation that was not finite
             self._best_evaluated = -math.inf if greater else math.inf
 

@@ -159,7 +159,12 @@ class DivGuardMixin(_Host):
             try:
                 if resume_from_checkpoint:
                     chosen = self._choose_checkpoint(resume_from_checkpoint, locks)
-                    # Where there is nothing at all, the host says so; with "auto" training starts from scratch.
+                    if chosen is None and not is_auto and resume_from_checkpoint is not True:
+                        raise ValueError(
+                            f"No valid checkpoint found in output directory ({self.args.output_dir}). To start from "
+                            "scratch where there is none, set `resume_from_checkpoint='auto'`."
+                        )
+                    # Where ``True`` finds nothing, the host says so; with "auto" training starts from scratch.
                     resume_from_checkpoint = chosen or (None if is_auto else True)
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:

@@ -183,7 +183,7 @@ def test_the_sidecar_grows_by_no_more_than_one_record_a_save_and_its_states_not_
         name: {"short_ema", "long_ema", "initialized"} for name in ("a", "b")
     }
     sizes = [sidecar_path(tmp_path, step).stat().st_size for step in (19, 20)]
-    assert abs(sizes[0] - sizes[1]) < 20
+    assert abs(sizes[0] - sizes[1]) < 150  # one record, and numbers with more or fewer digits
     assert sizes[1] < 2500
 
 

@@ -183,6 +183,7 @@ def test_a_subclass_extends_the_rotation_and_sees_what_is_left(make_trainer: Mak
     assert {8}.issubset(trainer.seen[-1])
 
 
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 def test_with_every_option_off_the_rotation_is_extended_too(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(trainer_class=KeepsEvenHundreds, save_total_limit=1)
     trainer.train()
