@@ -254,7 +254,7 @@ class Comparison:
         return ruling
 
     def _usable(self) -> list[Any]:
-        """Return the kept states that tell something: from before what the curve has found."""
+        """Return the kept states that are worth a comparison: from before what the curve has found."""
         # What was kept before the data changed for good knows other data.
         deferred, since = self._outcome.deferred, self.incident.new_data_until
         kept = [state for state in self._snapshots.all() if state.step > since]

@@ -114,7 +114,9 @@ def test_workers_of_a_killed_training_do_not_keep_the_lock(
     wait_for_file(tmp_path / "waits")
     os.kill(pid, signal.SIGKILL)
     wait_for(pid)
-    make_trainer(tmp_path / "out", **GUARDED).train()
+    trainer = make_trainer(tmp_path / "out", **GUARDED)
+    trainer.train()
+    assert trainer.state.global_step == 6
 
 
 def test_one_process_may_train_again_and_again(make_trainer: Callable[..., Any], tmp_path: Path) -> None:

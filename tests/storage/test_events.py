@@ -31,7 +31,8 @@ def test_a_run_without_events_has_none(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_stay_readable_for_every_parser(tmp_path: Path) -> None:
     """NaN is no JSON."""
     write_events(tmp_path, [{"value": math.nan, "limit": math.inf}])
-    json.loads(events_path(tmp_path).read_text(), parse_constant=lambda name: pytest.fail(name))
+    event = json.loads(events_path(tmp_path).read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert set(event) == {"value", "limit"}
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ class Incident(Stateful):
     def _damaged(self, step: int, good: int, verdict: Verdict, *, lasts: bool) -> Ruling:
         """Act on damage that lasts. A spike, and what little a passing data fault leaves, heal by themselves."""
         if self.cause == "data" and self._looks < _FEWEST_LOOKS_AT_DATA:
-            # Too short to tell a fault from a turn of domains, and too short for much damage.
+            # Too short to distinguish a fault from a turn of domains, and too short for much damage.
             self.take_as_usual(step)
             return Ruling("dismiss", "data", 0, verdict)
         gain = verdict.numbers.get("present_loss", math.inf) - verdict.numbers["kept_loss"]

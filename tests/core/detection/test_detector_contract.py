@@ -102,7 +102,8 @@ def test_a_rule_that_is_cut_and_resumed_finds_what_the_uncut_one_finds(
 def test_the_memory_is_strict_json_even_after_wild_values(make: Callable[..., Rule]) -> None:
     rule = make()
     findings_of(rule, [1e308, -1e308, math.nan, 5e-324, math.inf, 0.0, 1e308] * 10)
-    json.dumps(rule.state_dict(), allow_nan=False)
+    state = rule.state_dict()
+    assert json.loads(json.dumps(state, allow_nan=False)) == state
 
 
 def test_the_memory_does_not_grow_with_the_run(make: Callable[..., Rule]) -> None:
