@@ -73,6 +73,8 @@ def make_trainer(folder: Path, action: str, hidden: int, clock: Clock, **options
     """Return a trainer of the small model."""
     set_seed(0)
     common = {"max_steps": LAST_STEP, "per_device_train_batch_size": 8, "save_steps": TARGET_STEP}
+    # The scripted finding has no fault behind it, so a comparison of weights would refuse the rollback.
+    options["divguard_compare"] = "off"
     args = DivGuardTrainingArguments(**base_arguments(folder, learning_rate=5e-5, **common, **options))
     # The onset is just after the checkpoint that is restored.
     detector = DivergenceDetector(ScriptedRule({BAD_STEP: TARGET_STEP + 2}), action=action)
