@@ -164,24 +164,10 @@ class Host:
             yield
 
     @property
-    def engine_without_rollback(self) -> str | None:
-        """Why weights and optimizer cannot be restored inside the loop; ``None`` if they can."""
-        trainer = self._trainer
-        if getattr(trainer, "is_deepspeed_enabled", False):
-            return "DeepSpeed, whose engine owns the optimizer"
-        if getattr(trainer, "is_fsdp_enabled", False):
-            return "FSDP, which shards weights and optimizer over the ranks"
-        kind = str(
-            getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type)
-        )
-        if kind != "NO" and not kind.startswith("MULTI_"):
-            return f"the distributed type {kind}"
-        if any(hasattr(parameter, "device_mesh") for parameter in trainer.model.parameters()):
-            return "parameters that are sharded over the ranks (DTensor)"
-        optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-        if "layerwise" in optimizer or optimizer in ("lomo", "adalomo"):
-            return f"the optimizer {optimizer}, which updates the weights during the backward pass"
-        return None
+    def distributed_type(self) -> str:
+        """How accelerate distributes the run: ``"NO"``, ``"MULTI_GPU"``, ``"FSDP"``..."""
+        kind = self._trainer.accelerator.distributed_type
+        return str(getattr(kind, "value", kind))
 
     # ---- logs
 

@@ -59,7 +59,9 @@ class KeptStates(Snapshots):
             return
         began = time.perf_counter()
         snapshot = self.copy_of_now(host, step, callbacks)
-        if not self._fits(_bytes(snapshot.tensors) + _bytes(snapshot.optimizer), _bytes(snapshot.tensors)):
+        # Parts of a sharded model differ in size; all ranks keep the same states.
+        weights, optimizer = _bytes(snapshot.tensors), _bytes(snapshot.state.optimizer)
+        if not self._fits(self._ranks.largest(weights + optimizer), self._ranks.largest(weights)):
             return
         self._recent.append(snapshot)
         if len(self._recent) > _KEEP:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.core.rollback.policy import Target
 from hf_divguard.errors import CheckpointError
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.restore import load_weights, load_weights_on_all_ranks, weights_kept_on_error
-from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
+from hf_divguard.hf.restore import load_weights_on_all_ranks, restore_snapshot
+from hf_divguard.hf.snapshots import Snapshots
 from hf_divguard.storage.integrity import verify_checkpoint
 from hf_divguard.storage.ledger import CheckpointLedger
 
@@ -80,14 +79,8 @@ def load_first_of(
 
 
 def _load(target: Target, path: str, host: Host, snapshots: Snapshots, ranks: Ranks) -> None:
-    error: BaseException | None = None
-    with weights_kept_on_error(host.model):
-        try:
-            if target.is_snapshot:
-                snapshot: Any = snapshots.of(target.step)
-                restore_snapshot(host, snapshot, with_rng=False, rate_factor=1.0, weights_only=True)
-            else:
-                load_weights(host, path)
-        except Exception as caught:
-            error = caught
-        ranks.raise_if_any_failed(error, f"Loading the weights of step {target.step}")
+    if target.is_snapshot:
+        what = f"Loading the weights of step {target.step}"
+        restore_snapshot(host, snapshots.of(target.step), ranks, weights_only=True, what=what)
+    else:
+        load_weights_on_all_ranks(host, path, ranks)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 
+from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
 
 __all__ = ["probe", "why_not_comparable"]
@@ -25,7 +26,7 @@ def why_not_comparable(host: Host) -> str | None:
         return f"the loss of {policy} does not measure progress"
     if host.prepares_inputs_itself:
         return "the trainer prepares its inputs in a way of its own (`_prepare_inputs`)"
-    return host.engine_without_rollback
+    return engine_of(host).why_not_compared()
 
 
 def probe(
@@ -47,7 +48,7 @@ def probe(
         _modes_kept(host.model),
         _random_states_kept(),
         host.metrics_kept(),
-        _weights_swapped(host.model, tensors or {}),
+        engine_of(host).swapped(tensors or {}),
         torch.no_grad(),
     ):
         host.model.eval()
@@ -78,26 +79,3 @@ def _random_states_kept() -> Iterator[None]:
         torch.random.set_rng_state(states[2])
         if on_device is not None:
             torch.cuda.set_rng_state(on_device)
-
-
-@contextlib.contextmanager
-def _weights_swapped(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let parameters and buffers use other memory. The optimizer's objects stay, and so does their own memory.
-
-    Buffers always get a copy: some modules write to them in evaluation mode too.
-    """
-    named = dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
-    swapped: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
-        for name, tensor in (*named.items(), *buffers.items()):
-            kept = tensors.get(name)
-            if kept is None and name not in buffers:
-                continue
-            other = tensor.detach().clone() if kept is None else kept.to(tensor.device, copy=True)
-            swapped.append((tensor, tensor.data))
-            tensor.data = other
-        yield
-    finally:
-        for tensor, own in swapped:
-            tensor.data = own

@@ -80,7 +80,9 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         self._arrive()
-        values = self._exchange(value)
+        return self._heard(self._exchange(value))
+
+    def _heard(self, values: list[Any]) -> list[Any]:
         for each in values:
             if isinstance(each, _Failed):
                 raise self._agree_on(each.message)
@@ -222,7 +224,13 @@ class Ranks:
         return value
 
     def raise_if_any_failed(
-        self, error: BaseException | None, what: str, note: str = "", *, ends_run: bool = False
+        self,
+        error: BaseException | None,
+        what: str,
+        note: str = "",
+        *,
+        ends_run: bool = False,
+        may_be_held: bool = False,
     ) -> None:
         """Raise on every rank if there is an error on any of them; else return.
 
@@ -232,6 +240,8 @@ class Ranks:
             note: What this rank has to add to its error.
             ends_run: Whether the run ends with the error. Then it reaches ranks that do not come
                 here, too, because they are held in an exchange of the host.
+            may_be_held: Whether others may be held in an exchange that this rank has left with its
+                error. If they do not come within some seconds, the run ends with it.
 
         Raises:
             CheckpointSaveError: On every rank, naming the first rank that failed.
@@ -241,10 +251,21 @@ class Ranks:
             self._fail(sentence, error)
             raise self._agree_on(sentence) from error
         own = None if error is None else f"{_in_words(error)}.{note}"
-        for rank, message in enumerate(self.gather(own)):
+        waits = may_be_held and error is not None and self.world_size > 1
+        messages = self._gather_from_those_held(own, what) if waits else self.gather(own)
+        for rank, message in enumerate(messages):
             if message is not None:
                 where = f" on rank {rank}" if self.world_size > 1 else ""
                 raise CheckpointSaveError(f"{what} failed{where}: {message}") from error
+
+    def _gather_from_those_held(self, own: str | None, what: str) -> list[str | None]:
+        """Gather as usual if the others come; else end the run with this rank's error."""
+        self._arrive()
+        if self._alarm.wait_for(self.world_size, self._exchanges, _FAREWELL_SECONDS):
+            return self._heard(self._exchange(own))
+        sentence = f"{what} failed on rank {self.rank}: {own}"
+        self._alarm.ring(sentence)
+        raise self._agree_on(sentence)
 
     def on_same_file_system(self, folder: Path) -> list[int]:
         """Return the ranks that see the same ``folder`` as this one, itself included, in order.

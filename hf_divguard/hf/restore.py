@@ -1,25 +1,25 @@
-"""Restores weights, optimizer and scaler of a checkpoint inside the running loop; the schedule keeps its place."""
+"""Restores a kept state or a checkpoint inside the loop, on all ranks or on none; the schedule keeps its place."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
+from hf_divguard.hf.rates import follows_metrics, load_schedule
+from hf_divguard.hf.snapshots import Snapshot, restore_random_states
 
 __all__ = [
-    "load_weights",
     "load_weights_on_all_ranks",
     "refuse_unsupported",
     "restore_checkpoint",
-    "weights_kept_on_error",
+    "restore_snapshot",
 ]
 
 
@@ -27,15 +27,13 @@ def refuse_unsupported(host: Host, options: Any) -> None:
     """Raise where weights and optimizer cannot be restored inside the running loop.
 
     Raises:
-        ValueError: For engines that own or shard the optimizer, for sharded parameters and
-            for optimizers that run in the backward pass; the sentence says what works.
+        ValueError: With what does not work and what does.
     """
-    engine = host.engine_without_rollback
-    if engine is not None:
+    found = engine_of(host).unsupported()
+    if found is not None:
         raise ValueError(
-            f"`rollback` does not work with {engine}: weights and optimizer cannot be restored there inside the running "
-            "loop. Set the action to 'stop', and resume from the checkpoint that the last line of the stopped run names. "
-            "Supported are one process and DistributedDataParallel."
+            f"`rollback` does not work with {found.what}: weights and optimizer cannot be restored there inside the "
+            f"running loop. {found.advice}."
         )
     if host.args.save_only_model and options.divguard_snapshot_steps == 0:
         raise ValueError(
@@ -44,8 +42,10 @@ def refuse_unsupported(host: Host, options: Any) -> None:
         )
 
 
-def restore_checkpoint(host: Host, checkpoint: str, *, with_rng: bool, rate_factor: float) -> None:
-    """Load weights, optimizer and gradient scaler of ``checkpoint`` into the running trainer.
+def restore_checkpoint(
+    host: Host, checkpoint: str, ranks: Ranks, *, with_rng: bool, rate_factor: float, what: str
+) -> None:
+    """Load weights, optimizer and gradient scaler of ``checkpoint`` into the running trainer, on every rank.
 
     The parameter objects stay the same. The place of the learning-rate schedule, the data
     iterator and (unless asked for) the random number generators are left alone. A schedule
@@ -55,78 +55,81 @@ def restore_checkpoint(host: Host, checkpoint: str, *, with_rng: bool, rate_fact
     Args:
         host: The host.
         checkpoint: Folder of the checkpoint.
+        ranks: The processes of the run.
         with_rng: Also restore the random number generators.
         rate_factor: By how much the learning rate has been lowered for good since then.
+        what: What is being done, for the sentence of an error.
 
     Raises:
-        FileNotFoundError: If the checkpoint has no optimizer.
-        CheckpointError: If it lacks weights that are trained.
+        CheckpointError: On every rank, if one of them cannot read its part or lacks something
+            that is trained. The weights are then as they were.
     """
-    optimizer_file = os.path.join(checkpoint, "optimizer.pt")
-    if not os.path.isfile(optimizer_file):
-        raise FileNotFoundError(
-            f"{checkpoint} has no optimizer.pt, so training cannot go back to it. Keep `save_only_model=False`."
-        )
-    # Everything is read before anything is changed. To the CPU: `load_state_dict` moves each tensor to the
-    # device of its parameter.
-    state = torch.load(optimizer_file, map_location="cpu", weights_only=True)
-    schedule = None
-    if follows_metrics(host):
-        schedule_file = os.path.join(checkpoint, "scheduler.pt")
-        schedule = torch.load(schedule_file, map_location="cpu", weights_only=True)
-    load_weights(host, checkpoint)
-    replace_optimizer_state(host, state)
-    if schedule is not None:
-        load_schedule(host, schedule, rate_factor)
-    if host.scaler is not None:
-        host.load_scaler(checkpoint)
-    if with_rng:
-        host.load_random_states(checkpoint)
+
+    def read() -> Callable[[], None]:
+        schedule = None
+        if follows_metrics(host):
+            path = os.path.join(checkpoint, "scheduler.pt")
+            schedule = torch.load(path, map_location="cpu", weights_only=True)
+        put = engine_of(host).read(checkpoint)
+
+        def put_all() -> None:
+            put()
+            if schedule is not None:
+                load_schedule(host, schedule, rate_factor)
+            if host.scaler is not None:
+                host.load_scaler(checkpoint)
+            if with_rng:
+                host.load_random_states(checkpoint)
+
+        return put_all
+
+    _on_all_ranks(host, ranks, read, what)
 
 
-# ---- weights
+def restore_snapshot(
+    host: Host,
+    snapshot: Snapshot,
+    ranks: Ranks,
+    *,
+    with_rng: bool = False,
+    rate_factor: float = 1.0,
+    weights_only: bool = False,
+    what: str,
+) -> None:
+    """Put a snapshot into the running trainer, as :func:`restore_checkpoint` does with a checkpoint.
 
-
-def load_weights(host: Host, checkpoint: str) -> None:
-    """Load the weights of ``checkpoint`` into the running model, and make sure that all of them came.
-
-    The host loads what it finds under the names of the model and leaves the rest as it is,
-    with a warning at most. A tensor counts the writes into it, so one whose count stays the
-    same did not come back, however the file and the adapters name it. What is saved under
-    other names (mixtures of experts in Transformers 5) is read as ``from_pretrained`` does.
-
-    Parameters keep their identity, memory, precision and ``requires_grad``; adapters that
-    were active stay active.
+    Args:
+        host: The host.
+        snapshot: The snapshot; it stays as it is.
+        ranks: The processes of the run.
+        with_rng: Also restore the random number generators.
+        rate_factor: By how much the learning rate has been lowered for good since then.
+        weights_only: Put back the weights, and nothing else.
+        what: What is being done, for the sentence of an error.
 
     Raises:
-        CheckpointError: If a parameter that is trained, or a buffer that should have been
-            saved, did not come back. Some of the others may have: see
-            :func:`weights_kept_on_error`.
+        CheckpointError: On every rank, if the optimizer of one of them holds a parameter that its
+            snapshot lacks. Nothing is changed then.
     """
-    model = getattr(host.model, "_orig_mod", host.model)
-    wanted = _saved_tensors(model)
-    counts = {name: tensor._version for name, tensor in wanted.items()}
-    cause: Exception | None = None
-    with _parameters_kept_in_place(model):
-        try:
-            host.load_weights(checkpoint)
-        except RuntimeError as error:  # a shape that differs, as where weights are saved transposed
-            cause = error
-    written = {tensor.data_ptr() for name, tensor in wanted.items() if tensor._version != counts[name]}
-    missing = [name for name, tensor in wanted.items() if tensor.data_ptr() not in written]
-    if (missing or cause is not None) and not _is_adapted(model) and hasattr(model, "from_pretrained"):
-        try:
-            missing, cause = _load_as_from_pretrained(model, checkpoint, wanted), None
-        except Exception as error:
-            cause = error
-    if missing:
-        named = ", ".join(f"`{name}`" for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise CheckpointError(
-            f"{checkpoint} does not give back {len(missing)} of {len(wanted)} tensors that training changes: {named}. "
-            "Keep states in memory with `divguard_snapshot_steps`, which hold all of them."
-        ) from cause
-    if cause is not None:
-        raise cause
+    engine = engine_of(host)
+
+    def read() -> Callable[[], None]:
+        engine.check(snapshot.state, snapshot.step)
+
+        def put() -> None:
+            engine.put_back(snapshot.state, weights_only=weights_only)
+            if weights_only:
+                return
+            if follows_metrics(host):
+                load_schedule(host, copy.deepcopy(snapshot.schedule), rate_factor)
+            if host.scaler is not None and snapshot.scaler is not None:
+                host.scaler.load_state_dict(snapshot.scaler)
+            if with_rng:
+                restore_random_states(snapshot.rng)
+
+        return put
+
+    _on_all_ranks(host, ranks, read, what)
 
 
 def load_weights_on_all_ranks(host: Host, checkpoint: str, ranks: Ranks) -> None:
@@ -135,92 +138,26 @@ def load_weights_on_all_ranks(host: Host, checkpoint: str, ranks: Ranks) -> None
     Raises:
         CheckpointError: On every rank, if one of them cannot; the weights are then as they were.
     """
-    error: BaseException | None = None
-    with weights_kept_on_error(host.model):
-        try:
-            load_weights(host, checkpoint)
-        except Exception as caught:
-            error = caught
-        ranks.raise_if_any_failed(error, f"Loading the weights of {checkpoint}")
+
+    def read() -> Callable[[], None]:
+        return engine_of(host).read(checkpoint, weights_only=True)
+
+    _on_all_ranks(host, ranks, read, f"Loading the weights of {checkpoint}")
 
 
-def _is_adapted(model: Any) -> bool:
-    """Return whether checkpoints of ``model`` hold adapters (PEFT), not the model."""
-    # A model of Transformers has them too, but there `active_adapters` is a method.
-    return (
-        hasattr(model, "peft_config")
-        and hasattr(model, "load_adapter")
-        and not callable(getattr(model, "active_adapters", None))
-    )
+def _on_all_ranks(host: Host, ranks: Ranks, read: Callable[[], Callable[[], None]], what: str) -> None:
+    """Read on every rank; when all have, write what was read. An error of one rank is raised on all of them."""
+    put, error = _tried(read)
+    ranks.raise_if_any_failed(error, what)
+    assert put is not None
+    with engine_of(host).kept_on_error():
+        _, error = _tried(put)
+        # Another rank may be held in an exchange of the engine that this one has left with an error.
+        ranks.raise_if_any_failed(error, what, may_be_held=True)
 
 
-def _saved_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint has to give back: parameters that are trained, and buffers if the model saves any."""
-    wanted = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    if not _is_adapted(model):
-        saved = model.state_dict().keys() - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        wanted |= {name: each for name, each in model.named_buffers() if name in saved}
-    return wanted
-
-
-def _load_as_from_pretrained(model: Any, checkpoint: str, wanted: dict[str, torch.Tensor]) -> list[str]:
-    """Read ``checkpoint`` into a second model, copy what is wanted, and return the names that it lacks."""
-    kinds = [each.dtype for each in model.state_dict().values() if each.is_floating_point()]
-    widest = torch.float32
-    if kinds:
-        widest = kinds[0]
-        for kind in kinds:
-            widest = torch.promote_types(widest, kind)
-    with torch.random.fork_rng(devices=[]):
-        read, report = type(model).from_pretrained(checkpoint, dtype=widest, output_loading_info=True)
-    lacking = set(report["missing_keys"])
-    names = [*read.named_parameters(remove_duplicate=False), *read.named_buffers(remove_duplicate=False)]
-    # Of tied weights one name is enough.
-    there = {id(tensor) for name, tensor in names if name not in lacking}
-    found = {name: tensor for name, tensor in names if id(tensor) in there}
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            if name in found:
-                tensor.copy_(found[name])
-    return [name for name in wanted if name not in found]
-
-
-@contextlib.contextmanager
-def _parameters_kept_in_place(model: Any) -> Iterator[None]:
-    """Give parameters back their identity, memory and ``requires_grad``, and adapters their being active."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    memory = {name: each.data for name, each in parameters.items()}
-    trained = {name: each.requires_grad for name, each in parameters.items()}
-    active = list(model.active_adapters) if _is_adapted(model) else []
+def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
-        yield
-    finally:
-        if _is_adapted(model) and list(model.active_adapters) != active:
-            model.base_model.set_adapter(active)
-        now = dict(model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, each in parameters.items():
-                new = now.get(name)
-                if new is not None and new is not each:
-                    if new.shape == each.shape:
-                        each.copy_(new)
-                    owner, _, leaf = name.rpartition(".")
-                    model.get_submodule(owner)._parameters[leaf] = each
-                elif each.dtype != memory[name].dtype or each.data_ptr() != memory[name].data_ptr():
-                    memory[name].copy_(each)
-                    each.data = memory[name]
-                each.requires_grad_(trained[name])
-
-
-@contextlib.contextmanager
-def weights_kept_on_error(model: Any) -> Iterator[None]:
-    """Put trained parameters and buffers back as they were if what is done in here fails."""
-    tensors = [each for each in model.parameters() if each.requires_grad] + list(model.buffers())
-    copies = [each.detach().to("cpu", copy=True) for each in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for each, kept in zip(tensors, copies, strict=True):
-                each.copy_(kept)
-        raise
+        return work(), None
+    except Exception as caught:
+        return None, caught

@@ -23,14 +23,15 @@ from hf_divguard.hf import control as switches
 from hf_divguard.hf.callbacks import collect_states, read_callback_states
 from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.last_weights import best_before, load_first_of
 from hf_divguard.hf.losses import drop_pending_loss
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import Rewarming, scale_rates, scheduled_rates
 from hf_divguard.hf.reports import RunJournal
-from hf_divguard.hf.restore import refuse_unsupported, restore_checkpoint, weights_kept_on_error
-from hf_divguard.hf.snapshots import Snapshots, restore_snapshot
+from hf_divguard.hf.restore import refuse_unsupported, restore_checkpoint, restore_snapshot
+from hf_divguard.hf.snapshots import Snapshots
 from hf_divguard.hf.targets import RollbackTargets
 from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.ledger import CheckpointLedger
@@ -342,23 +343,19 @@ class Rollback:
 
     def _restore(self, target: Target) -> None:
         """Restore the state of ``target``; raise on every rank if one of them cannot."""
-        error: BaseException | None = None
-        states: dict[str, Any] | None = None
-        with_rng = bool(self._options.divguard_restore_rng)
-        factor = self.policy.rate_factor_since(target.step)
-        with weights_kept_on_error(self._host.model):
-            try:
-                if target.is_snapshot:
-                    snapshot = self.snapshots.of(target.step)
-                    restore_snapshot(self._host, snapshot, with_rng=with_rng, rate_factor=factor)
-                    states = snapshot.callbacks
-                else:
-                    path = self._ledger.path(target.step)
-                    restore_checkpoint(self._host, path, with_rng=with_rng, rate_factor=factor)
-                    states = read_callback_states(path)
-            except Exception as caught:
-                error = caught
-            self._ranks.raise_if_any_failed(error, f"Rolling back to step {target.step}")
+        how: dict[str, Any] = {
+            "with_rng": bool(self._options.divguard_restore_rng),
+            "rate_factor": self.policy.rate_factor_since(target.step),
+            "what": f"Rolling back to step {target.step}",
+        }
+        if target.is_snapshot:
+            snapshot = self.snapshots.of(target.step)
+            restore_snapshot(self._host, snapshot, self._ranks, **how)
+            states: dict[str, Any] | None = snapshot.callbacks
+        else:
+            path = self._ledger.path(target.step)
+            restore_checkpoint(self._host, path, self._ranks, **how)
+            states = read_callback_states(path)
         for name, detector in self._detectors.items():
             detector.rewind((states or {}).get(name))
 
@@ -409,7 +406,7 @@ class Rollback:
         self._quarantine_after(last_good, decision.onset_step, "and was ended", finding)
         holds, path = load_first_of(candidates, self._host, self._ledger, self.snapshots, self._ranks)
         # It has been through the fault. A further `train()` of this trainer starts with a fresh one.
-        self._host.optimizer.state.clear()
+        engine_of(self._host).reset_optimizer()
         self._clean_loop(model, tr_loss)
         message = f"Training was ended at step {step}: {decision.reason}. {finding.message} The model holds {holds}."
         if not self._host.args.save_only_model and any(r.in_lineage for r in self._ledger.records):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from hf_divguard.hf.losses import gradient_norm
+from hf_divguard.hf.engines import engine_of
 
 if TYPE_CHECKING:
     from hf_divguard.hf.run import GuardedRun
@@ -49,7 +49,7 @@ class RunEvents(TrainerCallback):
         if rollback is not None:
             rollback.rewarming.hold_back(self._run.host, state.global_step)
             if not self._host_measures_gradients and rollback.watches_gradients:
-                self._own_gradient_norm = gradient_norm(self._run.host.model)
+                self._own_gradient_norm = engine_of(self._run.host).gradient_norm()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the schedule its learning rate back."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from hf_divguard.core.detection.detector import StepValues
+from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.losses import gradient_norm
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import RunJournal
 
@@ -50,7 +50,9 @@ class NonFiniteUpdates:
     def __init__(self, host: Host, ranks: Ranks, *, is_wanted: bool, max_in_a_row: int) -> None:
         self._host, self._ranks = host, ranks
         self.max_in_a_row = max_in_a_row
-        self.is_on = is_wanted and host.engine_without_rollback is None
+        self._engine = engine_of(host)
+        reason = self._engine.why_nothing_skipped()
+        self.is_on = is_wanted and reason is None
         self._leaves_to_scaler = host.scales_losses
         self.total = 0
         """Updates left out in this run, as far as the losses were delivered."""
@@ -67,7 +69,7 @@ class NonFiniteUpdates:
         if is_wanted and not self.is_on and ranks.rank == 0:
             logger.warning(
                 "`divguard_skip_nonfinite` does not work with %s. Set it to false to leave this line out.",
-                host.engine_without_rollback,
+                reason,
             )
 
     def begin(self, step: int) -> None:
@@ -85,7 +87,7 @@ class NonFiniteUpdates:
         self._loss = loss.clone() if self._loss is None else self._loss + loss
         if not self._host.completes_step:
             return
-        self.gradient_norm = gradient_norm(self._host.model)
+        self.gradient_norm = self._engine.gradient_norm()
         flag = torch.isfinite(self._loss if self.gradient_norm is None else self.gradient_norm)
         if self._ranks.world_size == 1 and self.gradient_norm is not None:
             flag = flag & torch.isfinite(self._loss).to(flag.device)
@@ -155,6 +157,5 @@ class NonFiniteUpdates:
             )
 
     def weights_are_finite(self) -> bool:
-        """Return whether all weights are: else leaving out updates does not help."""
-        trained = [each for each in self._host.model.parameters() if each.requires_grad]
-        return all(bool(torch.isfinite(each).all()) for each in trained)
+        """Return whether all weights of this rank are: else leaving out updates does not help."""
+        return self._engine.weights_are_finite()

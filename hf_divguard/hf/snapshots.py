@@ -11,24 +11,27 @@ import numpy
 import torch
 
 from hf_divguard.core.rollback.thinning import next_to_drop
-from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.engines import KeptState, engine_of
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.rates import follows_metrics, load_schedule, replace_optimizer_state
 
-__all__ = ["Snapshot", "Snapshots", "restore_snapshot"]
+__all__ = ["Snapshot", "Snapshots", "restore_random_states"]
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Trainable parameters, buffers, optimizer and scaler of one step, in CPU memory."""
+    """This rank's part of the training state of one step, in CPU memory."""
 
     step: int
-    tensors: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
+    state: KeptState
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None
     rng: dict[str, Any]
     callbacks: dict[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Trained parameters and buffers, by name."""
+        return self.state.tensors
 
 
 # From the onset of a fault to the look that shows it, beside the steps between two looks.
@@ -108,8 +111,7 @@ def _copy_of_now(host: Host, step: int, callbacks: dict[str, Any], with_optimize
         rng["cuda"] = torch.cuda.get_rng_state_all()
     return Snapshot(
         step,
-        {name: tensor.detach().to("cpu", copy=True) for name, tensor in _kept_tensors(host)},
-        _to_cpu(host.optimizer.state_dict()) if with_optimizer else {},
+        engine_of(host).keep(with_optimizer=with_optimizer),
         copy.deepcopy(host.scheduler.state_dict()),
         copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
         rng,
@@ -117,70 +119,10 @@ def _copy_of_now(host: Host, step: int, callbacks: dict[str, Any], with_optimize
     )
 
 
-def _kept_tensors(host: Host) -> list[tuple[str, torch.Tensor]]:
-    """Return what training changes or may change: what takes a gradient, what the optimizer holds, every buffer."""
-    held = _held_by_optimizer(host)
-    kept = [
-        (name, each) for name, each in host.model.named_parameters() if each.requires_grad or id(each) in held
-    ]
-    return [*kept, *host.model.named_buffers()]
-
-
-def _held_by_optimizer(host: Host) -> set[int]:
-    return {id(each) for group in host.optimizer.param_groups for each in group["params"]}
-
-
-def restore_snapshot(
-    host: Host, snapshot: Snapshot, *, with_rng: bool, rate_factor: float, weights_only: bool = False
-) -> None:
-    """Put a snapshot into the running trainer, as ``restore_checkpoint`` does with a checkpoint.
-
-    Args:
-        host: The host.
-        snapshot: The snapshot; it stays as it is.
-        with_rng: Also restore the random number generators.
-        rate_factor: By how much the learning rate has been lowered for good since then.
-        weights_only: Put back the weights, and nothing else.
-
-    Raises:
-        CheckpointError: If the optimizer holds a parameter that the snapshot lacks: one that
-            was frozen, and in no optimizer, when it was taken. Nothing is changed then.
-    """
-    held, parameters = _held_by_optimizer(host), dict(host.model.named_parameters())
-    lacking = [name for name, each in parameters.items() if id(each) in held and name not in snapshot.tensors]
-    if lacking:
-        named = ", ".join(f"`{name}`" for name in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
-        raise CheckpointError(
-            f"The snapshot of step {snapshot.step} lacks {named}, which the optimizer was given only after it was taken."
-        )
-    present = parameters | dict(host.model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in snapshot.tensors.items():
-            if name in present:
-                present[name].copy_(tensor)
-    if weights_only:
-        return
-    # The optimizer takes over tensors it is given as they are; the snapshot must stay as it was.
-    replace_optimizer_state(host, _to_cpu(snapshot.optimizer))
-    if follows_metrics(host):
-        load_schedule(host, copy.deepcopy(snapshot.schedule), rate_factor)
-    scaler = host.scaler
-    if scaler is not None and snapshot.scaler is not None:
-        scaler.load_state_dict(snapshot.scaler)
-    if with_rng:
-        random.setstate(snapshot.rng["python"])
-        numpy.random.set_state(snapshot.rng["numpy"])
-        torch.random.set_rng_state(snapshot.rng["cpu"])
-        if "cuda" in snapshot.rng:
-            torch.cuda.set_rng_state_all(snapshot.rng["cuda"])
-
-
-def _to_cpu(value: Any) -> Any:
-    """Return a copy of a nested state with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_cpu(entry) for entry in value)
-    return value
+def restore_random_states(rng: dict[str, Any]) -> None:
+    """Put back the states of the random number generators that a snapshot holds."""
+    random.setstate(rng["python"])
+    numpy.random.set_state(rng["numpy"])
+    torch.random.set_rng_state(rng["cpu"])
+    if "cuda" in rng:
+        torch.cuda.set_rng_state_all(rng["cuda"])

@@ -33,7 +33,8 @@ class FakeHost(Host):
     callbacks: Any = None
     scaler = None
     scales_losses = False
-    engine_without_rollback = None
+    trainer = None
+    distributed_type = "NO"
     last_logged_step = 0
     total_loss = 0.0
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from hf_divguard import CheckpointError, DivergenceDetector, NonFiniteDetector, TrainingDivergedError
+from hf_divguard.hf.engines.whole_weights import load_weights, weights_kept_on_error
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.restore import load_weights, weights_kept_on_error
 from tests.hf.faults import NaNBatch, ScriptedRule
 from tests.tiny import same_weights, tiny_model, weights
 

@@ -1,0 +1,25 @@
+"""The engines that hold weights and optimizer of a run. The rest of the package knows none of them by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_divguard.hf.engines.elsewhere import Elsewhere
+from hf_divguard.hf.engines.engine import Engine, KeptState, Unsupported
+from hf_divguard.hf.engines.whole import Whole
+
+if TYPE_CHECKING:
+    from hf_divguard.hf.host import Host
+
+__all__ = ["ENGINES", "Engine", "KeptState", "Unsupported", "engine_of"]
+
+ENGINES: tuple[type[Engine], ...] = (
+    Elsewhere,
+    Whole,
+)
+"""One line for each engine; the first one that is at work counts, and the last one takes what is left."""
+
+
+def engine_of(host: Host) -> Engine:
+    """Return the engine that the run of ``host`` trains with."""
+    return next(engine for engine in ENGINES if engine.is_at_work(host))(host)
