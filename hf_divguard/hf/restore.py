@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_divguard.hf.engines import engine_of
+from hf_divguard.hf.engines import engine_of, supported
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import follows_metrics, load_schedule
@@ -33,7 +33,7 @@ def refuse_unsupported(host: Host, options: Any) -> None:
     if found is not None:
         raise ValueError(
             f"`rollback` does not work with {found.what}: weights and optimizer cannot be restored there inside the "
-            f"running loop. {found.advice}."
+            f"running loop. {found.advice}. Supported are {supported()}."
         )
     if host.args.save_only_model and options.divguard_snapshot_steps == 0:
         raise ValueError(

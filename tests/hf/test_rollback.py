@@ -791,7 +791,9 @@ def test_engines_that_own_the_optimizer_are_refused_before_the_first_step(
     setattr(trainer, attribute, True)
     with pytest.raises(ValueError, match=said) as caught:
         trainer.train()
-    assert "Set the action to 'stop', and resume from the checkpoint" in str(caught.value)
+    assert "Set the action to 'stop', and start the script again with resume_from_checkpoint='auto'" in str(
+        caught.value
+    )
     assert "DistributedDataParallel" in str(caught.value)
 
 
@@ -803,7 +805,7 @@ def test_another_kind_of_distribution_is_refused_by_its_name(make_trainer: MakeT
         trainer.accelerator.state.distributed_type,
     )
     try:
-        with pytest.raises(ValueError, match="does not work with the distributed type MEGATRON_LM"):
+        with pytest.raises(ValueError, match="does not work with Megatron-LM"):
             trainer.train()
     finally:
         trainer.accelerator.state.distributed_type = kept

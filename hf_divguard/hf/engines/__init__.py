@@ -11,7 +11,7 @@ from hf_divguard.hf.engines.whole import Whole
 if TYPE_CHECKING:
     from hf_divguard.hf.host import Host
 
-__all__ = ["ENGINES", "Engine", "KeptState", "Unsupported", "engine_of"]
+__all__ = ["ENGINES", "Engine", "KeptState", "Unsupported", "engine_of", "supported"]
 
 ENGINES: tuple[type[Engine], ...] = (
     Elsewhere,
@@ -23,3 +23,8 @@ ENGINES: tuple[type[Engine], ...] = (
 def engine_of(host: Host) -> Engine:
     """Return the engine that the run of ``host`` trains with."""
     return next(engine for engine in ENGINES if engine.is_at_work(host))(host)
+
+
+def supported() -> str:
+    """Return the names of the engines that a state can be put back under."""
+    return ", ".join(engine.name for engine in reversed(ENGINES) if engine.name)

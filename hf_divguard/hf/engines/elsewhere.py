@@ -40,12 +40,18 @@ def _found(host: Host) -> Unsupported | None:
     parallel = _parallelism(host)
     if parallel is not None:
         return parallel
-    kind = host.distributed_type
+    kind = _kind(host)
     if kind != "NO" and not kind.startswith("MULTI_"):
         return Unsupported(_BY_TYPE.get(kind, f"the distributed type {kind}"))
     if any(hasattr(parameter, "device_mesh") for parameter in host.model.parameters()):
         return Unsupported("parameters that are sharded over the ranks (DTensor)", _NO_RESUME)
     return None
+
+
+def _kind(host: Host) -> str:
+    if getattr(host.trainer, "is_deepspeed_enabled", False):
+        return "DEEPSPEED"
+    return "FSDP" if getattr(host.trainer, "is_fsdp_enabled", False) else host.distributed_type
 
 
 def _parallelism(host: Host) -> Unsupported | None:

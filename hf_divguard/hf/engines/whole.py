@@ -25,7 +25,7 @@ __all__ = ["Whole"]
 class Whole(Engine):
     """One process, or the same model and optimizer on every rank."""
 
-    name = "one process and DistributedDataParallel"
+    name = "one process, DistributedDataParallel"
 
     @classmethod
     def is_at_work(cls, host: Host) -> bool:
