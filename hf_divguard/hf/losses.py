@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from hf_divguard.core.detection.detector import StepValues
-from hf_divguard.core.state import StateError, decode
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.ranks import Ranks
 
-__all__ = ["RUNNING_LOSS", "LossListener", "RunningLoss", "StepLosses", "drop_pending_loss", "gradient_norm"]
-
-logger = logging.getLogger(__name__)
-
-RUNNING_LOSS = "divguard_running_loss"
-"""Name under which :class:`RunningLoss` is kept among the states of callbacks."""
+__all__ = ["LossListener", "StepLosses", "gradient_norm"]
 
 
 class LossListener(Protocol):
@@ -189,90 +180,3 @@ def _norm(gradient: torch.Tensor) -> torch.Tensor:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     is_half = values.dtype in (torch.float16, torch.bfloat16)
     return torch.linalg.vector_norm(values, dtype=torch.float32 if is_half else None).float()
-
-
-class RunningLoss:
-    """Keeps the losses of the steps between the last log and a save, which the host forgets.
-
-    The host logs the mean since the last log. After a resume in between it would be the mean
-    of fewer steps, and a detector would see another value than in a run without interruption.
-
-    Args:
-        host: The host.
-        ranks: The processes of the run.
-    """
-
-    def __init__(self, host: Host, ranks: Ranks) -> None:
-        self._host = host
-        self._ranks = ranks
-        self._sum: torch.Tensor | None = None
-        self._step = -1
-        self._to_add = 0.0
-
-    def end_step(self, tr_loss: torch.Tensor, step: int) -> None:
-        """Note the host's running sum at the end of ``step``, before the host logs."""
-        if self._to_add:
-            tr_loss += self._to_add
-            self._to_add = 0.0
-        self._sum, self._step = tr_loss.detach().clone(), step
-
-    def collect(self) -> dict[str, Any] | None:
-        """Return what the next log needs, ``None`` if the host has just logged. Called by all ranks."""
-        step, last_logged = self._host.state.global_step, self._host.last_logged_step
-        is_pending = self._sum is not None and self._step == step and last_logged < step
-        if not is_pending or self._host.args.logging_strategy == "no":
-            return None
-        assert self._sum is not None
-        return {"last_logged_step": last_logged, "sums": self._ranks.gather(float(self._sum.item()))}
-
-    def restore(self, kept: Any) -> None:
-        """Take over what ``collect`` gave, before the first step of a resumed run.
-
-        What cannot be read costs only the mean of the first log.
-        """
-        try:
-            last_logged, sums = decode(
-                tuple[int, list[float]], [kept["last_logged_step"], kept["sums"]], "It"
-            )
-        except (StateError, KeyError, TypeError):
-            sums = []
-        if not sums:
-            if kept is not None:
-                logger.warning(
-                    "The loss since the last log in the checkpoint cannot be read; it is left out."
-                )
-            return
-        own = sums[self._ranks.rank] if len(sums) == self._ranks.world_size else sum(sums) / len(sums)
-        self._host.last_logged_step = last_logged
-        # The host's mean over the steps of this call of `train()` is to stay one.
-        self._host.total_loss -= own
-        self._to_add = self._host.add_to_running_loss(own)
-
-
-def drop_pending_loss(
-    host: Host, ranks: Ranks, tr_loss: torch.Tensor, finite_total: float, *, is_usable: bool
-) -> float | None:
-    """Drop the losses that wait for the next log. Called by all ranks.
-
-    Args:
-        host: The host.
-        ranks: The processes of the run.
-        tr_loss: The host's running sum of losses.
-        finite_total: Sum of the logged losses, when it was last finite.
-        is_usable: Whether the running sum holds losses only, and no number that a filter put
-            in the place of a NaN.
-
-    Returns:
-        Mean loss of the steps since the last log; ``None`` if there is none or it is not finite.
-    """
-    n_steps = host.state.global_step - host.last_logged_step
-    losses = ranks.gather(float(tr_loss.item()))
-    pending = sum(losses) / len(losses)
-    tr_loss.zero_()
-    host.last_logged_step = host.state.global_step
-    if not math.isfinite(host.total_loss):
-        host.total_loss = finite_total
-    if n_steps <= 0 or not is_usable or not math.isfinite(pending):
-        return None
-    host.total_loss += pending
-    return pending / n_steps

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,22 +20,20 @@ from hf_divguard.core.rollback.triggers import UNDONE_ONCE, RollbackTriggers
 from hf_divguard.core.state import StateError, decode
 from hf_divguard.errors import CheckpointError, TrainingDivergedError
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.callbacks import collect_states, read_callback_states
+from hf_divguard.hf.callbacks import collect_states
 from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.control import outcome_of
-from hf_divguard.hf.engines import engine_of
+from hf_divguard.hf.failed_recovery import FailedRecovery
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.last_weights import best_before, load_first_of
-from hf_divguard.hf.losses import drop_pending_loss
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import Rewarming, scale_rates, scheduled_rates
 from hf_divguard.hf.reports import RunJournal
-from hf_divguard.hf.restore import refuse_unsupported, restore_checkpoint, restore_snapshot
+from hf_divguard.hf.restore import refuse_unsupported
+from hf_divguard.hf.running_loss import PendingLoss
 from hf_divguard.hf.snapshots import Snapshots
 from hf_divguard.hf.targets import RollbackTargets
 from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.ledger import CheckpointLedger
-from hf_divguard.storage.quarantine import quarantine
 
 __all__ = ["Rollback"]
 
@@ -85,11 +83,9 @@ class Rollback:
         self._leads = leads
         self._detectors = detectors
         self._on_rewind = on_rewind
-        self._finite_total = 0.0
-        self._last_not_finite = -1
+        self._pending = PendingLoss(host, ranks)
         self.rewarming = Rewarming(options.divguard_rewarm_steps)
         self.snapshots, self._comparison = snapshots, comparison
-        self._tr_loss: torch.Tensor | None = None
         self.policy = RollbackPolicy(
             max_rollbacks=options.divguard_max_rollbacks,
             cooldown_steps=options.divguard_cooldown_steps,
@@ -97,6 +93,7 @@ class Rollback:
             lr_factor=options.divguard_rollback_lr_factor,
         )
         self._targets = RollbackTargets(ledger, self.snapshots, self.policy)
+        self._failed_recovery = FailedRecovery(host, options, ledger, ranks, journal, snapshots)
         # What a loss scaler has enlarged cannot be compared from step to step.
         self.watches_gradients = watches_damage and not host.args.max_grad_norm and host.scaler is None
         self._triggers = RollbackTriggers(
@@ -104,9 +101,6 @@ class Rollback:
         )
         self.journal = journal
         self.error: TrainingDivergedError | None = None
-        self.last_event: RollbackEvent | None = None
-        self.save_pending = False
-        """Whether the state of a rollback is still to be saved in this step."""
 
     # ---- memory
 
@@ -166,15 +160,13 @@ class Rollback:
     def on_raw_losses(self, values: list[StepValues], args: Any, state: Any, control: Any) -> None:
         """Take the raw losses of the last few steps."""
         for entry in values:
-            if not math.isfinite(entry.loss):
-                self._last_not_finite = entry.step
+            self._pending.note(entry.step, entry.loss)
             self._triggers.observe(entry.step, entry.loss, entry.grad_norm)
 
     def judge(self) -> None:
         """Ask for a rollback where the losses so far call for one."""
-        state, total = self._host.state, self._host.total_loss
-        if math.isfinite(total):
-            self._finite_total = total
+        state = self._host.state
+        self._pending.end_step()
         is_last = state.global_step >= state.max_steps or self._host.control.should_training_stop
         finding = self._triggers.judge(state.global_step, is_last=is_last)
         if finding is not None and not self._outcome.defers(finding, "rollback"):
@@ -183,77 +175,11 @@ class Rollback:
             self._comparison.settle(is_last=True)
 
     @property
-    def saves_suspended(self) -> bool:
-        """Whether what would be saved now is under a fault that a rollback has not ended."""
-        return self._triggers.sees_the_fault() or self._outcome.deferred is not None
+    def sees_the_fault(self) -> bool:
+        """Whether the last losses are under a fault that a rollback has not ended."""
+        return self._triggers.sees_the_fault()
 
-    def end_step(
-        self,
-        host_acts: Callable[[], None],
-        model: Any,
-        tr_loss: torch.Tensor,
-        *,
-        losses_delivered: bool,
-        save_was_due: bool,
-    ) -> None:
-        """Roll back if a detector asks for it, and let the host log, evaluate and save.
-
-        Args:
-            host_acts: Logs, evaluates and saves, as the trainer's control says.
-            model: The model as it is trained.
-            tr_loss: The host's running sum of losses.
-            losses_delivered: Whether detectors have seen the losses up to this step.
-            save_was_due: Whether a save was due before they did.
-        """
-        self._tr_loss = tr_loss
-        try:
-            if losses_delivered:
-                self.judge()
-                if not self._perform_and_save(model, tr_loss, save_was_due) and self.saves_suspended:
-                    switches.suspend_save(self._host.control)
-            self._act(host_acts, model, tr_loss)
-        finally:
-            self.save_pending = False
-
-    def _act(self, host_acts: Callable[[], None], model: Any, tr_loss: torch.Tensor) -> None:
-        """Let the host act. Detectors that work on logs and evaluations find something only then."""
-        control = self._host.control
-        may_find = control.should_log or control.should_evaluate
-        save_was_due, was_ending = control.should_save, control.should_training_stop
-        host_acts()
-        control = self._host.control
-        ends_here = control.should_training_stop and not was_ending
-        if ends_here:
-            outcome = self._outcome
-            wishes = self._ranks.gather((outcome.rollback_request is not None, outcome.finding is not None))
-            if any(pending for pending, _ in wishes) and not any(stopped for _, stopped in wishes):
-                # What asked for the end has seen the state that is undone now.
-                ends_here = False
-                switches.cancel_end(control)
-        if ends_here:
-            self.judge()
-        if (may_find or ends_here) and self._perform_and_save(model, tr_loss, save_was_due):
-            host_acts()
-
-    def begin_step(self) -> None:
-        """Before the first micro-batch of a step: roll back if the comparison asks for it.
-
-        Nothing has been added to the host's running loss since the end of the last step.
-        """
-        if self._outcome.rollback_request is None or self._tr_loss is None:
-            return
-        if self._perform_and_save(self._host.model, self._tr_loss, self._host.control.should_save):
-            self.save_pending = False
-
-    def _perform_and_save(self, model: Any, tr_loss: torch.Tensor, save_was_due: bool) -> bool:
-        """Roll back if asked to, and have the restored state saved, so that a kill does not undo the rollback."""
-        event = self.perform(model, tr_loss)
-        if event is None:
-            return False
-        self.last_event = event
-        self.save_pending = switches.saves_checkpoints(self._host.args) and event.target != "memory"
-        switches.request_save(self._host.control, save_was_due or self.save_pending)
-        return True
+    # ---- one rollback
 
     def perform(self, model: Any, tr_loss: torch.Tensor) -> RollbackEvent | None:
         """Roll back if any rank's detectors ask for it; return what was done if weights were restored.
@@ -283,9 +209,7 @@ class Rollback:
                 unusable.add(decision.target)
                 continue
             failpoint("weights restored")
-            self._quarantine_after(
-                self._last_good(finding.onset_step), finding.onset_step, "and was rolled back", finding
-            )
+            self._quarantine_after(self._last_good(finding.onset_step), "and was rolled back", finding)
             return self._record(decision, finding, model, tr_loss, began)
 
     def _end_without_target(
@@ -295,7 +219,30 @@ class Rollback:
             self._triggers.accept_damage()
             self.journal.report_not_rolled_back(finding, decision.reason)
         else:
-            self._end_run(finding, decision, model, tr_loss)
+            last_good = self._last_good(decision.onset_step)
+            self._quarantine_after(
+                last_good, "and was ended", replace(finding, onset_step=decision.onset_step)
+            )
+            self._clean_loop(model, tr_loss)
+            number = self.policy.rollbacks + 1
+            self.error = self._failed_recovery.end_run(finding, decision, last_good=last_good, number=number)
+
+    def _restore(self, target: Target) -> None:
+        """Restore ``target`` and rewind the detectors to it; raise on every rank if one of them cannot."""
+        states = self._targets.restore(
+            target,
+            self._host,
+            self._ranks,
+            with_rng=bool(self._options.divguard_restore_rng),
+            rate_factor=self.policy.rate_factor_since(target.step),
+        )
+        for name, detector in self._detectors.items():
+            detector.rewind(states.get(name))
+
+    def _clean_loop(self, model: Any, tr_loss: torch.Tensor) -> float | None:
+        """Drop gradients in flight and the losses that wait for the next log; return the mean of those losses."""
+        model.zero_grad()
+        return self._pending.drop(tr_loss)
 
     def _last_good(self, onset_step: int) -> int:
         return onset_step - 2 - self.policy.margin_steps
@@ -341,47 +288,8 @@ class Rollback:
         self._host.log(event.log_keys(pending_loss, self.rewarming.first_of(event.learning_rate_after)))
         return event
 
-    def _restore(self, target: Target) -> None:
-        """Restore the state of ``target``; raise on every rank if one of them cannot."""
-        how: dict[str, Any] = {
-            "with_rng": bool(self._options.divguard_restore_rng),
-            "rate_factor": self.policy.rate_factor_since(target.step),
-            "what": f"Rolling back to step {target.step}",
-        }
-        if target.is_snapshot:
-            snapshot = self.snapshots.of(target.step)
-            restore_snapshot(self._host, snapshot, self._ranks, **how)
-            states: dict[str, Any] | None = snapshot.callbacks
-        else:
-            path = self._ledger.path(target.step)
-            restore_checkpoint(self._host, path, self._ranks, **how)
-            states = read_callback_states(path)
-        for name, detector in self._detectors.items():
-            detector.rewind((states or {}).get(name))
-
-    def _clean_loop(self, model: Any, tr_loss: torch.Tensor) -> float | None:
-        """Drop gradients in flight and the losses that wait for the next log; return the mean of those losses."""
-        model.zero_grad()
-        # The host's filter puts another number in the place of a NaN.
-        is_usable = self._last_not_finite <= self._host.last_logged_step
-        return drop_pending_loss(self._host, self._ranks, tr_loss, self._finite_total, is_usable=is_usable)
-
-    # ---- checkpoints
-
-    def _quarantine_after(self, last_good: int, onset_step: int, what_then: str, finding: Finding) -> None:
-        """Quarantine what was saved after the step ``last_good``, so that no resume takes it."""
-        for step in self._ledger.quarantine_after(last_good):
-            if not self._leads:
-                continue
-            path = self._ledger.path(step)
-            try:
-                quarantine(
-                    path,
-                    reason=f"Training diverged from step {onset_step} on {what_then}: {finding.message}",
-                    onset_step=onset_step,
-                )
-            except OSError as error:
-                logger.warning("%s could not be quarantined (%s); do not resume from it.", path, error)
+    def _quarantine_after(self, last_good: int, what_then: str, finding: Finding) -> None:
+        self._targets.quarantine_after(last_good, what_then, finding, leads=self._leads)
         self._on_rewind(last_good)
 
     def protected_steps(self) -> set[int]:
@@ -392,44 +300,3 @@ class Rollback:
             if event["event"] == "rollback" and event["incident"] == self.policy.incident
         }
         return self._targets.protected_steps(self._host.state.global_step, restored)
-
-    # ---- rollbacks did not help
-
-    def _end_run(self, finding: Finding, decision: Decision, model: Any, tr_loss: torch.Tensor) -> None:
-        """End the run with the best weights from before the fault, and remember the error to raise."""
-        step = self._host.state.global_step
-        last_good = self._last_good(decision.onset_step)
-        greater_is_better = bool(self._options.divguard_greater_is_better)
-        candidates = self._ranks.run_on_main(
-            lambda: best_before(self._ledger, self.snapshots, last_good, greater_is_better)
-        )
-        self._quarantine_after(last_good, decision.onset_step, "and was ended", finding)
-        holds, path = load_first_of(candidates, self._host, self._ledger, self.snapshots, self._ranks)
-        # It has been through the fault. A further `train()` of this trainer starts with a fresh one.
-        engine_of(self._host).reset_optimizer()
-        self._clean_loop(model, tr_loss)
-        message = f"Training was ended at step {step}: {decision.reason}. {finding.message} The model holds {holds}."
-        if not self._host.args.save_only_model and any(r.in_lineage for r in self._ledger.records):
-            message += (
-                " With the cause removed, resume_from_checkpoint='latest' continues from before the fault."
-            )
-        self.error = TrainingDivergedError(message, finding)
-        self.journal.add(
-            {
-                "number": self.policy.rollbacks + 1,
-                "event": "gave_up",
-                "incident": decision.incident,
-                "attempt": decision.attempt - 1,
-                "step": step,
-                "onset_step": decision.onset_step,
-                "checkpoint": path,
-                "model_holds": holds,
-                "reason": decision.reason,
-                "finding": finding.to_dict(),
-            }
-        )
-        if self._ranks.rank == 0:
-            logger.info("%s", message)
-        self.journal.write()
-        self._outcome.report_failed_recovery(finding, message)
-        switches.enforce_abort(self._outcome, self._host.control)

@@ -1,57 +1,33 @@
-"""One guarded ``train()`` call: switches the guards on, brings the events of a step to them, switches them off."""
+"""One guarded ``train()`` call: what the guards do at the events of the host."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from hf_divguard.core.metrics import with_eval_prefix
-from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
-from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callbacks import (
-    RunCallbacks,
     collect_states,
-    is_stateful,
     read_callback_states,
     restore_states,
 )
-from hf_divguard.hf.comparison import Comparison
-from hf_divguard.hf.comparison_of_run import make_comparison
-from hf_divguard.hf.control import outcome_of
-from hf_divguard.hf.detectors import DivergenceDetector
-from hf_divguard.hf.ending import Ending
-from hf_divguard.hf.evaluation import Evaluations
-from hf_divguard.hf.folder_locks import FolderLocks
-from hf_divguard.hf.host import Host
 from hf_divguard.hf.last_weights import load_last_good
-from hf_divguard.hf.losses import RUNNING_LOSS, RunningLoss, StepLosses
-from hf_divguard.hf.options.saving import asks_for_safe_saves
-from hf_divguard.hf.options.values import signals_of
-from hf_divguard.hf.policy_gradients import policy_gradient_class
-from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import (
     JOURNAL,
     STOPPED_BY,
-    RunJournal,
     report_best,
     report_end,
     warn_of_diverged_weights,
 )
-from hf_divguard.hf.rollback import Rollback
+from hf_divguard.hf.run_components import RunComponents
 from hf_divguard.hf.run_events import RunEvents
-from hf_divguard.hf.saving import Checkpoints
-from hf_divguard.hf.signals import Interruption
-from hf_divguard.hf.skipping import NonFiniteUpdates
+from hf_divguard.hf.running_loss import RUNNING_LOSS
 from hf_divguard.hf.start_checks import warn_at_start
-from hf_divguard.hf.suspects import Suspects
 from hf_divguard.storage.failpoints import failpoint
 
-__all__ = ["GuardedRun", "saves_checkpoints_itself"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["GuardedRun"]
 
 COMPARISON_MEMORY = "divguard_comparison"
 """Name under which the memory of comparisons is kept among the states of callbacks."""
@@ -60,158 +36,25 @@ ROLLBACK_MEMORY = "divguard_rollback"
 """Name under which the memory of rollbacks is kept among the states of callbacks."""
 
 
-def saves_checkpoints_itself(options: Any, callbacks: Iterable[Any]) -> bool:
-    """Return whether checkpoints are saved by us: for an option, or for a callback that has a state."""
-    return asks_for_safe_saves(options) or any(map(is_stateful, callbacks))
+class GuardedRun(RunComponents):
+    """The coordinator of the guards in one ``train()`` call: brings the events of the host to the components.
 
-
-class GuardedRun:
-    """The coordinator of the guards in one ``train()`` call; a context manager.
-
-    Whatever it switches on is switched back on every way out, a failing start included.
-
-    Args:
-        host: The host.
-        options: The options.
-        run_dir: Folder that gets the checkpoints.
-        resumed_from: Checkpoint that training resumes from, if any.
-        initial_states: State of each stateful callback before its first training.
-        locks: The folders that this training holds already, and for how long.
-        resumes_newest: Whether it resumes from the newest checkpoint, not from one that was named.
+    Takes the arguments of :class:`RunComponents`.
     """
 
-    callbacks: RunCallbacks
-    checkpoints: Checkpoints
-    evaluations: Evaluations
-    rollback: Rollback | None
-    comparison: Comparison | None
-
-    def __init__(
-        self,
-        host: Host,
-        options: Any,
-        *,
-        run_dir: str,
-        resumed_from: str | None,
-        initial_states: dict[str, Any],
-        locks: FolderLocks | None = None,
-        resumes_newest: bool = False,
-    ) -> None:
-        self.host = host
-        self.options = options
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.events = RunEvents(self)
-        self.is_training = False
         self.loaded: str | None = None
         """Checkpoint whose weights the model was given after the run."""
         self._acts_jointly = False
-        self._run_dir = run_dir
-        self._resumed_from = resumed_from
-        self._initial_states = initial_states
-        self._locks = locks
-        self._resumes_newest = resumes_newest
 
-    # ---- life cycle
-
-    def __enter__(self) -> GuardedRun:
-        self._stack = contextlib.ExitStack()
-        try:
-            self._start(self._stack)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def _start(self, stack: contextlib.ExitStack) -> None:
-        host, options, args = self.host, self.options, self.host.args
-        self.ranks = Ranks(args.process_index, args.world_size)
-        # Policies are sampled from after each step, which fails with weights that are not finite.
-        check_steps = 1 if policy_gradient_class(host.trainer) else options.divguard_check_steps
-        self.losses = StepLosses(check_steps, args.world_size)
-        stack.callback(self.losses.close)
-        has_detector = any(isinstance(each, DivergenceDetector) for each in host.callbacks)
-        self.skipping = NonFiniteUpdates(
-            host,
-            self.ranks,
-            is_wanted=has_detector and options.divguard_skip_nonfinite,
-            max_in_a_row=options.divguard_max_skipped_in_a_row,
-        )
-        self.callbacks = RunCallbacks(host, stack, self.losses, self.skipping, self._initial_states)
-        self.running_loss = RunningLoss(host, self.ranks)
-        is_active = saves_checkpoints_itself(options, self.callbacks.stateful.values())
-        locks = self._locks or stack.enter_context(FolderLocks())
-        locks.hold(self._run_dir, self.ranks, create=is_active)
-        self.checkpoints = Checkpoints(
-            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=is_active
-        )
-        self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
-        ledger = self.checkpoints.ledger
-        self.journal = self.skipping.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
-        if self.skipping.is_on:
-            self.losses.subscribe(self.skipping)
-        self.snapshots, self.comparison = make_comparison(
-            host, options, self.ranks, self.journal, list(self.detectors.values())
-        )
-        if self.comparison is not None:
-            self.losses.subscribe(self.comparison)
-        self.ending = Ending(
-            host,
-            self.ranks,
-            self.checkpoints.ledger,
-            self._resumed_from,
-            resumes_newest=self._resumes_newest,
-            is_active=is_active,
-        )
-        self.interruption = Interruption(host, self.ranks, signals_of(options.divguard_save_on_signal))
-        self.interruption.listen(stack)
-        self.suspects = Suspects(host, self.checkpoints, self.evaluations, self.journal, self.detectors)
-        self.rollback = self._make_rollback()
-        self.checkpoints.pending_since = self.suspects.pending_since
-        if self.rollback is not None:
-            self.losses.subscribe(self.rollback)
-            self.checkpoints.protected_steps = self.rollback.protected_steps
-        host.callbacks.append(self.events)
-        stack.callback(lambda: host.callbacks.remove(self.events))
-        self.is_training = True
-        stack.callback(lambda: setattr(self, "is_training", False))
-
-    def _make_rollback(self) -> Rollback | None:
-        detectors = self.detectors
-        rolling_back = [each for each in detectors.values() if each.action == "rollback"]
-        if not rolling_back:
-            return None
-        adaptive = [each for each in rolling_back if isinstance(each, AdaptiveDivergenceDetector)]
-        return Rollback(
-            self.host,
-            self.options,
-            ledger=self.checkpoints.ledger,
-            ranks=self.ranks,
-            journal=self.journal,
-            leads=self.checkpoints.leads,
-            snapshots=self.snapshots,
-            comparison=self.comparison,
-            detectors=detectors,
-            watches_damage=any(each.takes_raw_losses for each in adaptive),
-            on_rewind=self._forget_after,
-        )
-
-    @property
-    def detectors(self) -> dict[str, DivergenceDetector]:
-        """The detectors by the names under which their states are kept."""
-        named = self.callbacks.stateful.items()
-        return {name: each for name, each in named if isinstance(each, DivergenceDetector)}
+    # ---- begin and end
 
     @property
     def _keeps_states(self) -> bool:
         """Whether checkpoints hold states: of callbacks, or of losses between two logs, where a signal may cut."""
         return bool(self.callbacks.stateful) or self.options.divguard_save_on_signal != "none"
-
-    @property
-    def outcome(self) -> RunOutcome:
-        """What was decided in this run so far."""
-        return outcome_of(self.host.state)
 
     def begin(self) -> None:
         """At the start of training: give callbacks, evaluations and rollback what the resumed checkpoint knows."""
@@ -253,7 +96,7 @@ class GuardedRun:
 
     def conclude(self, output: Any) -> Any:
         """Note how the run ended; return what ``train()`` returns."""
-        gave_up = self.rollback is not None and self.rollback.error is not None
+        gave_up = self.rollback_in_step.has_failed
         return self.ending.conclude(
             output, self.outcome, gave_up=gave_up, interrupted_by=self.interruption.by
         )
@@ -262,7 +105,7 @@ class GuardedRun:
         """At the end of training: report the best checkpoints, and which one a stopped run should be resumed from."""
         if self.ranks.rank != 0:
             return
-        if self.checkpoints.is_active and (self.rollback is None or self.rollback.error is None):
+        if self.checkpoints.is_active and not self.rollback_in_step.has_failed:
             report_end(self.host.state, self.outcome, self.checkpoints.ledger)
         if self.checkpoints.preserves_best:
             key = with_eval_prefix(self.options.best_model_metric)
@@ -278,8 +121,7 @@ class GuardedRun:
 
     def warn_of_weights(self) -> None:
         """Before the model is saved: warn if it holds the weights of a run that a detector stopped."""
-        failed = self.rollback is not None and self.rollback.error is not None
-        if self.loaded is None and self.ranks.rank == 0 and not failed:
+        if self.loaded is None and self.ranks.rank == 0 and not self.rollback_in_step.has_failed:
             warn_of_diverged_weights(self.host.state, self.outcome, self.checkpoints.ledger)
 
     # ---- one step
@@ -289,8 +131,7 @@ class GuardedRun:
         if self.comparison is None:
             return
         self.comparison.begin_step()
-        if self.rollback is not None:
-            self.rollback.begin_step()
+        self.rollback_in_step.begin_step()
 
     def end_micro_batch(self, loss: Any) -> None:
         """After the backward pass of a micro-batch: take its loss."""
@@ -325,16 +166,13 @@ class GuardedRun:
         self.suspects.follow()
         try:
             with self._together(step):
-                if self.rollback is None:
-                    host_acts()
-                else:
-                    self.rollback.end_step(
-                        host_acts,
-                        model,
-                        tr_loss,
-                        losses_delivered=losses_delivered,
-                        save_was_due=save_was_due,
-                    )
+                self.rollback_in_step.end_step(
+                    host_acts,
+                    model,
+                    tr_loss,
+                    losses_delivered=losses_delivered,
+                    save_was_due=save_was_due,
+                )
         finally:
             self.suspects.follow()
             # After the save: killed before it, the run resumes from before a rollback, and repeats it.
@@ -367,12 +205,6 @@ class GuardedRun:
             f"The evaluation or save of step {step}", lambda: due or self._acts_jointly
         )
 
-    def _forget_after(self, target_step: int) -> None:
-        """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
-        self.evaluations.forget_after(self.host.state, target_step)
-        if self.checkpoints.preserves_best:
-            self.checkpoints.point_to_best()
-
     # ---- evaluation
 
     def evaluated(self, step: int, metrics: dict[str, float] | None) -> None:
@@ -384,8 +216,8 @@ class GuardedRun:
 
     def is_new_best(self, metrics: dict[str, float], ask_host: Callable[[], bool]) -> bool:
         """Return whether an evaluation is the best; with ``save_strategy="best"`` this decides on the save."""
-        rollback, outcome = self.rollback, self.outcome
-        if outcome.rollback_request is not None or (rollback is not None and rollback.saves_suspended):
+        rollback, outcome = self.rollback_in_step, self.outcome
+        if outcome.rollback_request is not None or rollback.saves_suspended:
             return False
         self.suspects.follow()
         if outcome.suspect_since is not None:
@@ -396,7 +228,7 @@ class GuardedRun:
         stops = outcome.finding is not None and self.host.control.should_save
         if self.interruption.by is not None:
             return True
-        return is_best or stops or (rollback is not None and rollback.save_pending)
+        return is_best or stops or rollback.save_pending
 
     # ---- saving
 
@@ -423,17 +255,15 @@ class GuardedRun:
     def _save(self, write: Callable[[], None], note_best: Callable[[dict[str, float]], object]) -> bool:
         # A save outside of the end of a step, as on SIGTERM: what it keeps of the detectors must be up to date.
         self.losses.deliver(self.host)
-        outcome, rollback = self.outcome, self.rollback
-        if not outcome.may_save or (rollback is not None and rollback.saves_suspended):
+        outcome, rollback = self.outcome, self.rollback_in_step
+        if not outcome.may_save or rollback.saves_suspended:
             return False
         if not self.checkpoints.is_active:
             write()
             self.host.rotate_after_own_save(self._run_dir)
             return True
         self.suspects.follow()
-        saves_rollback = rollback is not None and rollback.save_pending
-        if rollback is not None:
-            rollback.save_pending = False
+        saves_rollback, rollback.save_pending = rollback.save_pending, False
         step, evaluations = self.host.state.global_step, self.evaluations
         running_loss = self.running_loss.collect()
 
@@ -454,7 +284,7 @@ class GuardedRun:
 
     def _is_known(self, step: int) -> bool:
         """Return whether what is saved now are the weights of a checkpoint that is ranked already."""
-        event = None if self.rollback is None else self.rollback.last_event
+        event = self.rollback_in_step.last_event
         if event is None or event.step != step:
             return False
         ranked = {record.step for record in self.checkpoints.ledger.records if record.metric is not None}

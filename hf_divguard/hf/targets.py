@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
+from typing import Any
 
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.policy import Decision, RollbackPolicy, Target
+from hf_divguard.hf.callbacks import read_callback_states
+from hf_divguard.hf.host import Host
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.restore import restore_checkpoint, restore_snapshot
 from hf_divguard.hf.snapshots import Snapshots
 from hf_divguard.storage.integrity import verify_checkpoint
 from hf_divguard.storage.ledger import CheckpointLedger
+from hf_divguard.storage.quarantine import quarantine
 
 __all__ = ["RollbackTargets"]
 
@@ -18,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class RollbackTargets:
-    """Chooses the state to restore; remembers which weights each checkpoint holds.
+    """Chooses the state to restore, and restores it; remembers which weights each checkpoint holds.
 
     Args:
         ledger: The checkpoints of the run.
@@ -72,6 +78,56 @@ class RollbackTargets:
         """Remember that a checkpoint of ``step`` will hold the weights of ``target``."""
         self.origins = {kept: origin for kept, origin in self.origins.items() if kept <= target.step}
         self.origins[step] = target.origin
+
+    def restore(
+        self, target: Target, host: Host, ranks: Ranks, *, with_rng: bool, rate_factor: float
+    ) -> dict[str, Any]:
+        """Restore ``target`` on every rank, or on none.
+
+        Args:
+            target: The state.
+            host: The host.
+            ranks: The processes of the run.
+            with_rng: Also restore the random number generators.
+            rate_factor: By how much the learning rate has been lowered for good since then.
+
+        Returns:
+            The states of callbacks at that step.
+
+        Raises:
+            CheckpointError: On every rank, if one of them cannot; the weights are then as they were.
+        """
+        what = f"Rolling back to step {target.step}"
+        if target.is_snapshot:
+            snapshot = self._snapshots.of(target.step)
+            restore_snapshot(host, snapshot, ranks, with_rng=with_rng, rate_factor=rate_factor, what=what)
+            return snapshot.callbacks
+        path = self._ledger.path(target.step)
+        restore_checkpoint(host, path, ranks, with_rng=with_rng, rate_factor=rate_factor, what=what)
+        return read_callback_states(path) or {}
+
+    def quarantine_after(self, last_good: int, what_then: str, finding: Finding, *, leads: bool) -> None:
+        """Quarantine what was saved after the step ``last_good``, so that no resume takes it.
+
+        Args:
+            last_good: The step.
+            what_then: What became of the run, in words.
+            finding: Why.
+            leads: Whether this rank marks checkpoints on its file system.
+        """
+        onset = finding.onset_step
+        for step in self._ledger.quarantine_after(last_good):
+            if not leads:
+                continue
+            path = self._ledger.path(step)
+            try:
+                quarantine(
+                    path,
+                    reason=f"Training diverged from step {onset} on {what_then}: {finding.message}",
+                    onset_step=onset,
+                )
+            except OSError as error:
+                logger.warning("%s could not be quarantined (%s); do not resume from it.", path, error)
 
     def protected_steps(self, step: int, restored: set[int]) -> set[int]:
         """Return the steps that must not be deleted while an incident is open.

@@ -140,6 +140,6 @@ def compare_on_ranks(rank: int, folder: str) -> dict[str, Any]:
     cases["stopped"] = {**outcome_of(stopped), "cause": stopped.state.divguard_finding.cause}
     asked = DivergenceDetector(ScriptedRule({20: 18}), action="rollback")
     looked = run("looked into", [asked], **GUARDED)
-    cases["looked into"] = {**outcome_of(looked), "passes": looked._run.comparison.passes}
+    cases["looked into"] = {**outcome_of(looked), "passes": looked._run.comparison.looks.passes}
     cases["stock"] = {"weights": weights_hash(run("stock", []).model)}
     return cases

@@ -46,7 +46,7 @@ def asked(onsets: dict[int, int], action: str) -> DivergenceDetector:
 
 def passes(trainer: Any) -> int:
     """Return how many forward passes the comparisons of a run took."""
-    return int(trainer._run.comparison.passes)
+    return int(trainer._run.comparison.looks.passes)
 
 
 # ---- a healthy run

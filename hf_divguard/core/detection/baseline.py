@@ -218,6 +218,11 @@ class RobustBaseline(Stateful):
         return max(0.0, min(3.0 * steady, trail[0] - level - self.noise)) if third else 0.0
 
     @property
+    def best_or_center(self) -> float:
+        """The best level, or the center while there is none."""
+        return self.center if self.best is None else self.best
+
+    @property
     def is_policy_like(self) -> bool:
         """Whether the loss never fell by more than its noise and is best at zero, give or take that noise.
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from hf_divguard.core.detection.baseline import CERTAIN_NOISES, HUGE, PATIENCE, RobustBaseline, median
+from hf_divguard.core.detection.bounds import (
+    CLIMB_SPREADS,
+    JUMP_SHARE,
+    LEAST_PATIENCE,
+    RiseBounds,
+    rise_bounds,
+)
 from hf_divguard.core.detection.cusum import PULL, RiseCusum
 from hf_divguard.core.detection.gradients import Gradients
 from hf_divguard.core.detection.surge import SURGE, Surge
@@ -17,35 +23,11 @@ __all__ = ["LossLevelMonitor"]
 
 # docs/detectors.md gives the source of each number.
 SILENT_VALUES = 5
-LEAST_PATIENCE = 4
-HISTORY_PER_PATIENCE = 10
 HISTORY_PER_SURGE = 3
 JUMP_SCORE = 8.0
 CLIMB_SCORE = 30.0
-JUMP_SHARE = 0.22
-FULL_SHARE = 0.4
-JUMP_SPREADS = 3.0
-CLIMB_SPREADS = 10.0
-LEAST_SPREADS = 0.3
-FEW_VALUES = 50
-JUMP_MOVEMENTS = 2.0
-CLIMB_MOVEMENTS = 5.0
-RECOVERED_FACTOR = 1.5
 SLOW_RISE = 20
 PLATEAU_RATIO = 8
-RESOLUTION = 0.01
-
-
-class _Bounds(NamedTuple):
-    """What a rise has to reach at this value to matter."""
-
-    progress: float
-    is_unlearnt: bool
-    jump: float
-    climb: float
-    jump_scale: float
-    climb_scale: float
-    weight: float
 
 
 @dataclass
@@ -137,7 +119,8 @@ class LossLevelMonitor(Stateful):
             if value <= level.upper:
                 self._accept(step, value, gradient, math.inf)
             return None
-        bounds, center, best = self._bounds(), level.center, _or_center(level)
+        bounds = rise_bounds(level, self._recovered, gap=self._gap, sensitivity=self.sensitivity)
+        center, best = level.center, level.best_or_center
         kind = self._judge_jump(step, value, bounds, center)
         kind = kind or self._judge_climb(step, value, bounds, best) or self._judge_plateau()
         note = self._spike(step, value, bounds) if len(self._jump.values) == 1 else None
@@ -149,51 +132,7 @@ class LossLevelMonitor(Stateful):
             self._accept(step, value, gradient, best + 0.25 * bounds.climb)
         return finding
 
-    def _bounds(self) -> _Bounds:
-        """Return what matters now: shares of the progress, spreads of the noise, rises that recovered."""
-        level, progress, spread, size = (
-            self.level,
-            self.level.progress,
-            self.level.spread,
-            abs(self.level.center),
-        )
-        few = max(1.0, FEW_VALUES / level.count)
-        # Without certain progress there is nothing to lose: then a rise is measured by the size of the loss itself.
-        unlearnt = 1.0 / (1.0 + min(1e6, progress / spread) ** 2) if spread > 0.0 else float(progress <= 0.0)
-        jump = max(
-            RESOLUTION * size,
-            JUMP_SHARE * progress,
-            FULL_SHARE * unlearnt * size,
-            JUMP_MOVEMENTS * level.movement,
-            _spreads(JUMP_SPREADS * few, progress, spread),
-        )
-        climb = max(
-            RESOLUTION * size,
-            FULL_SHARE * progress,
-            SURGE**2 * abs(_or_center(level)) if unlearnt > 0.5 else 0.0,
-            CLIMB_MOVEMENTS * level.movement_at_best,
-            _spreads(CLIMB_SPREADS * few, progress, level.spread_at_best),
-        )
-        # A rise like one that recovered may recover too; losing all that was learnt is reported all the same, except
-        # at the start, where that is little.
-        recovered = min(RECOVERED_FACTOR * self._recovered, level.reach if few > 1.0 else progress)
-        jump, climb = max(jump, recovered) / self.sensitivity, max(climb, recovered) / self.sensitivity
-        # For a constant so far the scale is known from its size alone.
-        scale = max(FULL_SHARE * progress, spread / 2.563) or max(RESOLUTION * size, 1e-300)
-        patience = max(
-            LEAST_PATIENCE, -(-PATIENCE // self._gap), min(PATIENCE, level.count / HISTORY_PER_PATIENCE)
-        )
-        return _Bounds(
-            progress=progress,
-            is_unlearnt=unlearnt > 0.5,
-            jump=jump or scale,
-            climb=climb or scale,
-            jump_scale=scale,
-            climb_scale=max(0.1 * progress, 2.0 * level.noise) or scale,
-            weight=PATIENCE / patience,
-        )
-
-    def _judge_jump(self, step: int, value: float, bounds: _Bounds, center: float) -> Kind | None:
+    def _judge_jump(self, step: int, value: float, bounds: RiseBounds, center: float) -> Kind | None:
         rise, was_rising = self._jump, self._jump.score > 0.0
         rise.add(step, value, (value - self.level.upper) / bounds.jump_scale, bounds.weight)
         if self._is_surge(value - center, bounds, center):
@@ -220,7 +159,7 @@ class LossLevelMonitor(Stateful):
             self._take_back()
         return None
 
-    def _is_surge(self, height: float, bounds: _Bounds, center: float) -> bool:
+    def _is_surge(self, height: float, bounds: RiseBounds, center: float) -> bool:
         """Return whether the last values in a row lie so far above all before that few of them are enough."""
         reach = max(self.level.reach, abs(center), self._surge.highest, 1e-300)
         reach *= SURGE if bounds.is_unlearnt else 1.0
@@ -237,7 +176,7 @@ class LossLevelMonitor(Stateful):
         is_extreme = self._surge.last >= SURGE * reach
         return is_extreme or not self._is_recovering(self._jump, center, bounds.jump, bounds)
 
-    def _judge_climb(self, step: int, value: float, bounds: _Bounds, best: float) -> Kind | None:
+    def _judge_climb(self, step: int, value: float, bounds: RiseBounds, best: float) -> Kind | None:
         climb = self._climb
         climb.add(step, value, (value - best - bounds.climb) / bounds.climb_scale, bounds.weight)
         if climb.score < CLIMB_SCORE / self.sensitivity or self._is_open or self.level.is_policy_like:
@@ -257,7 +196,7 @@ class LossLevelMonitor(Stateful):
             return None
         return "plateau" if lost >= JUMP_SHARE / self.sensitivity * gained else None
 
-    def _is_recovering(self, rise: RiseCusum, base: float, need: float, bounds: _Bounds) -> bool:
+    def _is_recovering(self, rise: RiseCusum, base: float, need: float, bounds: RiseBounds) -> bool:
         pull = self.gradients.pull(len(rise.values))
         return rise.is_recovering(base, need, bounds.progress, pull, bounds.weight)
 
@@ -284,7 +223,7 @@ class LossLevelMonitor(Stateful):
 
     # ---- findings
 
-    def _spike(self, step: int, value: float, bounds: _Bounds) -> Finding | None:
+    def _spike(self, step: int, value: float, bounds: RiseBounds) -> Finding | None:
         limit = self.level.upper + max(bounds.jump, CLIMB_SPREADS * 0.5 * self.level.spread)
         if value < limit or self._is_open:
             return None
@@ -296,8 +235,8 @@ class LossLevelMonitor(Stateful):
         evidence = {"baseline": self.sign * self.level.center, "spread": self.level.spread}
         return self._finding("spike", "note", (step, step), (value, limit), message, evidence)
 
-    def _level_finding(self, kind: Kind, step: int, value: float, bounds: _Bounds) -> Finding:
-        level, best = self.level, _or_center(self.level)
+    def _level_finding(self, kind: Kind, step: int, value: float, bounds: RiseBounds) -> Finding:
+        level, best = self.level, self.level.best_or_center
         up, climbed, sign = ("up", "climbed", 1.0) if self.sign > 0 else ("down", "fallen", -1.0)
         if kind == "jump":
             before, now, limit = level.center, self._jump.late_level(), level.center + bounds.jump
@@ -349,18 +288,6 @@ class LossLevelMonitor(Stateful):
         )
 
 
-def _or_center(level: RobustBaseline) -> float:
-    """Return the best level, or the center while there is none."""
-    return level.center if level.best is None else level.best
-
-
 def _after(last_good: int | None, step: int) -> int:
     """Return the first step that may be bad, at most ``step``."""
     return step if last_good is None else min(step, last_good + 1)
-
-
-def _spreads(factor: float, progress: float, spread: float) -> float:
-    """Return how high a rise must be in spreads: the larger the progress, the fewer spreads."""
-    if spread <= 0.0:
-        return 0.0
-    return max(LEAST_SPREADS, factor / (1.0 + min(1e6, progress / spread) ** 2)) * spread

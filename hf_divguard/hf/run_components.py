@@ -1,0 +1,187 @@
+"""The parts of one guarded ``train()`` call: made and switched on at its start, switched off on every way out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+from hf_divguard.core.outcome import RunOutcome
+from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
+from hf_divguard.hf.callbacks import RunCallbacks, is_stateful
+from hf_divguard.hf.comparison import Comparison
+from hf_divguard.hf.comparison_of_run import make_comparison
+from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.detectors import DivergenceDetector
+from hf_divguard.hf.ending import Ending
+from hf_divguard.hf.evaluation import Evaluations
+from hf_divguard.hf.folder_locks import FolderLocks
+from hf_divguard.hf.host import Host
+from hf_divguard.hf.losses import StepLosses
+from hf_divguard.hf.options.saving import asks_for_safe_saves
+from hf_divguard.hf.options.values import signals_of
+from hf_divguard.hf.policy_gradients import policy_gradient_class
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.reports import RunJournal
+from hf_divguard.hf.rollback import Rollback
+from hf_divguard.hf.rollback_in_step import RollbackInStep
+from hf_divguard.hf.run_events import RunEvents
+from hf_divguard.hf.running_loss import RunningLoss
+from hf_divguard.hf.saving import Checkpoints
+from hf_divguard.hf.signals import Interruption
+from hf_divguard.hf.skipping import NonFiniteUpdates
+from hf_divguard.hf.suspects import Suspects
+
+__all__ = ["RunComponents", "saves_checkpoints_itself"]
+
+
+def saves_checkpoints_itself(options: Any, callbacks: Iterable[Any]) -> bool:
+    """Return whether checkpoints are saved by us: for an option, or for a callback that has a state."""
+    return asks_for_safe_saves(options) or any(map(is_stateful, callbacks))
+
+
+class RunComponents:
+    """The components of one ``train()`` call, connected with each other; a context manager.
+
+    Whatever it switches on is switched back on every way out, a failing start included.
+
+    Args:
+        host: The host.
+        options: The options.
+        run_dir: Folder that gets the checkpoints.
+        resumed_from: Checkpoint that training resumes from, if any.
+        initial_states: State of each stateful callback before its first training.
+        locks: The folders that this training holds already, and for how long.
+        resumes_newest: Whether it resumes from the newest checkpoint, not from one that was named.
+    """
+
+    callbacks: RunCallbacks
+    checkpoints: Checkpoints
+    evaluations: Evaluations
+    rollback: Rollback | None
+    comparison: Comparison | None
+    events: RunEvents
+    """Brings the events of the host to the run."""
+
+    def __init__(
+        self,
+        host: Host,
+        options: Any,
+        *,
+        run_dir: str,
+        resumed_from: str | None,
+        initial_states: dict[str, Any],
+        locks: FolderLocks | None = None,
+        resumes_newest: bool = False,
+    ) -> None:
+        self.host = host
+        self.options = options
+        self.is_training = False
+        self._run_dir = run_dir
+        self._resumed_from = resumed_from
+        self._initial_states = initial_states
+        self._locks = locks
+        self._resumes_newest = resumes_newest
+
+    def __enter__(self) -> RunComponents:
+        self._stack = contextlib.ExitStack()
+        try:
+            self._start(self._stack)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        host, options, args = self.host, self.options, self.host.args
+        self.ranks = Ranks(args.process_index, args.world_size)
+        # Policies are sampled from after each step, which fails with weights that are not finite.
+        check_steps = 1 if policy_gradient_class(host.trainer) else options.divguard_check_steps
+        self.losses = StepLosses(check_steps, args.world_size)
+        stack.callback(self.losses.close)
+        has_detector = any(isinstance(each, DivergenceDetector) for each in host.callbacks)
+        self.skipping = NonFiniteUpdates(
+            host,
+            self.ranks,
+            is_wanted=has_detector and options.divguard_skip_nonfinite,
+            max_in_a_row=options.divguard_max_skipped_in_a_row,
+        )
+        self.callbacks = RunCallbacks(host, stack, self.losses, self.skipping, self._initial_states)
+        self.running_loss = RunningLoss(host, self.ranks)
+        is_active = saves_checkpoints_itself(options, self.callbacks.stateful.values())
+        locks = self._locks or stack.enter_context(FolderLocks())
+        locks.hold(self._run_dir, self.ranks, create=is_active)
+        self.checkpoints = Checkpoints(
+            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=is_active
+        )
+        self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
+        ledger = self.checkpoints.ledger
+        self.journal = self.skipping.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
+        if self.skipping.is_on:
+            self.losses.subscribe(self.skipping)
+        self.snapshots, self.comparison = make_comparison(
+            host, options, self.ranks, self.journal, list(self.detectors.values())
+        )
+        if self.comparison is not None:
+            self.losses.subscribe(self.comparison)
+        self.ending = Ending(
+            host,
+            self.ranks,
+            self.checkpoints.ledger,
+            self._resumed_from,
+            resumes_newest=self._resumes_newest,
+            is_active=is_active,
+        )
+        self.interruption = Interruption(host, self.ranks, signals_of(options.divguard_save_on_signal))
+        self.interruption.listen(stack)
+        self.suspects = Suspects(host, self.checkpoints, self.evaluations, self.journal, self.detectors)
+        self.rollback = self._make_rollback()
+        self.rollback_in_step = RollbackInStep(host, self.ranks, self.rollback)
+        self.checkpoints.pending_since = self.suspects.pending_since
+        if self.rollback is not None:
+            self.losses.subscribe(self.rollback)
+            self.checkpoints.protected_steps = self.rollback.protected_steps
+        host.callbacks.append(self.events)
+        stack.callback(lambda: host.callbacks.remove(self.events))
+        self.is_training = True
+        stack.callback(lambda: setattr(self, "is_training", False))
+
+    def _make_rollback(self) -> Rollback | None:
+        detectors = self.detectors
+        rolling_back = [each for each in detectors.values() if each.action == "rollback"]
+        if not rolling_back:
+            return None
+        adaptive = [each for each in rolling_back if isinstance(each, AdaptiveDivergenceDetector)]
+        return Rollback(
+            self.host,
+            self.options,
+            ledger=self.checkpoints.ledger,
+            ranks=self.ranks,
+            journal=self.journal,
+            leads=self.checkpoints.leads,
+            snapshots=self.snapshots,
+            comparison=self.comparison,
+            detectors=detectors,
+            watches_damage=any(each.takes_raw_losses for each in adaptive),
+            on_rewind=self._forget_after,
+        )
+
+    @property
+    def detectors(self) -> dict[str, DivergenceDetector]:
+        """The detectors by the names under which their states are kept."""
+        named = self.callbacks.stateful.items()
+        return {name: each for name, each in named if isinstance(each, DivergenceDetector)}
+
+    @property
+    def outcome(self) -> RunOutcome:
+        """What was decided in this run so far."""
+        return outcome_of(self.host.state)
+
+    def _forget_after(self, target_step: int) -> None:
+        """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""
+        self.evaluations.forget_after(self.host.state, target_step)
+        if self.checkpoints.preserves_best:
+            self.checkpoints.point_to_best()
