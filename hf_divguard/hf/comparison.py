@@ -12,7 +12,7 @@ from hf_divguard.core.rollback.words import why
 from hf_divguard.hf.consequences import Consequences
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.looks import Looks
+from hf_divguard.hf.looks import WeightLooks
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.snapshots import Snapshots
@@ -48,7 +48,7 @@ class Comparison:
     ) -> None:
         self._host, self._ranks = host, ranks
         self.incident = Incident()
-        self.looks = Looks(host, ranks, snapshots, self.incident)
+        self.looks = WeightLooks(host, ranks, snapshots, self.incident)
         self._consequences = Consequences(
             host, ranks, journal, self.incident, action=action, margin_steps=margin_steps
         )

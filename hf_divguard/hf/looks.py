@@ -18,7 +18,7 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rows import suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
 
-__all__ = ["Looks"]
+__all__ = ["WeightLooks"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _BETWEEN = 3
 _LEARNT = 0.8
 
 
-class Looks:
+class WeightLooks:
     """Computes losses with kept and with present weights. All ranks call each method at the same step.
 
     Args:
