@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_divguard.errors import HistoryError
 from hf_divguard.storage.jsonio import parse_json
@@ -18,11 +18,11 @@ from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 __all__ = ["Entry", "History", "HistorySource", "read_history"]
 
 _MAX_BYTES = 256 << 20  # a week of logging every step
+_EXACT = 1 << 53
 _TEXT_NUMBERS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf, "+inf": math.inf, "-inf": -math.inf}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What was logged at one step: numbers by their log keys."""
 
     step: int
@@ -130,6 +130,8 @@ def _from_content(content: Any, name: str) -> History:
 
 def _number(value: Any) -> float | None:
     """Return ``value`` as a float; ``None`` if it is not a number and does not read like one."""
+    if value.__class__ is int and -_EXACT < value < _EXACT:
+        return float(value)
     if isinstance(value, str):
         text = value.strip().lower()
         if text in _TEXT_NUMBERS:
@@ -150,7 +152,11 @@ def _from_log(log: Sequence[Mapping[str, Any]], name: str) -> History:
     entries: list[Entry] = []
     without_step = trained = 0
     for logged in log:
-        values = {key: number for key, raw in logged.items() if (number := _number(raw)) is not None}
+        values = {
+            key: number
+            for key, raw in logged.items()
+            if (number := raw if raw.__class__ is float else _number(raw)) is not None
+        }
         step = values.pop("step", None)
         if step is None or not math.isfinite(step):
             without_step += 1

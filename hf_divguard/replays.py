@@ -13,7 +13,7 @@ from hf_divguard.core.detection.detector import Rule
 from hf_divguard.core.detection.registry import make_rule
 from hf_divguard.core.findings import Finding
 from hf_divguard.errors import HistoryError
-from hf_divguard.history import Entry, History, HistorySource, read_history
+from hf_divguard.history import History, HistorySource, read_history
 
 __all__ = ["ReplayedFindings", "replay"]
 
@@ -23,6 +23,9 @@ _RULE_OF_DETECTOR = {
     "DualWindowDivergenceDetector": "window",
     "NonFiniteDetector": "nonfinite",
 }
+
+
+_MOST_KINDS_OF_ENTRIES = 1000
 
 
 class ReplayedFindings(list[Finding]):
@@ -86,7 +89,9 @@ def replay(
     takes_gradients = "grad_norm" in inspect.signature(rule.observe).parameters and metric == "loss"
     findings: list[Finding] = []
     steps: list[int] = []
-    steps_decrease = False
+    steps_decrease = has_evaluations = False
+    observe: Any = rule.observe
+    evaluation_losses = _EvaluationLosses()
     for entry in read.entries:
         if steps and entry.step < steps[-1] and metric in entry.values:
             steps_decrease = True
@@ -95,17 +100,17 @@ def replay(
             steps.append(entry.step)
             value = entry.values[metric]
             if takes_gradients:
-                observe: Any = rule.observe
                 found = observe(entry.step, value, entry.values.get("grad_norm"))
             else:
-                found = rule.observe(entry.step, value)
-            findings += [found] if found else []
+                found = observe(entry.step, value)
+            if found:
+                findings.append(found)
         if observe_eval is not None:
-            for key in _evaluation_losses(entry):
+            for key in evaluation_losses[tuple(entry.values)]:
+                has_evaluations = True
                 if key != metric:
                     found = observe_eval(entry.step, entry.values[key], metric_key=key)
                     findings += [found] if found else []
-    has_evaluations = observe_eval is not None and any(_evaluation_losses(entry) for entry in read.entries)
     if not steps and not (has_evaluations and metric == "loss"):
         keys = sorted({key for entry in read.entries for key in entry.values})
         raise HistoryError(f"The history holds no `{metric}`. Its keys are: {', '.join(keys)}.")
@@ -131,10 +136,15 @@ def _rule_of(detector: Any, metric_key: str, params: dict[str, Any]) -> Rule:
     return rule
 
 
-def _evaluation_losses(entry: Entry) -> list[str]:
-    """Return the keys of evaluation losses: ``eval_loss``, and ``eval_<set>_loss`` of each set."""
-    sets = [f"{key.removesuffix('_runtime')}_loss" for key in entry.values if key.endswith("_runtime")]
-    return [key for key in entry.values if key == "eval_loss" or (key.startswith("eval_") and key in sets)]
+class _EvaluationLosses(dict[tuple[str, ...], list[str]]):
+    """The keys of evaluation losses among the keys of an entry: ``eval_loss``, and ``eval_<set>_loss`` of each set."""
+
+    def __missing__(self, keys: tuple[str, ...]) -> list[str]:
+        sets = [f"{key.removesuffix('_runtime')}_loss" for key in keys if key.endswith("_runtime")]
+        losses = [key for key in keys if key == "eval_loss" or (key.startswith("eval_") and key in sets)]
+        if len(self) < _MOST_KINDS_OF_ENTRIES:
+            self[keys] = losses
+        return losses
 
 
 def _notes(

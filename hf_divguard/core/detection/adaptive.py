@@ -164,6 +164,8 @@ class AdaptiveRule(Stateful):
             watch.gradients.see(gradient)
         explosion = watch.gradients.judge(step)
         rise = watch.observe(step, watch.sign * max(-HUGE, min(HUGE, value)), gradient)
+        if finding is None and rise is None and explosion is None:
+            return None
         found = [entry for entry in (finding, rise, explosion) if entry is not None]
         return max(found, key=lambda entry: SEVERITIES.index(entry.severity), default=None)
 

@@ -40,6 +40,9 @@ _MEDIAN_ERROR = 1.2533  # spread of a median of n is this over sqrt(n): sqrt(pi 
 _NORMAL_EDGE = 1.2816  # 0.9 quantile
 _EDGE_DIFFERENCE = 1.645 * math.sqrt(2.0)  # 0.9 quantile of |a - b|
 
+# Up to so many changes it is faster to sort them in one by one.
+_FEW_CHANGES = 8
+
 HUGE: Final = 1e300
 """Larger numbers are cut to this, so that differences stay finite."""
 
@@ -70,24 +73,56 @@ class SortedWindow(deque[float]):
     def __init__(self, values: Iterable[float] = ()) -> None:
         super().__init__(values)
         self._sorted = sorted(self)
+        self._added: list[float] = []
+        self._dropped: list[float] = []
 
     def push(self, value: float, size: int) -> None:
         """Add a value, then drop the oldest until ``size`` are left."""
-        ordered = self._sorted
+        ordered = self.ordered
         self.append(value)
         insort(ordered, value)
         while len(ordered) > size:
             del ordered[bisect_left(ordered, self.popleft())]
 
+    def push_unsorted(self, value: float, size: int) -> None:
+        """Do the same where quantiles are seldom asked for: the next one puts the window in order."""
+        self.append(value)
+        self._added.append(value)
+        while len(self) > size:
+            self._dropped.append(self.popleft())
+
     @property
-    def largest(self) -> float:
-        """The largest value; 0 if there is none."""
-        return self._sorted[-1] if self._sorted else 0.0
+    def ordered(self) -> list[float]:
+        """The values from the smallest to the largest."""
+        if self._added:
+            self._put_in_order()
+        return self._sorted
+
+    def _put_in_order(self) -> None:
+        added, dropped = self._added, self._dropped
+        if len(added) > _FEW_CHANGES:
+            self._sorted = sorted(self)
+        else:
+            ordered = self._sorted
+            for value in added:
+                insort(ordered, value)
+            for value in dropped:
+                del ordered[bisect_left(ordered, value)]
+        added.clear()
+        dropped.clear()
 
     def quantile(self, share: float) -> float:
         """Return the value below which a ``share`` (under 1) of the window lies; 0 if it is empty."""
-        ordered = self._sorted
+        ordered = self.ordered
         return ordered[int(share * len(ordered))] if ordered else 0.0
+
+
+def _places(n: int) -> tuple[int, int, int]:
+    """Return where the middle and the upper and the lower edge of ``n`` values in order are."""
+    return int(0.5 * n), int((1.0 - EDGE) * n), int(EDGE * n)
+
+
+_FULL_PLACES = _places(LONGEST_WINDOW)
 
 
 @dataclass
@@ -104,7 +139,8 @@ class RobustBaseline(Stateful):
     and tails together. Until the window is full, what a falling trend adds to them is left
     out. ``reach`` is the distance from the highest value in the window, or the first ones,
     to the lowest. ``progress`` is how far the level has certainly fallen since the first
-    values, ``initial``; it is never negative.
+    values, ``initial``; it is never negative. ``is_full`` tells that the window has its full
+    length, which it then keeps, as does all that is taken from it.
 
     Example:
         >>> level = RobustBaseline()
@@ -116,8 +152,8 @@ class RobustBaseline(Stateful):
     """
 
     count: int = memory(0)
-    noise: float = memory(0.0)
-    movement: float = memory(0.0)
+    _noise: float = memory(0.0)
+    _movement: float = memory(0.0)
     best: float | None = memory(None)
     spread_at_best: float = memory(0.0)
     movement_at_best: float = memory(0.0)
@@ -134,17 +170,28 @@ class RobustBaseline(Stateful):
     _levels: deque[float] = memory(deque)
 
     def __post_init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._knows_noise = True
+        self._learn_start()
         self._measure()
+
+    def _learn_start(self) -> None:
+        # The mean of the lowest so far: the first value counts most, an early outlier does not.
+        self.initial = sum(accumulate(self._first, min)) / max(1, len(self._first))
 
     def see(self, value: float) -> None:
         """Count a finite value, whether it is in the normal range or not."""
         self.count += 1
         if len(self._first) < FIRST_VALUES:
             self._first.append(value)
-        if len(self.lowest) < 2:
-            self.lowest = sorted([*self.lowest, (value, self.count)])
-        elif value < self.lowest[1][0]:
-            self.lowest = sorted([self.lowest[0], (value, self.count)])
+            self._learn_start()
+        lowest = self.lowest
+        if len(lowest) < 2:
+            self.lowest = sorted([*lowest, (value, self.count)])
+        elif value < lowest[1][0]:
+            self.lowest = sorted([lowest[0], (value, self.count)])
 
     @property
     def size(self) -> int:
@@ -153,26 +200,32 @@ class RobustBaseline(Stateful):
 
     def accept(self, value: float) -> None:
         """Let a value into the baseline."""
-        size = self.size
+        is_full = self.is_full
+        size, width = (LONGEST_WINDOW, PATIENCE) if is_full else (self.size, self._level_width())
         self._window.push(value, size)
-        self._trail.append(value if self.level is None else self.level)
-        while len(self._trail) > len(self._window):
-            self._trail.popleft()
-        if len(self._last) == 2:
+        if not is_full:
+            self._follow_trend(value)
+        last, recent = self._last, self._recent
+        if len(last) == 2:
             # The distance of a value from the mean of its neighbours: a steady trend adds nothing to it.
-            bend = abs(self._last[1] - 0.5 * self._last[0] - 0.5 * value)
-            self._differences.push(min(bend, HUGE), max(NOISE_WINDOW, size))
-            self.noise = self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE
-        self._last.append(value)
-        width = max(3, min(PATIENCE, self.count // LEVEL_SHARE))
-        recent = self._recent
+            bend = abs(last[1] - 0.5 * last[0] - 0.5 * value)
+            self._differences.push_unsorted(
+                bend if bend < HUGE else HUGE, size if is_full else max(NOISE_WINDOW, size)
+            )
+        last.append(value)
         recent.append(value)
         while len(recent) > width:
             recent.popleft()
+        self._knows_noise = False
+        level = self.level
         if len(recent) >= 3:
-            self.level = median(recent)
-            self._learn_movement(self.level, len(recent), size)
-            certain = self.level + _MEDIAN_ERROR * self.noise / math.sqrt(len(recent))
+            self.level = level = sorted(recent)[PATIENCE // 2] if is_full else median(recent)
+            self._learn_move(level, len(recent), size)
+        if not is_full:
+            self._learn_noise()  # the widths may change with the next value
+        if level is not None and (self.best is None or level < self.best):
+            # What is certain lies above the level, by the noise.
+            certain = level + _MEDIAN_ERROR * self.noise / math.sqrt(len(recent))
             if self.best is None or certain < self.best:
                 self.best = certain
                 self._measure()
@@ -181,34 +234,81 @@ class RobustBaseline(Stateful):
                 return
         self._measure()
 
-    def _learn_movement(self, level: float, width: int, size: int) -> None:
-        """Learn how far the level moves, beyond noise, while the values it is taken from are replaced."""
+    def _level_width(self) -> int:
+        return max(3, min(PATIENCE, self.count // LEVEL_SHARE))
+
+    def _follow_trend(self, value: float) -> None:
+        """Remember the levels in a window that is not full; nobody asks for them later."""
+        self._trail.append(value if self.level is None else self.level)
+        while len(self._trail) > len(self._window):
+            self._trail.popleft()
+        if self.is_full:
+            self._trail.clear()
+
+    def _learn_move(self, level: float, width: int, size: int) -> None:
+        """Note how far the level has moved while the values it is taken from were replaced."""
         levels = self._levels
         levels.append(level)
         while len(levels) > width + 1:
             levels.popleft()
-        if len(levels) <= width:
+        if len(levels) > width:
+            move = abs(level - levels[0])
+            self._moves.push_unsorted(move if move < HUGE else HUGE, size)
+
+    def _learn_noise(self) -> None:
+        """Derive the noise, and how far the level moves beyond it, from the values since it was last done."""
+        self._knows_noise = True
+        if self._differences:
+            self._noise = self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE
+        width = len(self._recent)
+        if width < 3 or len(self._levels) <= width:
             return
-        self._moves.push(min(abs(level - levels[0]), HUGE), size)
         move = self._moves.quantile(1.0 - EDGE)
-        by_noise = _EDGE_DIFFERENCE * _MEDIAN_ERROR * self.noise / math.sqrt(width)
-        self.movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
+        by_noise = _EDGE_DIFFERENCE * _MEDIAN_ERROR * self._noise / math.sqrt(width)
+        self._movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
+
+    @property
+    def noise(self) -> float:
+        """Spread of the noise of one value."""
+        if not self._knows_noise:
+            self._learn_noise()
+        return self._noise
+
+    @property
+    def movement(self) -> float:
+        """How far the level moves, beyond noise, while the values it is taken from are replaced."""
+        if not self._knows_noise:
+            self._learn_noise()
+        return self._movement
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as strict JSON values, without settings."""
+        if not self._knows_noise:
+            self._learn_noise()
+        return super().state_dict()
 
     def _measure(self) -> None:
         """Derive from the window what is asked for at every value."""
-        window = self._window
-        self.center, self.upper, self.lower = map(window.quantile, (0.5, 1.0 - EDGE, EDGE))
+        ordered = self._window.ordered or [0.0]
+        n = len(ordered)
+        self.is_full = n == LONGEST_WINDOW
+        middle, high, low = _FULL_PLACES if self.is_full else _places(n)
+        self.center, self.upper, self.lower = ordered[middle], ordered[high], ordered[low]
         self.spread = self.upper - self.lower
-        # The mean of the lowest so far: the first value counts most, an early outlier does not.
-        self.initial = sum(accumulate(self._first, min)) / max(1, len(self._first))
-        self.reach = max(self.initial, window.largest) - window.quantile(0.0)
-        if self.level is not None and len(window) < LONGEST_WINDOW:
-            # A falling trend is no noise, and its early values are no upper edge.
-            fall = self._fall(self.level)
-            self.spread = max(self.spread - fall, min(self.spread, 2.0 * _NORMAL_EDGE * self.noise))
-            self.upper = min(self.upper, max(self.upper - fall, self.level + 0.5 * self.spread))
-            self.center = min(self.center, max(self.center - fall, self.level))
-        self.progress = 0.0 if self.best is None else max(0.0, self.initial - self.best)
+        highest = ordered[-1]
+        self.reach = (self.initial if self.initial > highest else highest) - ordered[0]
+        if not self.is_full:
+            self._leave_out_trend()
+        self.progress = 0.0 if self.best is None or self.best >= self.initial else self.initial - self.best
+
+    def _leave_out_trend(self) -> None:
+        """Correct a window that is not full: a falling trend is no noise, and its early values are no upper edge."""
+        if self.level is None:
+            return
+        fall = self._fall(self.level)
+        self.spread = max(self.spread - fall, min(self.spread, 2.0 * _NORMAL_EDGE * self.noise))
+        self.upper = min(self.upper, max(self.upper - fall, self.level + 0.5 * self.spread))
+        self.center = min(self.center, max(self.center - fall, self.level))
 
     def _fall(self, level: float) -> float:
         """Return how far the level has steadily fallen within the window: 0 unless each third lies below the last."""
@@ -234,9 +334,9 @@ class RobustBaseline(Stateful):
     def reset(self) -> None:
         """Forget everything that was observed."""
         super().reset()
-        self._measure()
+        self._start()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a memory that ``state_dict`` returned."""
         super().load_state_dict(state_dict)
-        self._measure()
+        self._start()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from hf_divguard.core.detection.baseline import PATIENCE, RobustBaseline
 from hf_divguard.core.detection.surge import SURGE
 
-__all__ = ["CLIMB_SPREADS", "JUMP_SHARE", "LEAST_PATIENCE", "RiseBounds", "rise_bounds"]
+__all__ = ["CLIMB_SPREADS", "JUMP_SHARE", "LEAST_PATIENCE", "RiseBounds", "climb_bound", "rise_bounds"]
 
 # docs/detectors.md gives the source of each number.
 JUMP_SHARE = 0.22
@@ -57,8 +57,7 @@ def rise_bounds(level: RobustBaseline, recovered: float, *, gap: int, sensitivit
     """
     progress, spread, size = level.progress, level.spread, abs(level.center)
     few = max(1.0, FEW_VALUES / level.count)
-    # Without certain progress there is nothing to lose: then a rise is measured by the size of the loss itself.
-    unlearnt = 1.0 / (1.0 + min(1e6, progress / spread) ** 2) if spread > 0.0 else float(progress <= 0.0)
+    unlearnt = _unlearnt(progress, spread)
     jump = max(
         RESOLUTION * size,
         JUMP_SHARE * progress,
@@ -66,13 +65,7 @@ def rise_bounds(level: RobustBaseline, recovered: float, *, gap: int, sensitivit
         JUMP_MOVEMENTS * level.movement,
         _spreads(JUMP_SPREADS * few, progress, spread),
     )
-    climb = max(
-        RESOLUTION * size,
-        FULL_SHARE * progress,
-        SURGE**2 * abs(level.best_or_center) if unlearnt > 0.5 else 0.0,
-        CLIMB_MOVEMENTS * level.movement_at_best,
-        _spreads(CLIMB_SPREADS * few, progress, level.spread_at_best),
-    )
+    climb = climb_bound(level)
     # A rise like one that recovered may recover too; losing all that was learnt is reported all the same, except
     # at the start, where that is little.
     recovered = min(RECOVERED_FACTOR * recovered, level.reach if few > 1.0 else progress)
@@ -89,6 +82,26 @@ def rise_bounds(level: RobustBaseline, recovered: float, *, gap: int, sensitivit
         climb_scale=max(0.1 * progress, 2.0 * level.noise) or scale,
         weight=PATIENCE / patience,
     )
+
+
+def climb_bound(level: RobustBaseline) -> float:
+    """Return how high a climb must be at a sensitivity of 1, whatever has recovered."""
+    few = max(1.0, FEW_VALUES / level.count)
+    return max(
+        RESOLUTION * abs(level.center),
+        FULL_SHARE * level.progress,
+        SURGE**2 * abs(level.best_or_center) if _unlearnt(level.progress, level.spread) > 0.5 else 0.0,
+        CLIMB_MOVEMENTS * level.movement_at_best,
+        _spreads(CLIMB_SPREADS * few, level.progress, level.spread_at_best),
+    )
+
+
+def _unlearnt(progress: float, spread: float) -> float:
+    """Return a share: 1 where no progress is certain, so that there is nothing to lose, and 0 where much is.
+
+    With nothing to lose a rise is measured by the size of the loss itself.
+    """
+    return 1.0 / (1.0 + min(1e6, progress / spread) ** 2) if spread > 0.0 else float(progress <= 0.0)
 
 
 def _spreads(factor: float, progress: float, spread: float) -> float:

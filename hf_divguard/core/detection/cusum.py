@@ -45,13 +45,18 @@ class RiseCusum(Stateful):
     values: list[float] = memory(list)
     _before: int | None = memory(None)
 
+    def rest(self, step: int) -> None:
+        """Take a value that lies below the bound while there is no evidence."""
+        # Values may be several steps apart: the first bad step is one of those after the last value.
+        self.onset_step = step if self._before is None else self._before + 1
+        if self.values:
+            self.values, self.peak, self.highest_score = [], 0.0, 0.0
+        self._before = step
+
     def add(self, step: int, value: float, share: float, weight: float = 1.0) -> None:
         """Take the next value, which lies ``share`` of a full distance above the bound."""
         if self.score == 0.0:
-            # Values may be several steps apart: the first bad step is one of those after the last value.
-            self.onset_step = step if self._before is None else self._before + 1
-            if self.values:
-                self.values, self.peak, self.highest_score = [], 0.0, 0.0
+            self.rest(step)
         self._before = step
         share = 1.0 if share > 1.0 else -1.0 if share < -1.0 else share
         self.score = max(0.0, self.score + weight * (share - DRIFT))

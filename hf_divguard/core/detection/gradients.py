@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 from hf_divguard.core.detection.baseline import HUGE, PATIENCE, SortedWindow, median
 from hf_divguard.core.findings import Finding
@@ -41,6 +42,20 @@ class Gradients(Stateful):
     _large_since: int | None = memory(None)
     _exploding: bool = memory(False)
 
+    def __post_init__(self) -> None:
+        # Not above any norm in the baseline.
+        self._lowest = 0.0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a memory that ``state_dict`` returned."""
+        super().load_state_dict(state_dict)
+        self._lowest = 0.0
+
+    def reset(self) -> None:
+        """Forget everything that was observed."""
+        super().reset()
+        self._lowest = 0.0
+
     def see(self, norm: float) -> None:
         """Take a finite gradient norm."""
         self._last.append(min(norm, HUGE))
@@ -48,7 +63,10 @@ class Gradients(Stateful):
 
     def accept(self, norm: float, size: int) -> None:
         """Let the gradient norm of a loss in the normal range into the baseline; keep ``size`` of them."""
-        self._baseline.push(min(norm, HUGE), size)
+        norm = min(norm, HUGE)
+        self._baseline.push_unsorted(norm, size)
+        if norm < self._lowest:
+            self._lowest = norm
 
     def pull(self, count: int = LAST) -> float | None:
         """Return the median of the last norms, ``count`` of 3 to 5, over the baseline; ``None`` if unknown."""
@@ -59,7 +77,11 @@ class Gradients(Stateful):
 
     def is_large(self, norm: float) -> bool:
         """Return whether ``norm`` is 100 times the baseline."""
-        return self._seen >= 2 * PATIENCE and norm >= EXPLOSION * self._baseline.quantile(0.5)
+        if self._seen < 2 * PATIENCE or norm < EXPLOSION * self._lowest:
+            return False
+        ordered = self._baseline.ordered
+        self._lowest = ordered[0] if ordered else 0.0
+        return norm >= EXPLOSION * self._baseline.quantile(0.5)
 
     def forget_last(self) -> None:
         """Keep the baseline and drop the last norms: for after a rollback."""
@@ -70,7 +92,7 @@ class Gradients(Stateful):
         """Return a finding when the gradient norm begins to be 100 times the baseline."""
         if not self._last or not self.is_large(self._last[-1]):
             # Whether the last few were large is checked again at the next large one.
-            if (self.pull() or 0.0) < EXPLOSION:
+            if (self._exploding or self._large_since is not None) and (self.pull() or 0.0) < EXPLOSION:
                 self._exploding, self._large_since = False, None
             return None
         if self._large_since is None:

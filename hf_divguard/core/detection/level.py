@@ -11,6 +11,7 @@ from hf_divguard.core.detection.bounds import (
     JUMP_SHARE,
     LEAST_PATIENCE,
     RiseBounds,
+    climb_bound,
     rise_bounds,
 )
 from hf_divguard.core.detection.cusum import PULL, RiseCusum
@@ -119,6 +120,11 @@ class LossLevelMonitor(Stateful):
             if value <= level.upper:
                 self._accept(step, value, gradient, math.inf)
             return None
+        if self._is_calm(value):
+            self._jump.rest(step)
+            self._climb.rest(step)
+            self._accept(step, value, gradient, math.inf)
+            return None
         bounds = rise_bounds(level, self._recovered, gap=self._gap, sensitivity=self.sensitivity)
         center, best = level.center, level.best_or_center
         kind = self._judge_jump(step, value, bounds, center)
@@ -131,6 +137,33 @@ class LossLevelMonitor(Stateful):
                 self._is_open = False
             self._accept(step, value, gradient, best + 0.25 * bounds.climb)
         return finding
+
+    def _is_calm(self, value: float) -> bool:
+        """Return whether ``value`` is certainly nothing to judge: nothing is suspected, and it lies near the best level.
+
+        Saves most of the work for most values. What it compares with is never above the bounds
+        that would be compared with otherwise, so that the findings are the same.
+        """
+        level, best = self.level, self.level.best
+        if (
+            self._is_open
+            or self._jump.score
+            or self._climb.score
+            or self._surge.length
+            or value > level.upper
+        ):
+            return False
+        if best is None or level.level is None or not level.is_full:
+            return False
+        size = abs(level.center)
+        if level.count >= PLATEAU_RATIO * max(2, level.lowest[0][1], level.lowest[1][1]):
+            return False
+        if value - level.center > max(level.reach, size):
+            return False
+        climb = climb_bound(level) / self.sensitivity
+        # A value at most as high as this keeps the level, a median, at most as high as this.
+        near = best + 0.25 * climb
+        return value <= near and level.level <= near and value - best <= climb
 
     def _judge_jump(self, step: int, value: float, bounds: RiseBounds, center: float) -> Kind | None:
         rise, was_rising = self._jump, self._jump.score > 0.0
@@ -163,7 +196,7 @@ class LossLevelMonitor(Stateful):
         """Return whether the last values in a row lie so far above all before that few of them are enough."""
         reach = max(self.level.reach, abs(center), self._surge.highest, 1e-300)
         reach *= SURGE if bounds.is_unlearnt else 1.0
-        pull = self.gradients.pull(1)
+        pull = self.gradients.pull(1) if height > reach else None
         patience = max(LEAST_PATIENCE, min(PATIENCE, self.level.count / HISTORY_PER_SURGE))
         is_pulled = pull is not None and pull > PULL
         self._surge.add(height, reach=reach, least=PATIENCE / patience, is_pulled=is_pulled)
@@ -217,9 +250,10 @@ class LossLevelMonitor(Stateful):
         if level.level is not None and level.level <= calm:
             self._calm_step = step
         # What recovered raises the bar for as long again as the run had lasted, and then ever less.
-        fading = 0.5 ** (1.0 / level.count)
-        self._recovered *= fading
-        self._surge.highest *= fading
+        if self._recovered or self._surge.highest:
+            fading = 0.5 ** (1.0 / level.count)
+            self._recovered *= fading
+            self._surge.highest *= fading
 
     # ---- findings
 

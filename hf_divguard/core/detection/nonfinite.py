@@ -209,7 +209,8 @@ class NonFiniteRule(Stateful):
             self._reaches_zero = self._reaches_zero or self._zeros > 0
             self._zeros = 0
             self._before_zero.append(value)
-            self._largest = max(self._largest, abs(value))
+            if abs(value) > self._largest:
+                self._largest = abs(value)
             return None
         self._zeros += 1
         if self._zeros == 1 or self._zeros_since is None:
