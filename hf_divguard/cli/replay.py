@@ -9,7 +9,8 @@ from typing import Any
 from hf_divguard.cli.exits import CANNOT_ANSWER, NO, OK, USAGE, CommandError
 from hf_divguard.cli.output import duration_in_words, print_json, printable, table
 from hf_divguard.cli.plot import draw
-from hf_divguard.cli.sources import Source, find_sources, read_source
+from hf_divguard.cli.source import Source
+from hf_divguard.cli.sources import find_sources, read_source
 from hf_divguard.core.detection.registry import make_rule
 from hf_divguard.errors import HistoryError
 from hf_divguard.replays import ReplayedFindings, replay

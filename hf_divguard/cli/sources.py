@@ -1,62 +1,31 @@
-"""Where training histories come from: the Trainer's own files, JSON Lines, CSV and TensorBoard event files."""
+"""Where training histories come from: the Trainer's own files, tables, and what trackers leave on the disk."""
 
 from __future__ import annotations
 
-import csv
-import datetime
-import io
 import itertools
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_divguard.cli.event_files import read_event_files
 from hf_divguard.cli.exits import CommandError
 from hf_divguard.cli.folders import open_folder, runs_below, saved_at
-from hf_divguard.history import History, read_history
+from hf_divguard.cli.source import Source, source_of_rows, sources_of_runs
+from hf_divguard.cli.tables import is_json_lines, read_json_lines, read_parquet, read_table, rows_of_json
+from hf_divguard.cli.tracker_files import read_trackio, read_wandb
+from hf_divguard.history import read_history
 from hf_divguard.storage.jsonio import parse_json
 from hf_divguard.storage.names import checkpoint_folders
 from hf_divguard.storage.regular_files import error_words, read_bytes
 from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 
-__all__ = ["Source", "find_sources", "read_source"]
+__all__ = ["find_sources", "read_source"]
 
 _MAX_BYTES = 512 << 20
 _LFS = b"version https://git-lfs.github.com/spec/"
-_STEP_KEYS = ("step", "global_step", "train/global_step", "_step", "Step", "iteration", "iter")
-_TIME_KEYS = ("_timestamp", "timestamp", "time", "wall_time", "Wall time", "Wall Time", "_runtime")
-
-
-@dataclass
-class Source:
-    """One training history.
-
-    Args:
-        path: Where it was found.
-        history: Its entries.
-        times: Time of entries in seconds, by step, where the log has times.
-        seconds_per_step: How long a step took, where only that is known.
-        notes: What reading it showed.
-    """
-
-    path: str
-    history: History
-    times: dict[int, float] = field(default_factory=dict)
-    seconds_per_step: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def seconds_between(self, first: int, last: int) -> float | None:
-        """Return the time from step ``first`` to step ``last``; ``None`` if it is not known."""
-        if self.times:
-            before = [step for step in self.times if step <= first]
-            after = [step for step in self.times if step <= last]
-            if before and after and max(after) > max(before):
-                return max(0.0, self.times[max(after)] - self.times[max(before)])
-        return None if self.seconds_per_step is None else (last - first) * self.seconds_per_step
+_EVENTS = ".tfevents."
+_MOST_FOLDERS = 20_000
 
 
 def find_sources(path: str) -> list[str]:
@@ -64,24 +33,36 @@ def find_sources(path: str) -> list[str]:
     if os.path.isfile(path) or not os.path.isdir(path):
         return [path]
     open_folder(path)
-    if _has_state(path) or _event_files(path):
+    if _has_state(path):
         return [path]
     below = [each for each in runs_below(path) if _has_state(each)]
-    if not below:
+    tracked = [] if below else _tracked(path)
+    if not below and not tracked:
         raise CommandError(
-            f"`{path}` holds no history: no `{TRAINER_STATE_NAME}`, no checkpoint, no run in a folder below it."
+            f"`{path}` holds no history: no `{TRAINER_STATE_NAME}`, no checkpoint, no files of TensorBoard, W&B or "
+            "trackio, and no run in a folder below it."
         )
-    return below
+    return below or tracked
 
 
 def _has_state(folder: str) -> bool:
     return os.path.lexists(os.path.join(folder, TRAINER_STATE_NAME)) or bool(checkpoint_folders(folder))
 
 
+def _tracked(path: str) -> list[str]:
+    """Return what trackers have written in ``path`` and below: folders of event files, files of W&B and trackio."""
+    found: list[str] = []
+    for seen, (folder, names, files) in enumerate(os.walk(path)):
+        if seen > _MOST_FOLDERS:
+            break
+        names[:] = sorted(name for name in names if not os.path.islink(os.path.join(folder, name)))
+        found += [folder] if any(_EVENTS in name for name in files) else []
+        found += [os.path.join(folder, name) for name in sorted(files) if name.endswith((".wandb", ".db"))]
+    return found
+
+
 def _event_files(folder: str) -> list[str]:
-    return sorted(
-        os.path.join(folder, name) for name in os.listdir(folder) if name.startswith("events.out.tfevents.")
-    )
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if _EVENTS in name)
 
 
 def read_source(path: str, metric: str) -> list[Source]:
@@ -92,18 +73,28 @@ def read_source(path: str, metric: str) -> list[Source]:
         CommandError: The same, with the way out.
     """
     if os.path.isdir(path):
-        if not _has_state(path):
-            return [_from_events(path, _event_files(path))]
-        return [_from_state(path)]
-    if "tfevents" in os.path.basename(path) and os.path.exists(path):
-        return [_from_events(path, [path])]
-    data = _bytes_of(path)
+        if _has_state(path):
+            return [_from_state(path)]
+        return [source_of_rows(path, *read_event_files(_event_files(path)), metric)]
+    name = os.path.basename(path)
     suffix = Path(path).suffix.lower()
+    if os.path.isfile(path):
+        if _EVENTS in name:
+            return [source_of_rows(path, *read_event_files([path]), metric)]
+        if suffix == ".wandb":
+            return [source_of_rows(path, *read_wandb(path), metric)]
+        if suffix in (".db", ".sqlite"):
+            return sources_of_runs(path, read_trackio(path), [], metric)
+        if suffix == ".parquet":
+            return read_parquet(path, metric)
+    data = _bytes_of(path)
     if suffix in (".csv", ".tsv"):
-        return _from_table(path, data, metric, delimiter="\t" if suffix == ".tsv" else ",")
-    if suffix in (".jsonl", ".ndjson") or _is_json_lines(data):
-        return [_from_rows(path, *_json_lines(path, data), metric)]
-    return [_from_json(path, data)]
+        return read_table(path, data, metric, delimiter="\t" if suffix == ".tsv" else ",")
+    if suffix in (".jsonl", ".ndjson") or is_json_lines(data):
+        return read_json_lines(path, data, metric)
+    content = _parsed(path, data)
+    rows = rows_of_json(content, metric)
+    return [_from_json(path, content)] if rows is None else sources_of_runs(path, rows, [], metric)
 
 
 def _bytes_of(path: str) -> bytes:
@@ -155,7 +146,7 @@ def _from_state(folder: str) -> Source:
             break
     if best is None:
         raise errors[0] if errors else CommandError(f"`{folder}` holds no readable `{TRAINER_STATE_NAME}`.")
-    source = _from_json(str(best[1]), b"", best[2])
+    source = _from_json(str(best[1]), best[2])
     notes = [f"Skipped: {error}" for error in errors[:3]]
     return Source(folder, source.history, {}, _pace(checkpoints) or source.seconds_per_step, notes)
 
@@ -185,8 +176,7 @@ def _parsed(path: str, data: bytes) -> Any:
         ) from None
 
 
-def _from_json(path: str, data: bytes, content: Any = None) -> Source:
-    content = _parsed(path, data) if content is None else content
+def _from_json(path: str, content: Any) -> Source:
     is_history = isinstance(content, list) or (
         isinstance(content, dict)
         and (
@@ -210,124 +200,3 @@ def _from_json(path: str, data: bytes, content: Any = None) -> Source:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-# ---- rows
-
-
-def _is_json_lines(data: bytes) -> bool:
-    first, _, rest = data.lstrip().partition(b"\n")
-    if not rest.strip():
-        return False
-    try:
-        return isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _json_lines(path: str, data: bytes) -> tuple[list[Mapping[str, Any]], list[str]]:
-    rows: list[Mapping[str, Any]] = []
-    lines = data.splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines) and rows:
-                return rows, [f"Line {number} is cut off and was left out."]
-            raise CommandError(
-                f"Line {number} of `{path}` is not JSON. Each line must be one log entry."
-            ) from None
-        if not isinstance(row, dict):
-            raise CommandError(
-                f'Line {number} of `{path}` must be a log entry such as {{"step": 1, "loss": 2.5}}.'
-            )
-        rows.append(row)
-    return rows, []
-
-
-def _from_table(path: str, data: bytes, metric: str, *, delimiter: str) -> list[Source]:
-    """Return the history of each run in a CSV file: columns `<run> - <key>` belong to a run each."""
-    try:
-        text = data.decode("utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise CommandError(f"`{path}` cannot be read as CSV: {error}.") from None
-    columns = [name for name in (rows[0] if rows else {}) if isinstance(name, str)]
-    if not rows or not columns:
-        raise CommandError(f"`{path}` has no rows below its heading.")
-    curves = [name for name in columns if " - " in name and not name.endswith(("__MIN", "__MAX"))]
-    runs = sorted({name.rpartition(" - ")[0] for name in curves})
-    if not runs:
-        return [_from_rows(path, rows, [], metric)]
-    shared = [name for name in columns if " - " not in name]
-    sources = []
-    for run in runs:
-        own = {name: name.rpartition(" - ")[2] for name in curves if name.rpartition(" - ")[0] == run}
-        renamed = [{**{n: row[n] for n in shared}, **{own[n]: row[n] for n in own if row[n]}} for row in rows]
-        source = _from_rows(path, [row for row in renamed if len(row) > len(shared)], [], metric)
-        sources.append(Source(f"{path} [{run}]", source.history, source.times, None, source.notes))
-    return sources
-
-
-def _from_rows(path: str, rows: Iterable[Mapping[Any, Any]], notes: list[str], metric: str) -> Source:
-    log: list[dict[str, Any]] = []
-    times: dict[int, float] = {}
-    for row in rows:
-        entry = {_log_key(key, metric): value for key, value in row.items() if isinstance(key, str)}
-        named = next((row[key] for key in _STEP_KEYS if row.get(key) not in (None, "")), None)
-        step = _finite(named)
-        if step is not None:
-            entry["step"] = int(step)
-            moment = next((t for key in _TIME_KEYS if (t := _seconds(row.get(key))) is not None), None)
-            if moment is not None:
-                times[int(step)] = moment
-        else:
-            entry.pop("step", None)
-        log.append({key: value for key, value in entry.items() if value not in (None, "")})
-    if not any(metric in entry for entry in log):
-        keys = sorted({key for entry in log[:1000] for key in entry} - {"step"})
-        raise CommandError(
-            f"`{path}` holds no `{metric}`. Its keys are: {', '.join(keys[:20]) or 'none'}. Name one with --metric."
-        )
-    return Source(path, read_history(log), times, None, notes)
-
-
-def _log_key(key: str, metric: str) -> str:
-    """Return the Trainer's own name of a key of a tracker."""
-    key = key.strip()
-    if key in ("Value", "value"):
-        return metric  # what TensorBoard saves of one curve
-    if key in _STEP_KEYS or key in _TIME_KEYS:
-        return "step" if key in _STEP_KEYS else f"_{key}"
-    if key == "train_loss":
-        return key
-    first, _, rest = key.partition("/")
-    return {"train": rest, "eval": f"eval_{rest}"}.get(first, key) if rest else key
-
-
-def _finite(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) and abs(number) < 1e15 else None
-
-
-def _seconds(value: Any) -> float | None:
-    number = _finite(value)
-    if number is not None or not isinstance(value, str):
-        return number
-    try:
-        return datetime.datetime.fromisoformat(value.strip().replace("Z", "+00:00")).timestamp()
-    except (ValueError, OverflowError):
-        return None
-
-
-def _from_events(path: str, files: list[str]) -> Source:
-    rows = [
-        {"step": step, key: value, "wall_time": moment}
-        for step, key, value, moment in read_event_files(files)
-    ]
-    return _from_rows(path, rows, [], "loss")
