@@ -142,8 +142,8 @@ def _add_replay(group: Any) -> None:
         "replay",
         "Say what a detector would have found in past runs, and when.",
         {1: "with --fail-on-finding: there is a finding"},
-        more="PATH is a trainer_state.json, a checkpoint, an output folder, a folder of runs, a JSON, JSON Lines, CSV or\n"
-        "Parquet file of log entries, a TensorBoard event file, a .wandb file or a database of trackio.",
+        more="PATH is a trainer_state.json, a checkpoint, an output folder, a folder of runs, a file of log entries\n"
+        "(JSON, JSON Lines, CSV, Parquet), a TensorBoard event file, a .wandb file or a database of trackio.",
     )
     parser.add_argument("paths", nargs="+", metavar="PATH")
     parser.add_argument(
