@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 OLD_BIN := $(OLD_VENV)/bin
 READY := $(VENV)/.ready
 OLD_READY := $(OLD_VENV)/.ready
+EXTRAS_VENV := .venv-extras
+EXTRAS_BIN := $(EXTRAS_VENV)/bin
+EXTRAS_READY := $(EXTRAS_VENV)/.ready
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 # More arguments for pytest, e.g. `make test PYTEST="-x -k sidecar"`.
@@ -21,13 +24,17 @@ WORKERS ?= -n 2 --dist worksteal
 OLD_TESTS ?= tests/hf
 # What a benchmark gets; continuous integration runs them with `BENCH=--short`.
 BENCH ?=
+# The environments of `make compat`; `make compat COMPAT=--short` takes two of them.
+COMPAT ?=
+# Set by the workflow that publishes: the check is then as strict as a release needs.
+RELEASE ?=
 
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all cov style quality types docs-check notebooks \
-	bench bench-kill bench-detection bench-recovery bench-overhead \
-	bench-crash-points trace old-transformers ci-long build clean
+.PHONY: help install demo test test-all test-recipes test-gpu cov style quality types docs docs-check \
+	notebooks bench bench-kill bench-detection bench-recovery bench-overhead \
+	bench-crash-points trace old-transformers compat ci-long build release-check address clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +58,14 @@ $(OLD_READY): setup.cfg
 	@$(OLD_BIN)/python $(PIP_INSTALL) "$(OLD_TRANSFORMERS)" -e ".[dev]"
 	@touch $@
 
+# For the recipes and the documentation: TRL, PEFT, sentence-transformers, Sphinx.
+$(EXTRAS_READY): setup.cfg
+	@echo "Setting up $(EXTRAS_VENV) (some minutes the first time) ..."
+	@test -x $(EXTRAS_BIN)/python || $(PYTHON) -m venv $(EXTRAS_VENV)
+	@$(EXTRAS_BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	@$(EXTRAS_BIN)/python $(PIP_INSTALL) "$(TORCH)" -e ".[dev,trl,sentence-transformers,docs,release]"
+	@touch $@
+
 # ---- to see it
 
 demo: $(READY) ## Train one model through the same fault, stock and guarded: a table and a picture
@@ -64,11 +79,20 @@ test: $(READY) ## Run the tests that are not slow, with doctests
 test-all: $(READY) ## Run every test
 	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST)
 
+test-recipes: $(EXTRAS_READY) ## Run every recipe of examples/, with TRL and sentence-transformers
+	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py $(WORKERS) $(PYTEST)
+
+test-gpu: $(READY) ## Run the tests that need a graphics card
+	@$(BIN)/python -m pytest tests/gpu -rs $(PYTEST)
+
 cov: $(READY) ## Run the tests that are not slow and show which lines they miss
 	@$(BIN)/python -m pytest -m "not slow" --cov=hf_divguard --cov-report=term-missing:skip-covered $(PYTEST)
 
 old-transformers: $(OLD_READY) ## Run the tests with the oldest Transformers that is supported
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST)
+
+compat: ## Run trainer classes and versions in an environment each, and write docs/compatibility.md
+	@$(PYTHON) tests/matrix/environments.py --torch "$(TORCH)" $(COMPAT)
 
 style: $(READY) ## Fix and format the code
 	@$(BIN)/ruff check --fix .
@@ -80,6 +104,10 @@ quality: $(READY) ## Check style and format, changing nothing
 
 types: $(READY) ## Check the types
 	@$(BIN)/mypy
+
+docs: $(EXTRAS_READY) ## Build the documentation into docs/_build/html; a warning is an error
+	@$(EXTRAS_BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 docs-check: $(READY) ## Check that documentation, code and Makefile agree
 	@$(BIN)/python -m pytest tests/test_docs.py $(PYTEST)
@@ -118,12 +146,23 @@ bench-crash-points: $(READY) ## Try every crash point of saving, rotating and re
 build: $(READY) ## Build the source archive and the wheel into dist/
 	@$(BIN)/python -m build
 
-ci-long: $(READY) $(OLD_READY) ## What continuous integration runs after `make test`, in shortened form
-	@$(MAKE) --no-print-directory notebooks
+release-check: $(EXTRAS_READY) ## Build the package, check it as PyPI does, and train with the wheel in an empty environment
+	@rm -rf dist
+	@$(EXTRAS_BIN)/python -m build --outdir dist > /dev/null
+	@$(EXTRAS_BIN)/python -m twine check --strict dist/*
+	@$(EXTRAS_BIN)/python docs/release_check.py $(if $(RELEASE),--release)
+	@$(EXTRAS_BIN)/python -m pytest -q tests/test_package.py $(PYTEST)
+
+address: ## Write the address of the repository into every file: make address ADDRESS=https://github.com/...
+	@$(PYTHON) docs/project_address.py "$(ADDRESS)"
+
+ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration runs after `make test`, in shortened form
+	@$(MAKE) --no-print-directory notebooks docs release-check test-recipes
+	@$(EXTRAS_BIN)/python -m pytest tests/matrix $(WORKERS) $(PYTEST)
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)
 
 clean: ## Remove environments, builds and results
-	@rm -rf $(VENV) $(OLD_VENV) build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(OLD_VENV) $(EXTRAS_VENV) .compat docs/_build docs/reference build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

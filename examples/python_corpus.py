@@ -1,17 +1,34 @@
-"""Text that every machine has, a tokenizer trained on it, and a small model."""
+"""Text that every machine has, tokenizers trained on it, and a small model."""
 
 from __future__ import annotations
 
+import ast
 import os
+import random
 import sysconfig
 from pathlib import Path
 
 import datasets
 import transformers
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["read_texts", "small_llama", "tokenize_and_pack"]
+__all__ = [
+    "make_tokenizer",
+    "read_functions",
+    "read_texts",
+    "save_base_model",
+    "small_llama",
+    "tokenize_and_pack",
+]
+
+PACKAGES = ("asyncio", "email", "http", "logging", "multiprocessing", "unittest")
+"""Packages of Python's standard library with many documented functions."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 def read_texts(
@@ -32,6 +49,55 @@ def read_texts(
         if size >= limit:
             break
     return texts
+
+
+def read_functions(*, limit: int = 1000, seed: int = 0) -> list[dict[str, str]]:
+    """Return documented functions of Python's standard library, in random order.
+
+    Args:
+        limit: Number of functions to return, at most.
+        seed: Seed of the order.
+
+    Returns:
+        For each function its ``package``, its ``signature`` and the first line of its docstring,
+        its ``summary``.
+    """
+    functions: list[dict[str, str]] = []
+    for package in PACKAGES:
+        for path in sorted(Path(sysconfig.get_paths()["stdlib"], package).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    summary = (ast.get_docstring(node) or "").strip().split("\n")[0]
+                    signature = f"{node.name}({', '.join(argument.arg for argument in node.args.args)})"
+                    if summary:
+                        functions.append({"package": package, "signature": signature, "summary": summary})
+    random.Random(seed).shuffle(functions)
+    return functions[:limit]
+
+
+def make_tokenizer(
+    texts: list[str], *, vocabulary: int = 512, longest: int = 64, is_encoder: bool = False
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer with a token for padding, one for the end and a chat template.
+
+    Args:
+        texts: The texts to train on.
+        vocabulary: Number of tokens, at least 260.
+        longest: Number of tokens after which a text is cut off.
+        is_encoder: Whether it is for a model that reads only, and marks the start of a text.
+    """
+    special = ["<pad>", "<end>", "<start>", "<mask>"]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    names = {"cls_token": "<start>", "sep_token": "<end>", "mask_token": "<mask>"} if is_encoder else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        model_max_length=longest,
+        chat_template=CHAT_TEMPLATE,
+        **names,
+    )
 
 
 def tokenize_and_pack(
@@ -92,3 +158,9 @@ def small_llama(
         eos_token_id=0,
     )
     return LlamaForCausalLM(config)
+
+
+def save_base_model(folder: str | os.PathLike[str], **size: int) -> str:
+    """Save a :func:`small_llama` in ``folder`` for trainers that load a model themselves; return the folder."""
+    small_llama(**size).save_pretrained(folder)
+    return os.fspath(folder)

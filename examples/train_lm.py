@@ -4,7 +4,8 @@ Every field of ``TrainingArguments`` is a flag, and so is every option of hf_div
 
     python examples/train_lm.py --output_dir out --max_steps 60 --logging_steps 5 \\
         --save_steps 20 --save_total_limit 1 --eval_on_save --preserve_best_model \\
-        --preserve_n_best 2 --divguard_detector adaptive --use_cpu --report_to none
+        --preserve_n_best 2 --divguard_detector adaptive --divguard_action rollback \\
+        --learning_rate 2e-3 --use_cpu --report_to none
 
 ``--resume_from_checkpoint`` takes ``latest``, ``best`` or a path. Without ``--text_folder`` the
 model is trained on the source code of Python's standard library; nothing is downloaded. The exit
@@ -13,17 +14,12 @@ code is 79 if rollbacks (``--divguard_action rollback``) did not help a run that
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass, field
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import transformers
 from python_corpus import read_texts, small_llama, tokenize_and_pack
-from transformers import HfArgumentParser
+from recipe import Fault, FaultArguments, parse, train_and_report
 
-from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, exit_on_divergence
+from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
 
 
 @dataclass
@@ -44,11 +40,7 @@ class ScriptArguments:
 
 def main() -> None:
     """Parse the flags, train, and print the best checkpoints."""
-    script, args = HfArgumentParser(
-        (ScriptArguments, DivGuardTrainingArguments)
-    ).parse_args_into_dataclasses()
-    logging.basicConfig(level=args.get_process_log_level(), format="%(message)s")
-    transformers.set_seed(args.seed)
+    fault, script, args = parse(FaultArguments, ScriptArguments, DivGuardTrainingArguments)
     texts = read_texts(script.text_folder, script.text_pattern, script.text_limit)
     train_data, eval_data = tokenize_and_pack(
         texts,
@@ -68,14 +60,10 @@ def main() -> None:
         args=args,
         train_dataset=train_data,
         eval_dataset=eval_data,
+        callbacks=[Fault(fault)],
     )
-    with exit_on_divergence():
-        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.log_metrics("train", result.metrics)
-    for checkpoint in trainer.best_checkpoints():
-        print(f"best: {checkpoint.path}  {args.divguard_ranking_key} {checkpoint.metric:.4f}")
+    train_and_report(trainer)
 
 
 if __name__ == "__main__":
-    with exit_on_divergence():
-        main()
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,11 +17,24 @@ from transformers import HfArgumentParser
 from hf_divguard import DivGuardArgumentsMixin, DivGuardTrainingArguments
 from tests.processes import run_python
 
+sys.path.append(str(Path(__file__).parents[1] / "docs"))
+from project_address import files_with_the_address, read_address
+
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 REFERENCE = (PROJECT / "docs" / "arguments.md").read_text(encoding="utf-8")
+QUICK_START = (PROJECT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
-PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md")])
+GENERATED = (PROJECT / "docs" / "reference", PROJECT / "docs" / "_build")
+PAGES = sorted(
+    page
+    for page in [
+        *PROJECT.glob("*.md"),
+        *(PROJECT / "docs").rglob("*.md"),
+        *(PROJECT / "examples").glob("*.md"),
+    ]
+    if not any(page.is_relative_to(folder) for folder in GENERATED)
+)
 OPTIONS = fields(DivGuardArgumentsMixin)
 
 
@@ -41,10 +55,9 @@ def code_blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [README, REFERENCE], ids=["README", "arguments"])
-def test_every_option_is_described_with_its_default(page: str) -> None:
+def test_every_option_is_described_with_its_default() -> None:
     """The tables list every field of the arguments mixin with its default, and nothing else."""
-    assert described_defaults(page) == {
+    assert described_defaults(REFERENCE) == {
         option.name: "none" if option.default is None else str(option.default).lower() for option in OPTIONS
     }
 
@@ -70,7 +83,7 @@ def test_every_command_of_make_that_a_page_names_exists() -> None:
         )
     }
     assert ("README.md", "demo") in named
-    assert ("README.md", "test") in named
+    assert ("CONTRIBUTING.md", "test") in named
     assert {target for _, target in named} <= make_targets()
 
 
@@ -107,14 +120,14 @@ def test_every_link_to_a_heading_leads_somewhere(page: Path) -> None:
 # ---- code
 
 
-CONTINUES = "(../README.md#quick-start)"
-"""A page that links to the quick start continues its code."""
+CONTINUES = "continues the [quick start](quickstart.md)"
+"""A page with this sentence continues the code of the quick start."""
 
 
 def code_of(page: Path) -> list[str]:
     """Return the Python blocks that a reader of ``page`` pastes, in order."""
     text = page.read_text(encoding="utf-8")
-    quick_start = README.split("\n## Quick start\n")[1].split("\n## ")[0] if CONTINUES in text else ""
+    quick_start = QUICK_START if CONTINUES in text else ""
     return code_blocks(quick_start, "python") + code_blocks(text, "python")
 
 
@@ -175,21 +188,70 @@ def run_command_line(words: list[str], cwd: Path) -> subprocess.CompletedProcess
     return run_python("-W", "ignore", "-m", "hf_divguard.cli", *words, cwd=cwd, timeout=300)
 
 
-def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [PROJECT / "README.md", PROJECT / "docs" / "flags.md"], ids=page_id)
+def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
     """Its training commands run as they are, on a smaller model; the other commands exist."""
-    for command in command_lines(README):
+    for command in command_lines(page.read_text(encoding="utf-8")):
         program, *words = shlex.split(command)
-        if words[0] == "examples/train_lm.py":
-            script = PROJECT / words[0]
-            done = run_python("-W", "ignore", script, *words[1:], *SMALL.split(), cwd=tmp_path, timeout=300)
+        if words[0] in ("examples/train_lm.py", "train.py"):
+            script = PROJECT / "examples" / "train_lm.py"
+            quick = [] if words[0] != "train.py" else ["--max_steps", "6", "--use_cpu"]
+            done = run_python(
+                "-W", "ignore", script, *words[1:], *quick, *SMALL.split(), cwd=tmp_path, timeout=300
+            )
             assert done.returncode == 0, done.stderr[-3000:]
             assert "best: " in done.stdout, command
+            shutil.rmtree(tmp_path / "out") if words[0] == "train.py" else None
         elif program == "hf-divguard":
             done = run_command_line(words, cwd=tmp_path)
             assert done.returncode == 0, done.stderr[-3000:]
         else:
-            is_known = program == "make" or command in ("pip install .",) or words[0] == "train.py"
-            assert is_known, f"Add a check for this command: {command}"
+            assert program == "make" or command == "pip install .", f"Add a check for this command: {command}"
+
+
+# ---- addresses
+
+
+ADDRESS = re.escape(read_address())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_address_in_the_repository_leads_somewhere(page: Path) -> None:
+    """An absolute link to the repository names a file of the project, and a heading of it."""
+    text = page.read_text(encoding="utf-8")
+    raw = ADDRESS.replace("github", "raw.githubusercontent", 1)
+    for path, name in re.findall(rf"(?:{ADDRESS}/(?:blob|tree)|{raw})/main/([^)#\s]+)(?:#([^)\s]+))?", text):
+        assert (PROJECT / path).exists(), path
+        assert not name or name in anchors(PROJECT / path), (path, name)
+
+
+def test_the_readme_has_absolute_links_only() -> None:
+    """It is the page of the project on PyPI, where a relative link leads nowhere."""
+    assert re.findall(r"\]\((?!https://)[^)]*\)", README) == []
+    assert len(re.findall(rf"\]\({ADDRESS}/blob/main/", README)) > 10
+
+
+def test_one_command_changes_the_address_everywhere(tmp_path: Path) -> None:
+    """The address is read from one place; the command writes it into every file that names it."""
+    for path in files_with_the_address():
+        copied = tmp_path / path.relative_to(PROJECT)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copied)
+    shutil.copy(PROJECT / "docs" / "project_address.py", tmp_path / "docs")
+    done = run_python("docs/project_address.py", "https://github.com/someone/divguard", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    texts = "".join(
+        path.read_text("utf-8") for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".py"
+    )
+    assert "someone/divguard" in texts
+    assert "OWNER/" not in texts
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    """The start page of the documentation lists every page beside it."""
+    index = (PROJECT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (PROJECT / "docs").glob("*.md")} - {"index.md"}
+    assert pages == set(re.findall(r"^\| \[[^]]*\]\(([\w-]+\.md)\)", index, flags=re.MULTILINE))
 
 
 # ---- names in the description of the architecture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import inspect
 import os
 import shutil
@@ -188,6 +187,12 @@ def test_the_wheel_installs_into_an_empty_environment_and_trains_there(built: Pa
     assert "CHECKPOINTS 4:complete" in printed
 
 
-def test_the_version_is_written_once() -> None:
-    """``hf_divguard.__version__`` is the version of the distribution."""
-    assert importlib.metadata.version("hf-divguard") == hf_divguard.__version__
+def test_version_changelog_and_citation_belong_together(tmp_path: Path) -> None:
+    """The check before a release holds at every commit, and refuses a version without a date or an address."""
+    script = PROJECT / "docs" / "release_check.py"
+    assert hf_divguard.__version__ in run_python(str(script))
+    refused = subprocess.run(
+        [sys.executable, str(script), "--release"], capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode == 1
+    assert "make address" in refused.stderr
