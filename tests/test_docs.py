@@ -247,6 +247,19 @@ def test_one_command_changes_the_address_everywhere(tmp_path: Path) -> None:
     assert "OWNER/" not in texts
 
 
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=page_id)
+def test_every_notebook_opens_in_colab_and_is_listed(path: Path) -> None:
+    """It begins with a badge that opens this notebook, and installs from the repository."""
+    text = path.read_text(encoding="utf-8")
+    place = read_address().removeprefix("https://github.com/")
+    assert f"https://colab.research.google.com/github/{place}/blob/main/notebooks/{path.name})" in text
+    assert f"git+{read_address()}" in text
+    assert path.name in (PROJECT / "docs" / "colab.md").read_text(encoding="utf-8")
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     """The start page of the documentation lists every page beside it."""
     index = (PROJECT / "docs" / "index.md").read_text(encoding="utf-8")
