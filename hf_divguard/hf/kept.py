@@ -8,9 +8,8 @@ import time
 from collections import deque
 from typing import Any
 
-import torch
-
 from hf_divguard.core.rollback.thinning import next_to_drop
+from hf_divguard.hf.engines.tensors import bytes_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.snapshots import Snapshots
@@ -60,7 +59,7 @@ class KeptStates(Snapshots):
         began = time.perf_counter()
         snapshot = self.copy_of_now(host, step, callbacks)
         # Parts of a sharded model differ in size; all ranks keep the same states.
-        weights, optimizer = _bytes(snapshot.tensors), _bytes(snapshot.state.optimizer)
+        weights, optimizer = bytes_of(snapshot.tensors), bytes_of(snapshot.state.optimizer)
         if not self._fits(self._ranks.largest(weights + optimizer), self._ranks.largest(weights)):
             return
         self._recent.append(snapshot)
@@ -93,17 +92,11 @@ class KeptStates(Snapshots):
         last, self._last_take = self._last_take, (began, step)
         if last is None or step <= last[1]:
             return _EVERY
-        # The least of the last few: a machine that is busy for a moment says nothing.
+        # The least of the last few: a machine that is busy for a moment says nothing, and the first copy is slow.
         self._durations.append(seconds)
+        if len(self._durations) == 1:
+            return _EVERY
         seconds = min(self._durations)
         seconds_of_step = (began - last[0]) / (step - last[1])
         wanted = math.ceil(seconds / (_SHARE * seconds_of_step)) if seconds > _WORTH_MEASURING else _EVERY
         return max(_EVERY, *self._ranks.gather(wanted))
-
-
-def _bytes(state: Any) -> int:
-    if isinstance(state, torch.Tensor):
-        return state.nbytes
-    if isinstance(state, dict):
-        return sum(map(_bytes, state.values()))
-    return sum(map(_bytes, state)) if isinstance(state, (list, tuple)) else 0

@@ -13,7 +13,7 @@ from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.comparison import Budget, Pair, explains, judge
 from hf_divguard.core.rollback.incident import Incident, Ruling
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.probes import probe, why_not_comparable
+from hf_divguard.hf.probes import probe_on_all_ranks, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rows import suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
@@ -90,6 +90,8 @@ class WeightLooks:
         try:
             ruling = self._compare(step, batches, num_items, kept, is_asked=asked is not None)
         except Exception as error:
+            if self._ranks.is_ending:
+                raise
             self.reason = (
                 f"the loss could not be computed apart from training ({type(error).__name__}: {error})"
             )
@@ -158,8 +160,7 @@ class WeightLooks:
     ) -> list[float]:
         """Return the losses of the micro-batches of all ranks."""
         self.passes += len(batches)
-        own = probe(self._host, batches, num_items, tensors)
-        return [loss for losses in self._ranks.gather(own) for loss in losses]
+        return probe_on_all_ranks(self._host, self._ranks, batches, num_items, tensors)
 
     def _was_learnt(self, good_step: int) -> bool:
         """Return whether the present weights have learnt the data of the incident, which the kept ones do not know.

@@ -12,8 +12,9 @@ import torch
 
 from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.ranks import Ranks
 
-__all__ = ["probe", "why_not_comparable"]
+__all__ = ["probe", "probe_on_all_ranks", "why_not_comparable"]
 
 _POLICY_GRADIENTS = ("GRPO", "RLOO", "PPO", "OnlineDPO", "Reinforce", "NashMD", "XPO")
 
@@ -55,6 +56,28 @@ def probe(
         for inputs in batches:
             losses.append(host.loss_of(inputs, num_items, len(batches)))
     return [float(loss) for loss in losses]
+
+
+def probe_on_all_ranks(
+    host: Host, ranks: Ranks, batches: list[Any], num_items: Any, tensors: Mapping[str, torch.Tensor] | None
+) -> list[float]:
+    """Return the losses of the micro-batches of all ranks, each as :func:`probe` gives it.
+
+    Raises:
+        Exception: On every rank, if one of them has an error. Where a forward pass takes all
+            ranks and others are held in one that this rank has left, the run ends.
+    """
+    if ranks.world_size == 1:
+        return probe(host, batches, num_items, tensors)
+    own: list[float] = []
+    caught: Exception | None = None
+    try:
+        own = probe(host, batches, num_items, tensors)
+    except Exception as error:
+        caught = error
+    may_be_held = engine_of(host).forwards_together
+    ranks.raise_if_any_failed(caught, "Comparing weights", may_be_held=may_be_held)
+    return [loss for losses in ranks.gather(own) for loss in losses]
 
 
 @contextlib.contextmanager

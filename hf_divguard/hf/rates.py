@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ __all__ = [
     "Rewarming",
     "follows_metrics",
     "load_schedule",
+    "rates_kept",
     "replace_optimizer_state",
     "scale_rates",
     "scheduled_rates",
@@ -55,11 +58,18 @@ def load_schedule(host: Host, state: dict[str, Any], factor: float) -> None:
 
 def replace_optimizer_state(host: Host, state: dict[str, Any]) -> None:
     """Load ``state`` into the optimizer; with a schedule that goes by steps the rates stay those of now."""
+    with rates_kept(host):
+        host.optimizer.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def rates_kept(host: Host) -> Iterator[None]:
+    """Put the rates back as they were, with a schedule that goes by steps, after a state was loaded in here."""
     optimizer, now = host.optimizer, scheduled_rates(host)
     kept = [
         {name: group[name] for name in _KEPT_IN_GROUPS if name in group} for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(state)
+    yield
     if follows_metrics(host):
         return
     for group, schedule_owned in zip(optimizer.param_groups, kept, strict=True):

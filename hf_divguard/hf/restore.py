@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_divguard.hf.engines import engine_of, supported
+from hf_divguard.hf.engines.engine import InExchange
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import follows_metrics, load_schedule
@@ -147,13 +148,14 @@ def load_weights_on_all_ranks(host: Host, checkpoint: str, ranks: Ranks) -> None
 
 def _on_all_ranks(host: Host, ranks: Ranks, read: Callable[[], Callable[[], None]], what: str) -> None:
     """Read on every rank; when all have, write what was read. An error of one rank is raised on all of them."""
+    engine = engine_of(host)
     put, error = _tried(read)
-    ranks.raise_if_any_failed(error, what)
+    # Where others may be held in an exchange of the engine that this rank has left, it does not wait for them long.
+    ranks.raise_if_any_failed(error, what, may_be_held=isinstance(error, InExchange))
     assert put is not None
-    with engine_of(host).kept_on_error():
+    with engine.kept_on_error():
         _, error = _tried(put)
-        # Another rank may be held in an exchange of the engine that this one has left with an error.
-        ranks.raise_if_any_failed(error, what, may_be_held=True)
+        ranks.raise_if_any_failed(error, what, may_be_held=engine.puts_together)
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_divguard.core.rollback.rows import MOST_PROBES, find_rows
+from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe
 
@@ -19,13 +20,16 @@ def suspect_rows(
 ) -> tuple[list[dict[str, int]], int]:
     """Return micro-batch and position of each row that stands out, and how many probes it took.
 
-    Nothing is named where a batch cannot be divided by rows.
+    Nothing is named where a batch cannot be divided by rows, or where a forward pass takes all ranks,
+    which search in different rows.
 
     Args:
         host: The host.
         batches: The micro-batches, as the data loader gave them.
         tensors: The kept parameters and buffers.
     """
+    if engine_of(host).forwards_together:
+        return [], 0
     found, probes = [], 0
     for number, inputs in enumerate(batches):
         count = _row_count(inputs)

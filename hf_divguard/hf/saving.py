@@ -12,6 +12,7 @@ from typing import Any
 from hf_divguard.core.findings import Finding
 from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.hf.checkpoint_writer import CheckpointWriter
+from hf_divguard.hf.engines.sharded_files import plain_errors
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.deletion import delete_checkpoint
@@ -196,7 +197,7 @@ class Checkpoints:
         pushes: list[str] = []
 
         def write_aside(stand_in: str | None) -> None:
-            with self._host.saving_to(stand_in) as saving:
+            with self._host.saving_to(stand_in) as saving, plain_errors("The host's save"):
                 write()
             pushes.extend(saving.pushes)
 

@@ -11,6 +11,7 @@ import torch
 
 from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.hf.engines import engine_of
+from hf_divguard.hf.engines.tensors import local_part
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import RunJournal
@@ -119,7 +120,8 @@ class NonFiniteUpdates:
         bad = ~flag
         for weight in self._host.model.parameters():
             if weight.grad is not None:
-                weight.grad.masked_fill_(bad.to(weight.grad.device), 0.0)
+                part = local_part(weight.grad)
+                part.masked_fill_(bad.to(part.device), 0.0)
         return False
 
     def on_raw_losses(self, values: list[StepValues], args: Any, state: Any, control: Any) -> None:

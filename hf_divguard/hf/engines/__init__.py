@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hf_divguard.hf.engines.elsewhere import Elsewhere
 from hf_divguard.hf.engines.engine import Engine, KeptState, Unsupported
+from hf_divguard.hf.engines.fsdp import Fsdp1, Fsdp2
 from hf_divguard.hf.engines.whole import Whole
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["ENGINES", "Engine", "KeptState", "Unsupported", "engine_of", "supported"]
 
 ENGINES: tuple[type[Engine], ...] = (
+    Fsdp2,
+    Fsdp1,
     Elsewhere,
     Whole,
 )

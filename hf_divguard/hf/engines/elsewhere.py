@@ -9,7 +9,7 @@ from hf_divguard.hf.engines.engine import SAFE_ADVICE, Engine, Unsupported
 if TYPE_CHECKING:
     from hf_divguard.hf.host import Host
 
-__all__ = ["Elsewhere"]
+__all__ = ["Elsewhere", "parallelism"]
 
 _NO_RESUME = (
     "Set the action to 'stop'. Transformers cannot resume such a run, so start a new one from the weights of the "
@@ -17,7 +17,6 @@ _NO_RESUME = (
 )
 _BY_TYPE = {
     "DEEPSPEED": "DeepSpeed, whose engine owns the optimizer",
-    "FSDP": "FSDP, which shards weights and optimizer over the ranks",
     "MEGATRON_LM": "Megatron-LM, which shards weights and optimizer over the ranks",
     "XLA": "XLA, where weights and optimizer live on devices of its own",
 }
@@ -37,10 +36,12 @@ class Elsewhere(Engine):
 
 
 def _found(host: Host) -> Unsupported | None:
-    parallel = _parallelism(host)
+    parallel = parallelism(host)
     if parallel is not None:
         return parallel
-    kind = _kind(host)
+    if getattr(host.trainer, "is_fsdp_enabled", False):
+        return None
+    kind = "DEEPSPEED" if getattr(host.trainer, "is_deepspeed_enabled", False) else host.distributed_type
     if kind != "NO" and not kind.startswith("MULTI_"):
         return Unsupported(_BY_TYPE.get(kind, f"the distributed type {kind}"))
     if any(hasattr(parameter, "device_mesh") for parameter in host.model.parameters()):
@@ -48,13 +49,7 @@ def _found(host: Host) -> Unsupported | None:
     return None
 
 
-def _kind(host: Host) -> str:
-    if getattr(host.trainer, "is_deepspeed_enabled", False):
-        return "DEEPSPEED"
-    return "FSDP" if getattr(host.trainer, "is_fsdp_enabled", False) else host.distributed_type
-
-
-def _parallelism(host: Host) -> Unsupported | None:
+def parallelism(host: Host) -> Unsupported | None:
     """Return the parallelism that divides layers, sequences or experts, not only whole parameters."""
     trainer: Any = host.trainer
     loaded_in_parts = getattr(trainer, "is_distributed_loading_by_transformers", False)

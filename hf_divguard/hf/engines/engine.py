@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from hf_divguard.hf.host import Host
 
-__all__ = ["SAFE_ADVICE", "Engine", "KeptState", "Unsupported"]
+__all__ = ["SAFE_ADVICE", "Engine", "InExchange", "KeptState", "Unsupported"]
 
 SAFE_ADVICE = (
     "Set the action to 'stop', and start the script again with resume_from_checkpoint='auto': it passes over "
@@ -32,6 +32,10 @@ class KeptState:
 
     tensors: dict[str, torch.Tensor]
     optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+class InExchange(Exception):
+    """An error in a part of a read that other ranks may be waiting in; its cause is the error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,9 @@ class Engine:
     """Name for messages."""
     forwards_together = False
     """Whether a forward pass takes all ranks, so that all have to take the same number of them."""
+
+    puts_together = False
+    """Whether what :meth:`read` returns makes ranks wait for each other."""
 
     def __init__(self, host: Host) -> None:
         self.host = host

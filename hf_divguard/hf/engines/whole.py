@@ -11,7 +11,13 @@ import torch
 
 from hf_divguard.errors import CheckpointError
 from hf_divguard.hf.engines.engine import Engine, KeptState, Unsupported
-from hf_divguard.hf.engines.tensors import held_by_optimizer, kept_tensors, named_shortly, to_cpu
+from hf_divguard.hf.engines.tensors import (
+    held_by_optimizer,
+    kept_parts,
+    live_parts,
+    named_shortly,
+    to_cpu,
+)
 from hf_divguard.hf.engines.whole_weights import load_weights, weights_kept_on_error
 from hf_divguard.hf.losses import gradient_norm
 from hf_divguard.hf.rates import replace_optimizer_state
@@ -45,12 +51,12 @@ class Whole(Engine):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what training changes or may change."""
-        return kept_tensors(self.host)
+        return kept_parts(self.host)
 
     def keep(self, *, with_optimizer: bool = True) -> KeptState:
         """Return a copy in CPU memory."""
         return KeptState(
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()},
+            to_cpu(self.tensors()),
             to_cpu(self.host.optimizer.state_dict()) if with_optimizer else {},
         )
 
@@ -67,7 +73,7 @@ class Whole(Engine):
 
     def put_back(self, kept: KeptState, *, weights_only: bool = False) -> None:
         """Copy a kept state into the parameters, and give the optimizer a copy of its own."""
-        present = {**dict(self.host.model.named_parameters()), **dict(self.host.model.named_buffers())}
+        present = live_parts(self.host)
         with torch.no_grad():
             for name, tensor in kept.tensors.items():
                 if name in present:

@@ -1,0 +1,357 @@
+"""Runs under an engine, as they go on each rank: rolled back, healthy, given up, resumed, killed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDetector
+from tests.hf.engines.launch import allow_fsdp_on_cpu, fsdp_options
+from tests.hf.faults import NaNBatch, same_state
+from tests.tiny import TokenRows, base_arguments, tiny_model
+
+Options = dict[str, Any]
+
+FAULT = range(11, 13)
+
+
+def options_of(engine: str) -> Options:
+    """Return the arguments that make a run train under an engine; this process is made ready for it."""
+    allow_fsdp_on_cpu()
+    kinds: dict[str, Options] = {
+        "fsdp2": fsdp_options(),
+        "fsdp2-full": fsdp_options(state_dict="FULL_STATE_DICT"),
+        "fsdp1": fsdp_options(version=1, sync_module_states=False),
+    }
+    return kinds[engine]
+
+
+# ---- what a rank holds
+
+
+def local(value: Any) -> Any:
+    """Return a copy of a nested state with the part of each tensor that this rank holds."""
+    if isinstance(value, torch.Tensor):
+        part = value.detach()
+        return (part.to_local() if hasattr(part, "to_local") else part).clone()
+    if isinstance(value, dict):
+        return {key: local(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [local(entry) for entry in value]
+    return value
+
+
+def held(trainer: Any) -> dict[str, Any]:
+    """Return this rank's weights and optimizer state, without the learning rates, which go on."""
+    return {
+        "weights": local(dict(trainer.model.named_parameters())),
+        "optimizer": local(trainer.optimizer.state_dict()["state"]),
+    }
+
+
+def digest(trainer: Any) -> str:
+    """Return a digest of what this rank holds of the weights."""
+    found = hashlib.sha256()
+    for weight in local(dict(trainer.model.named_parameters())).values():
+        found.update(weight.float().numpy().tobytes())
+    return found.hexdigest()
+
+
+class Held(TrainerCallback):
+    """Notes what this rank holds at the end of each step, before the guards act, and when a rollback is logged."""
+
+    trainer: Any = None
+
+    def __init__(self) -> None:
+        self.at: dict[int, Any] = {}
+        self.restored: list[Any] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note it at the end of a step."""
+        self.at[state.global_step] = held(self.trainer)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Note it if this is the log of a rollback."""
+        if "divguard/rollbacks" in (logs or {}):
+            self.restored.append(copy.deepcopy(held(self.trainer)))
+
+
+# ---- runs
+
+
+def make_trainer(
+    engine: str,
+    folder: str | Path,
+    *,
+    callbacks: tuple[Any, ...] = (),
+    fault: range = range(0),
+    is_guarded: bool = True,
+    model: Any = None,
+    **options: Any,
+) -> Any:
+    """Return a trainer under an engine, whose loss is NaN in the steps of ``fault``."""
+    common: Options = {"max_steps": 16, "save_steps": 4, "logging_steps": 16, "ddp_backend": "gloo"}
+    guards: Options = {
+        "divguard_check_steps": 1,
+        "divguard_cooldown_steps": 2,
+        "divguard_skip_nonfinite": False,
+    }
+    common |= {**options_of(engine), **(guards if is_guarded else {}), **options}
+    args = (DivGuardTrainingArguments if is_guarded else TrainingArguments)(
+        **base_arguments(folder, **common)
+    )
+    model = model if model is not None else tiny_model(dropout=0.1)
+    watching: list[Any] = [NaNBatch(model, fault)] if fault else []
+    if is_guarded and "divguard_detector" not in options:
+        watching.append(NonFiniteDetector(action="rollback"))
+    trainer = (DivGuardTrainer if is_guarded else Trainer)(
+        model=model,
+        args=args,
+        train_dataset=TokenRows(),
+        eval_dataset=TokenRows(rows=8, seed=1),
+        callbacks=[*watching, *callbacks],
+    )
+    for callback in callbacks:
+        callback.trainer = trainer
+    return trainer
+
+
+def without_times(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return events of a run as two runs can share them."""
+    return [{k: v for k, v in event.items() if k not in ("time", "seconds", "run_id")} for event in events]
+
+
+def roll_back(engine: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """Train through a NaN; return what was done, and whether all came back to the bit on this rank."""
+    seen = Held()
+    trainer = make_trainer(engine, folder, callbacks=(seen,), fault=FAULT, **options)
+    trainer.train()
+    events = without_times(trainer.divguard_events)
+    targets = [event["target_step"] for event in events if event["event"] == "rollback"]
+    return {
+        "events": events,
+        "same": [same_state(now, seen.at[step]) for now, step in zip(seen.restored, targets, strict=True)],
+        "moved": not same_state(seen.at[targets[0]]["weights"], seen.at[FAULT[0] - 1]["weights"]),
+        "finite": all(bool(torch.isfinite(w).all()) for w in held(trainer)["weights"].values()),
+        "step": trainer.state.global_step,
+    }
+
+
+def roll_back_all(
+    rank: int, folder: str, engine: str, cases: dict[str, Options] | None = None
+) -> dict[str, Any]:
+    """Roll back from disk and from memory, and in the ``cases`` that are given."""
+    all_cases = {"disk": {}, "memory": {"divguard_snapshot_steps": 4}} if cases is None else cases
+    return {name: roll_back(engine, Path(folder, name), **options) for name, options in all_cases.items()}
+
+
+# ---- healthy, damaged, given up
+
+
+class Noise(TrainerCallback):
+    """Noise on this rank's part of the weights, before the forward pass of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add it."""
+        if state.global_step + 1 == self.step:
+            lot = torch.Generator().manual_seed(args.process_index)
+            with torch.no_grad():
+                for weight in kwargs["model"].parameters():
+                    part = weight.to_local() if hasattr(weight, "to_local") else weight
+                    part += 2.0 * torch.randn(part.shape, generator=lot)
+
+
+GUARDS: Options = {
+    "divguard_detector": "adaptive",
+    "divguard_action": "rollback",
+    "eval_on_save": True,
+    "preserve_best_model": True,
+}
+
+
+def losses(trainer: Any) -> list[float]:
+    """Return the logged losses."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def healthy(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
+    """Train without a fault: stock, and with every guard, which looks into what a detector asks for."""
+    from hf_divguard import DivergenceDetector
+    from tests.hf.faults import ScriptedRule
+
+    common: Options = {
+        "max_steps": 30,
+        "save_steps": 10,
+        "logging_steps": 1,
+        "learning_rate": 3e-3,
+        **options,
+    }
+    # An evaluation draws a random number for its data loader, whoever asks for it.
+    evaluates: Options = {"eval_strategy": "steps", "eval_steps": 10}
+    stock = make_trainer(engine, Path(folder, "stock"), is_guarded=False, **common, **evaluates)
+    stock.train()
+    asks = DivergenceDetector(ScriptedRule({22: 20, 25: 23}), action="rollback")
+    common |= {**GUARDS, "divguard_skip_nonfinite": True}
+    guarded = make_trainer(engine, Path(folder, "guarded"), callbacks=(asks,), **common)
+    guarded.train()
+    return {
+        "same": digest(stock) == digest(guarded) and losses(stock) == losses(guarded),
+        "events": without_times(guarded.divguard_events),
+        "passes": guarded._run.comparison.passes,
+        "best": [Path(each.path).name for each in guarded.best_checkpoints()],
+        "reason": guarded._run.comparison._reason,
+    }
+
+
+def compare(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
+    """Train with noise on the weights: the comparison of weights finds the cause and has it undone."""
+    common: Options = {
+        "max_steps": 40,
+        "save_steps": 10,
+        "logging_steps": 1,
+        "learning_rate": 3e-3,
+        **options,
+    }
+    seen = Held()
+    trainer = make_trainer(engine, folder, callbacks=(Noise(28), seen), **common, **GUARDS)
+    trainer.train()
+    events = without_times(trainer.divguard_events)
+    targets = [event["target_step"] for event in events if event["event"] == "rollback"]
+    return {
+        "events": events,
+        "same": [same_state(now, seen.at[step]) for now, step in zip(seen.restored, targets, strict=True)],
+        "causes": [event["finding"].get("cause") for event in events if event["event"] == "rollback"],
+        "losses": losses(trainer),
+    }
+
+
+def give_up(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
+    """Train with a NaN that does not end; return what the model holds then."""
+    from hf_divguard import TrainingDivergedError
+
+    seen = Held()
+    common: Options = {
+        "divguard_max_rollbacks": 1,
+        "eval_on_save": True,
+        "preserve_best_model": True,
+        **options,
+    }
+    trainer = make_trainer(engine, folder, callbacks=(seen,), fault=range(11, 100), **common)
+    error = ""
+    try:
+        trainer.train()
+    except TrainingDivergedError as caught:
+        error = str(caught)
+    event = trainer.divguard_events[-1]
+    step = int(Path(event["checkpoint"]).name.rpartition("-")[2]) if event.get("checkpoint") else None
+    return {
+        "error": error.replace(folder, ""),
+        "checkpoint": step,
+        "same": step is not None and same_state(held(trainer)["weights"], seen.at[step]["weights"]),
+    }
+
+
+def skip(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
+    """Train through a NaN whose update is left out."""
+    trainer = make_trainer(engine, folder, fault=FAULT, divguard_skip_nonfinite=True, **options)
+    trainer.train()
+    return {
+        "events": without_times(trainer.divguard_events),
+        "finite": all(bool(torch.isfinite(w).all()) for w in held(trainer)["weights"].values()),
+    }
+
+
+def resume(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
+    """Train to the end, and once more from the checkpoint in the middle; compare what the rank holds."""
+    whole = make_trainer(engine, folder, **options)
+    whole.train()
+    resumed = make_trainer(engine, folder, **options)
+    resumed.train(resume_from_checkpoint=str(Path(folder, "checkpoint-8")))
+    return {"same": same_state(held(whole), held(resumed)), "step": resumed.state.global_step}
+
+
+def unreadable(rank: int, folder: str, engine: str, bad_rank: int = 1, **options: Any) -> dict[str, Any]:
+    """Roll back while one rank cannot read the newest checkpoint: the bytes of its part are others."""
+
+    class Spoil(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if rank != bad_rank or state.global_step != 8:
+                return
+            for path in Path(folder, "checkpoint-8").rglob(f"__{bad_rank}_*.distcp"):
+                path.write_bytes(b"\0" * path.stat().st_size)
+
+    seen = Held()
+    trainer = make_trainer(engine, folder, callbacks=(Spoil(), seen), fault=FAULT, **options)
+    trainer.train()
+    events = without_times(trainer.divguard_events)
+    targets = [event["target_step"] for event in events if event["event"] == "rollback"]
+    return {
+        "targets": targets,
+        "same": [same_state(now, seen.at[step]) for now, step in zip(seen.restored, targets, strict=True)],
+    }
+
+
+def several(rank: int, folder: str, engine: str, what: dict[str, Options]) -> dict[str, Any]:
+    """Run functions of this module one after the other, each with a folder of its own, and return what they return."""
+    functions: dict[str, Callable[..., Any]] = {
+        "healthy": healthy,
+        "compare": compare,
+        "give_up": give_up,
+        "skip": skip,
+        "resume": resume,
+        "unreadable": unreadable,
+        "write_after_evaluation": write_after_evaluation,
+    }
+    return {
+        name: functions[name](rank, str(Path(folder, name)), engine, **options)
+        for name, options in what.items()
+    }
+
+
+def write_after_evaluation(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
+    """Put states back right after a forward pass, which may leave parameters gathered: the next one must see them."""
+    from hf_divguard.hf.engines import engine_of
+    from hf_divguard.hf.host import Host
+
+    seen: dict[str, Any] = {}
+
+    class Evaluate(TrainerCallback):
+        trainer: Any = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            engine = engine_of(Host(self.trainer))
+            if state.global_step == 8:
+                seen["kept"], seen["loss"] = engine.keep(), self.evaluate()
+            elif state.global_step == 12:
+                self.evaluate()
+                engine.put_back(seen["kept"])
+                seen["from memory"] = self.evaluate()
+                engine.read(str(Path(folder, "checkpoint-4")))()
+                seen["from disk"] = self.evaluate()
+            elif state.global_step == 4:
+                seen["loss of 4"] = self.evaluate()
+
+        def evaluate(self) -> float:
+            rows = self.trainer.eval_dataset
+            inputs = self.trainer.data_collator([rows[index] for index in range(4)])
+            model = self.trainer.model.eval()
+            with torch.no_grad():
+                loss = float(model(**inputs).loss)
+            model.train()
+            return loss
+
+    trainer = make_trainer(engine, folder, callbacks=(Evaluate(),), max_steps=12, **options)
+    trainer.train()
+    return {
+        "memory": [seen["from memory"], seen["loss"]],
+        "disk": [seen["from disk"], seen["loss of 4"]],
+    }
