@@ -780,7 +780,6 @@ def test_a_stock_trainer_cannot_roll_back_and_says_what_can(make_trainer: MakeTr
     ("attribute", "said"),
     [
         ("is_deepspeed_enabled", "does not work with DeepSpeed, whose engine owns the optimizer"),
-        ("is_fsdp_enabled", "does not work with FSDP, which shards weights and optimizer"),
     ],
 )
 def test_engines_that_own_the_optimizer_are_refused_before_the_first_step(

@@ -143,12 +143,13 @@ def roll_back(engine: str, folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
-def roll_back_all(
-    rank: int, folder: str, engine: str, cases: dict[str, Options] | None = None
-) -> dict[str, Any]:
-    """Roll back from disk and from memory, and in the ``cases`` that are given."""
-    all_cases = {"disk": {}, "memory": {"divguard_snapshot_steps": 4}} if cases is None else cases
-    return {name: roll_back(engine, Path(folder, name), **options) for name, options in all_cases.items()}
+def from_disk_and_memory(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
+    """Roll back from a checkpoint and from a state in memory."""
+    disk = roll_back(engine, Path(folder, "disk"), **options)
+    return {
+        "disk": disk,
+        "memory": roll_back(engine, Path(folder, "memory"), divguard_snapshot_steps=4, **options),
+    }
 
 
 # ---- healthy, damaged, given up
@@ -206,9 +207,8 @@ def healthy(rank: int, folder: str, engine: str, **options: Any) -> dict[str, An
     return {
         "same": digest(stock) == digest(guarded) and losses(stock) == losses(guarded),
         "events": without_times(guarded.divguard_events),
-        "passes": guarded._run.comparison.passes,
+        "passes": guarded._run.comparison.looks.passes,
         "best": [Path(each.path).name for each in guarded.best_checkpoints()],
-        "reason": guarded._run.comparison._reason,
     }
 
 
@@ -300,23 +300,6 @@ def unreadable(rank: int, folder: str, engine: str, bad_rank: int = 1, **options
     }
 
 
-def several(rank: int, folder: str, engine: str, what: dict[str, Options]) -> dict[str, Any]:
-    """Run functions of this module one after the other, each with a folder of its own, and return what they return."""
-    functions: dict[str, Callable[..., Any]] = {
-        "healthy": healthy,
-        "compare": compare,
-        "give_up": give_up,
-        "skip": skip,
-        "resume": resume,
-        "unreadable": unreadable,
-        "write_after_evaluation": write_after_evaluation,
-    }
-    return {
-        name: functions[name](rank, str(Path(folder, name)), engine, **options)
-        for name, options in what.items()
-    }
-
-
 def write_after_evaluation(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
     """Put states back right after a forward pass, which may leave parameters gathered: the next one must see them."""
     from hf_divguard.hf.engines import engine_of
@@ -354,4 +337,31 @@ def write_after_evaluation(rank: int, folder: str, engine: str, **options: Any) 
     return {
         "memory": [seen["from memory"], seen["loss"]],
         "disk": [seen["from disk"], seen["loss of 4"]],
+    }
+
+
+def several(rank: int, folder: str, engine: str, what: dict[str, Options]) -> dict[str, Any]:
+    """Run functions of this module one after the other, each with a folder of its own; return what they return.
+
+    Args:
+        rank: This rank.
+        folder: Gets a folder for each.
+        engine: What the runs train under.
+        what: The options of each, by the name of the function, or that and a slash and more.
+    """
+    functions: dict[str, Callable[..., Any]] = {
+        "from_disk_and_memory": from_disk_and_memory,
+        "healthy": healthy,
+        "compare": compare,
+        "give_up": give_up,
+        "skip": skip,
+        "resume": resume,
+        "unreadable": unreadable,
+        "write_after_evaluation": write_after_evaluation,
+    }
+    return {
+        name: functions[name.partition("/")[0]](
+            rank, str(Path(folder, name.replace("/", "-"))), engine, **options
+        )
+        for name, options in what.items()
     }
