@@ -14,9 +14,9 @@ functions whose code is in the package count, in every thread.
   out all others. An alternation is a call into one of the two files right after a call into the
   other one. A return does not count.
 - *way of a loss*: the files that a NaN loss passes until the state has a ``divguard_finding``. They
-  are the files of the open calls at four moments: the deepest call within ``training_step``; the
-  transfer from the device (``Tensor.tolist``); the making of the ``Finding``; the first moment at
-  which the state has it. A call that is still open is not listed again. Of the calls from ``core``
+  are the files of the open calls at four moments: the copy of the loss within ``training_step``
+  (``Tensor.clone``); the transfer from the device (``Tensor.tolist``); the making of the ``Finding``;
+  the first moment at which the state has it. A call that is still open is not listed again. Of the calls from ``core``
   to ``core`` only the first is listed: what a detector is made of is its own affair. Neighbours
   in one file are one *hop*.
 """
@@ -37,7 +37,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
 import torch
 import transformers
@@ -47,9 +48,12 @@ from tests.tiny import TokenRows, base_arguments, tiny_model
 
 TRAINER = "hf/trainer.py"
 
+# The update of the NaN loss is not skipped: it has to reach the weights for the action to be taken.
+_NAN = {"divguard_detector": "adaptive", "divguard_skip_nonfinite": False}
+
 SCENARIOS: dict[str, tuple[int, dict[str, Any]]] = {
-    "stop": (6, {"divguard_detector": "adaptive", "divguard_action": "stop"}),
-    "rollback": (6, {"divguard_detector": "adaptive", "divguard_action": "rollback"}),
+    "stop": (6, {**_NAN, "divguard_action": "stop"}),
+    "rollback": (6, {**_NAN, "divguard_action": "rollback"}),
     # The last step of an epoch, so that the end of an epoch is in it too.
     "save": (8, {"preserve_best_model": True, "eval_on_save": True, "save_total_limit": 1}),
 }
@@ -109,6 +113,10 @@ class StepTrace(TrainerCallback):
         code = frame.f_code
         if event == "c_call" and argument.__name__ == "tolist" and not self.at_finding:
             self.at_transfer = self.open_calls(frame)
+        if event == "c_call" and argument.__name__ == "clone" and code.co_filename.startswith(self.package):
+            stack = self.open_calls(frame)
+            if "training_step" in [call.co_name for call in stack]:
+                self.at_micro_batch = self.at_micro_batch or stack
         if event not in ("call", "return"):
             return
         if not code.co_filename.startswith(self.package):
@@ -118,9 +126,6 @@ class StepTrace(TrainerCallback):
             return
         if event == "call":
             self.calls.append(code)
-            stack = self.open_calls(frame)
-            if "training_step" in [call.co_name for call in stack] and len(stack) > len(self.at_micro_batch):
-                self.at_micro_batch = stack
         if not self.at_decision and getattr(self.state, "divguard_finding", None) is not None:
             self.at_decision = self.open_calls(frame)
 

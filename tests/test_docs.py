@@ -288,6 +288,21 @@ def test_every_file_and_name_in_the_architecture_exists() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("scenario", "path"), [("stop", "a loss"), ("save", "a save"), ("rollback", "a rollback")]
+)
+def test_the_paths_in_the_architecture_are_those_of_a_real_step(scenario: str, path: str) -> None:
+    """Every function in the first block of a path is called, in the file that stands beside it."""
+    from benchmarks.trace import trace
+
+    page = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = code_blocks(page.split(f"## The path of {path}\n")[1], "text")[0]
+    lines = re.findall(r"^ *([\w.]+) +((?:core|storage|hf)/[\w/]+\.py)\b", block, flags=re.MULTILINE)
+    assert len(lines) > 10
+    called = trace(scenario).functions()
+    assert [f"{file} {name}" for name, file in lines if f"{file} {name}" not in called] == []
+
+
 # ---- language
 
 
