@@ -32,7 +32,7 @@ RELEASE ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-recipes test-gpu cov style quality types docs docs-check \
+.PHONY: help install demo test test-all test-recipes test-gpu test-page cov style quality types docs docs-check \
 	notebooks bench bench-kill bench-detection bench-recovery bench-overhead \
 	bench-crash-points trace old-transformers compat ci-long build release-check address clean
 
@@ -93,6 +93,14 @@ old-transformers: $(OLD_READY) ## Run the tests with the oldest Transformers tha
 
 compat: ## Run trainer classes and versions in an environment each, and write docs/compatibility.md
 	@$(PYTHON) tests/matrix/environments.py --torch "$(TORCH)" $(COMPAT)
+
+# A browser comes from Debian where this user may install packages, and from playwright elsewhere.
+test-page: $(READY) ## Test the page of `hf-divguard report` in a real browser
+	@$(BIN)/python -c "import playwright" 2> /dev/null || $(BIN)/python $(PIP_INSTALL) -e ".[page]"
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } > /dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+		|| $(BIN)/python -m playwright install chromium
+	@$(BIN)/python -m pytest tests/page $(PYTEST)
 
 style: $(READY) ## Fix and format the code
 	@$(BIN)/ruff check --fix .
@@ -159,6 +167,7 @@ address: ## Write the address of the repository into every file: make address AD
 ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration runs after `make test`, in shortened form
 	@$(MAKE) --no-print-directory notebooks docs release-check test-recipes
 	@$(EXTRAS_BIN)/python -m pytest tests/matrix $(WORKERS) $(PYTEST)
+	@$(MAKE) --no-print-directory test-page
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)

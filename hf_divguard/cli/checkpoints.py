@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from hf_divguard.cli.condition import condition_of
+from hf_divguard.cli.condition import Condition, condition_of
 from hf_divguard.cli.exits import CANNOT_ANSWER, NO, OK, USAGE, CommandError
 from hf_divguard.cli.folders import DiskUsage, age_of, disk_usage, open_folder, run_folder, saved_at
 from hf_divguard.cli.keeping import Plan, Survey, survey
@@ -19,6 +19,7 @@ from hf_divguard.cli.output import (
     size_in_words,
     table,
 )
+from hf_divguard.cli.parsers import DEFAULT_KEEP_BEST, DEFAULT_KEEP_LAST
 from hf_divguard.errors import CheckpointError
 from hf_divguard.storage.checkpoints import latest_complete_checkpoint
 from hf_divguard.storage.integrity import verify_checkpoint
@@ -26,16 +27,13 @@ from hf_divguard.storage.names import checkpoint_folders, checkpoint_step
 from hf_divguard.storage.survey import Checkpoint
 from hf_divguard.storage.verdict import Verdict
 
-__all__ = ["run_best", "run_latest", "run_list", "run_verify"]
+__all__ = ["kept_rows", "run_best", "run_latest", "run_list", "run_verify"]
 
 
 def run_list(options: Any) -> int:
     """List the checkpoints of a run."""
     seen = survey(run_folder(options.dir), options.metric, options.greater)
-    needed = needed_steps(seen, condition_of(seen))
-    plan = Plan(options.keep_last, options.keep_best, options.every, needed).make(seen)
-    usage = disk_usage(each.path for each in seen.found)
-    rows = [_row(each, seen, plan, usage) for each in seen.found]
+    rows = kept_rows(seen, condition_of(seen), options.keep_last, options.keep_best, options.every)
     if options.json:
         content = {"dir": options.dir, "metric": seen.metric_key, "greater_is_better": seen.greater_is_better}
         print_json("list", {**content, "checkpoints": rows})
@@ -62,6 +60,19 @@ def run_list(options: Any) -> int:
     if seen.greater_is_better is None:
         print(f"Nothing is ranked: {_unknown_direction(seen.metric_key)}")
     return OK
+
+
+def kept_rows(
+    seen: Survey,
+    condition: Condition,
+    keep_last: int = DEFAULT_KEEP_LAST,
+    keep_best: int = DEFAULT_KEEP_BEST,
+    every: int | None = None,
+) -> list[dict[str, Any]]:
+    """Return what is known of each checkpoint, and why it is kept by these rules."""
+    plan = Plan(keep_last, keep_best, every, needed_steps(seen, condition)).make(seen)
+    usage = disk_usage(each.path for each in seen.found)
+    return [_row(each, seen, plan, usage) for each in seen.found]
 
 
 def _row(each: Checkpoint, seen: Survey, plan: Plan, usage: DiskUsage) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from hf_divguard.cli.keeping import Survey
 from hf_divguard.cli.output import duration_in_words
 from hf_divguard.cli.progress import Progress, last_activity, read_progress, seconds_per_step
 from hf_divguard.cli.records import Divergence, Ending, RunRecord, read_ending, read_record
+from hf_divguard.core.findings import Finding
 from hf_divguard.errors import HistoryError
 from hf_divguard.storage.integrity import verify_checkpoint
 from hf_divguard.storage.survey import Checkpoint
@@ -147,29 +149,37 @@ def _with_replay(known: Condition) -> Condition:
         return replace(known, replay_note=f"no replay: {error}")
     if not errors:
         return replace(known, replay_note="the detector `adaptive` finds nothing in the log")
-    first = errors[0]
-    if _has_recovered(known.progress.content, first.onset_step):
-        note = f"{first.message} The loss has recovered since."
-        return replace(known, replay_note=note)
+    lasting = _first_lasting(known.progress.content, errors)
+    if lasting is None:
+        return replace(known, replay_note=f"{errors[0].message} The loss has recovered since.")
     fault = Divergence(
         "replay",
-        first.step,
-        first.onset_step,
-        first.kind,
-        first.message,
-        value=first.value,
-        limit=first.limit,
+        lasting.step,
+        lasting.onset_step,
+        lasting.kind,
+        lasting.message,
+        value=lasting.value,
+        limit=lasting.limit,
     )
     return replace(known, divergence=fault)
 
 
-def _has_recovered(content: dict[str, Any], onset: int) -> bool:
-    """Return whether the last losses are as low as those before the onset."""
+def _first_lasting(content: dict[str, Any], errors: list[Finding]) -> Finding | None:
+    """Return the first fault from which the loss has not come back, neither before the next one nor at the end."""
     from hf_divguard.history import read_history
 
     losses = [(each.step, each.values["loss"]) for each in read_history(content).series("loss")]
+    ends = [*(each.onset_step for each in errors[1:]), math.inf]
+    for found, end in zip(errors, ends, strict=True):
+        if not _has_recovered(losses, found.onset_step, end):
+            return found
+    return None
+
+
+def _has_recovered(losses: list[tuple[int, float]], onset: int, end: float) -> bool:
+    """Return whether the last losses before step ``end`` are as low as those before the onset."""
     before = [loss for step, loss in losses if step < onset][-_LEVEL_VALUES:]
-    after = [loss for step, loss in losses if step >= onset][-_LEVEL_VALUES:]
+    after = [loss for step, loss in losses if onset <= step < end][-_LEVEL_VALUES:]
     if not before or len(after) < _LEVEL_VALUES or 0.0 in after:
         return False
     return statistics.median(after) <= statistics.median(before)

@@ -16,6 +16,7 @@ COMMANDS = {
     "latest": "checkpoints",
     "verify": "checkpoints",
     "replay": "replay",
+    "report": "report",
     "prune": "prune",
     "run": "run",
     "completion": "completion",
@@ -34,6 +35,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     _add_status(group)
     _add_checkpoints(group)
     _add_replay(group)
+    _add_report(group)
     _add_prune(group)
     _add_run(group)
     shell = _command(group, "completion", "Print the completion script of a shell.", {})
@@ -160,6 +162,24 @@ def _add_replay(group: Any) -> None:
     parser.add_argument("--metric", default="loss", metavar="KEY", help="log key to watch (default: loss)")
     parser.add_argument("--plot", action="store_true", help="draw the curve with onset and finding")
     parser.add_argument("--fail-on-finding", action="store_true", help="exit with 1 if there is a finding")
+
+
+def _add_report(group: Any) -> None:
+    parser = _command(
+        group,
+        "report",
+        "Write one HTML page about a run: answer, curves, findings, checkpoints.",
+        {},
+        more="The page needs no network and no other file. Everything in it is from the files of the run.",
+    )
+    parser.add_argument("dir", metavar="DIR", help="output folder of a run")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="where to write it, - for standard output (default: NAME-report.html)",
+    )
+    _add_metric(parser)
 
 
 def _add_prune(group: Any) -> None:

@@ -16,7 +16,7 @@ from hf_divguard.cli.output import coloured, duration_in_words, print_json, prin
 from hf_divguard.cli.parsers import DEFAULT_KEEP_BEST, DEFAULT_KEEP_LAST
 from hf_divguard.storage.survey import Checkpoint
 
-__all__ = ["run_status"]
+__all__ = ["facts_of", "run_status"]
 
 _CODES = {"finished": OK, "running": OK, "stopped": STOPPED, "diverged": DIVERGED, "failed": FAILED}
 
@@ -25,12 +25,11 @@ def run_status(options: Any) -> int:
     """Say how a run ended, or that it is running."""
     seen = survey(run_folder(options.dir), options.metric, options.greater)
     condition = condition_of(seen)
-    disk = _disk(seen, condition)
-    newest = seen.found[-1] if seen.found else None
     if options.json:
-        print_json("status", _content(options.dir, seen, condition, newest, disk))
+        newest = seen.found[-1] if seen.found else None
+        print_json("status", _content(options.dir, seen, condition, newest, _disk(seen, condition)))
     else:
-        print("\n".join(_lines(options.dir, seen, condition, newest, disk)))
+        print("\n".join(_lines(options.dir, condition, facts_of(seen, condition))))
     return _CODES[condition.state] if options.exit_code else OK
 
 
@@ -96,51 +95,57 @@ def _checkpoint(each: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _lines(
-    shown: str, seen: Survey, condition: Condition, newest: Checkpoint | None, disk: dict[str, Any]
-) -> list[str]:
-    lines = [f"{printable(shown)}: {coloured(condition.state)}. {printable(condition.reason)}"]
+def facts_of(seen: Survey, condition: Condition) -> list[tuple[str, str]]:
+    """Return the answer as names and texts."""
+    newest = seen.found[-1] if seen.found else None
+    return [*_fault_facts(condition), *_checkpoint_facts(condition, newest, _disk(seen, condition))]
 
-    def add(name: str, text: str) -> None:
-        lines.append(f"  {name:<10} {printable(text)}")
 
+def _lines(shown: str, condition: Condition, facts: list[tuple[str, str]]) -> list[str]:
+    head = f"{printable(shown)}: {coloured(condition.state)}. {printable(condition.reason)}"
+    return [head, *(f"  {name:<10} {printable(text)}" for name, text in facts)]
+
+
+def _fault_facts(condition: Condition) -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
     fault = condition.divergence
     if fault is not None:
         by_replay = " (found by a replay of the log)" if fault.source == "replay" else ""
-        add("finding", f"{fault.kind}: {fault.message}{by_replay}")
+        facts.append(("finding", f"{fault.kind}: {fault.message}{by_replay}"))
         if fault.cause is not None:
-            add("cause", fault.cause)
-        add("onset", f"step {fault.onset_step}, found at step {fault.step}")
+            facts.append(("cause", fault.cause))
+        facts.append(("onset", f"step {fault.onset_step}, found at step {fault.step}"))
     elif condition.replay_note is not None:
-        add("replay", condition.replay_note)
+        facts.append(("replay", condition.replay_note))
     if condition.steps_lost:
         hours = condition.hours_lost
         time = "" if hours is None or hours < 1 / 60 else f", about {duration_in_words(hours * 3600)}"
-        add("lost", f"{condition.steps_lost} steps{time}")
+        facts.append(("lost", f"{condition.steps_lost} steps{time}"))
     if condition.record.rollbacks:
-        add("rollbacks", f"{condition.record.rollbacks}; they undid {condition.record.steps_undone} steps")
-    for each in condition.record.warnings[-3:]:
-        add("warning", each.message)
+        undone = condition.record.steps_undone
+        facts.append(("rollbacks", f"{condition.record.rollbacks}; they undid {undone} steps"))
+    return facts + [("warning", each.message) for each in condition.record.warnings[-3:]]
+
+
+def _checkpoint_facts(
+    condition: Condition, newest: Checkpoint | None, disk: dict[str, Any]
+) -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
     if newest is None:
-        add("newest", "there is no checkpoint")
+        facts.append(("newest", "there is no checkpoint"))
     else:
         age = age_of(saved_at(newest.path))
         saved = "" if age is None else f", saved {duration_in_words(age)} ago"
-        add(
-            "newest",
-            f"{os.path.basename(newest.path)}{saved}: {newest.verdict.status}. {newest.verdict.reason}",
-        )
-    add(
-        "take",
-        condition.take_reason
-        if condition.take is None
-        else f"{condition.take.path} ({condition.take_reason})",
-    )
+        name = os.path.basename(newest.path)
+        facts.append(("newest", f"{name}{saved}: {newest.verdict.status}. {newest.verdict.reason}"))
+    take = condition.take
+    reason = condition.take_reason
+    facts.append(("take", reason if take is None else f"{take.path} ({reason})"))
     if condition.paste is not None:
-        add("paste", condition.paste)
+        facts.append(("paste", condition.paste))
     prune = disk["prune"]
     free = (
         f"; `{prune['command']}` would free {size_in_words(prune['bytes'])}" if prune["checkpoints"] else ""
     )
-    add("disk", f"{disk['checkpoints']} checkpoints, {size_in_words(disk['bytes'])}{free}")
-    return lines
+    facts.append(("disk", f"{disk['checkpoints']} checkpoints, {size_in_words(disk['bytes'])}{free}"))
+    return facts
