@@ -27,6 +27,7 @@ from hf_divguard.hf.host import (
 from hf_divguard.hf.public_methods import PublicMethods
 from hf_divguard.hf.reports import end_metrics
 from hf_divguard.hf.run import GuardedRun
+from hf_divguard.hf.seams import check_host
 from hf_divguard.hf.unguarded import note_guarded
 
 __all__ = ["DivGuardMixin", "DivGuardTrainer"]
@@ -74,6 +75,7 @@ class DivGuardMixin(PublicMethods):
     _ends_with_save = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_host()
         super().__init__(*args, **kwargs)
         outcome_of(self.state)
         note_guarded(self.args)
