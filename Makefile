@@ -83,7 +83,7 @@ test-recipes: $(EXTRAS_READY) ## Run every recipe of examples/, with TRL and sen
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py $(WORKERS) $(PYTEST)
 
 test-gpu: $(READY) ## Run the tests that need a graphics card
-	@$(BIN)/python -m pytest tests/gpu -rs $(PYTEST)
+	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/python -m pytest tests/gpu $(PYTEST)
 
 cov: $(READY) ## Run the tests that are not slow and show which lines they miss
 	@$(BIN)/python -m pytest -m "not slow" --cov=hf_divguard --cov-report=term-missing:skip-covered $(PYTEST)

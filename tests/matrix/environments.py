@@ -157,7 +157,7 @@ This page is written by `make compat`, from tests that ran (`tests/matrix`). A c
 GPU = """\
 ## Graphics cards
 
-**Not run.** The tests of `tests/gpu` (gradient scaler of fp16, bf16, `torch.compile`, waits for the device, snapshots in pinned memory, peak memory of a rollback) need CUDA and are skipped elsewhere, with the reason. `make test-gpu` runs them.
+**Not run.** The tests of `tests/gpu` (gradient scaler of fp16, bf16, `torch.compile`, waits for the device, snapshots in the memory of the host, peak memory of a rollback) need CUDA and are skipped elsewhere, with the reason. `make test-gpu` runs them.
 
 Not run either: PyTorch older than the version in the tables, although `torch>=2.4` is accepted; macOS; Windows.
 """
