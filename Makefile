@@ -32,7 +32,8 @@ RELEASE ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-recipes test-gpu test-page cov style quality types docs docs-check \
+.PHONY: help install demo test test-all test-recipes test-trl test-trackers test-gpu test-page \
+	cov style quality types docs docs-check \
 	notebooks bench bench-kill bench-detection bench-recovery bench-overhead \
 	bench-crash-points trace old-transformers compat ci-long build release-check address clean
 
@@ -63,7 +64,7 @@ $(EXTRAS_READY): setup.cfg
 	@echo "Setting up $(EXTRAS_VENV) (some minutes the first time) ..."
 	@test -x $(EXTRAS_BIN)/python || $(PYTHON) -m venv $(EXTRAS_VENV)
 	@$(EXTRAS_BIN)/python $(PIP_INSTALL) "$(TORCH)"
-	@$(EXTRAS_BIN)/python $(PIP_INSTALL) "$(TORCH)" -e ".[dev,trl,sentence-transformers,docs,release]"
+	@$(EXTRAS_BIN)/python $(PIP_INSTALL) "$(TORCH)" -e ".[dev,trl,sentence-transformers,trackers,docs,release]"
 	@touch $@
 
 # ---- to see it
@@ -81,6 +82,12 @@ test-all: $(READY) ## Run every test
 
 test-recipes: $(EXTRAS_READY) ## Run every recipe of examples/, with TRL and sentence-transformers
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py $(WORKERS) $(PYTEST)
+
+test-trl: $(EXTRAS_READY) ## Run unchanged scripts under `hf-divguard run`: TRL's command line, sentence-transformers
+	@$(EXTRAS_BIN)/python -m pytest tests/cli/test_run_scripts.py $(WORKERS) $(PYTEST)
+
+test-trackers: $(EXTRAS_READY) ## Read findings back from TensorBoard, MLflow, W&B and Trackio
+	@$(EXTRAS_BIN)/python -m pytest tests/trackers $(PYTEST)
 
 test-gpu: $(READY) ## Run the tests that need a graphics card
 	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/python -m pytest tests/gpu $(PYTEST)

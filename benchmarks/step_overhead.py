@@ -61,6 +61,8 @@ class Setting:
     guarded: bool
     options: dict[str, Any]
     stock_options: dict[str, Any]
+    stock_is_guarded: bool = False
+    callbacks: Callable[[], list[Any]] = list
 
 
 SETTINGS = [
@@ -101,7 +103,9 @@ class Turns(TrainerCallback):
         self.began = time.perf_counter(), time.thread_time()
 
 
-def make_trainer(guarded: bool, options: dict[str, Any], steps: int, folder: str, turns: Turns) -> Any:
+def make_trainer(
+    guarded: bool, options: dict[str, Any], steps: int, folder: str, callbacks: list[Any]
+) -> Any:
     common = {
         "max_steps": steps,
         "per_device_train_batch_size": 8,
@@ -116,7 +120,7 @@ def make_trainer(guarded: bool, options: dict[str, Any], steps: int, folder: str
         args=(DivGuardTrainingArguments if guarded else TrainingArguments)(**arguments),
         train_dataset=RandomRows(512, 32, vocabulary=64),
         eval_dataset=RandomRows(16, 32, vocabulary=64),
-        callbacks=[turns],
+        callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -131,11 +135,11 @@ def race(setting: Setting, blocks: int, measured_first: bool) -> tuple[float, fl
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
             measured: make_trainer(
-                measured and setting.guarded,
+                setting.guarded if measured else setting.stock_is_guarded,
                 setting.options if measured else setting.stock_options,
                 steps,
                 os.path.join(folder, str(measured)),
-                turns[measured],
+                [turns[measured], *setting.callbacks()],
             )
             for measured in (measured_first, not measured_first)
         }

@@ -275,7 +275,7 @@ def test_every_file_and_name_in_the_architecture_exists() -> None:
     page = (
         (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Length of the paths")[0]
     )
-    files = set(re.findall(r"\b((?:core|storage|hf|cli)/[\w/]+\.py)\b", page))
+    files = set(re.findall(r"\b((?:core|storage|hf|cli|alerts)/[\w/]+\.py)\b", page))
     assert len(files) > 20
     assert [file for file in sorted(files) if not (PROJECT / "hf_divguard" / file).exists()] == []
     package = "\n".join(path.read_text("utf-8") for path in (PROJECT / "hf_divguard").rglob("*.py"))

@@ -111,16 +111,19 @@ def _converted(name: str, value: Any, kind: str) -> Any:
             if word not in _TRUE + _FALSE:
                 raise ValueError("true or false")
             return word in _TRUE
-        if kind in ("int", "float") and isinstance(value, bool):
+        if kind.startswith(("int", "float")) and isinstance(value, bool):
             raise ValueError("a number")
-        if kind == "int":
+        if kind == "int | None" and str(value).lower() in ("none", "null"):
+            return None
+        if kind in ("int", "int | None"):
             return int(str(value))
         if kind == "float":
             return float(value)
         if "dict" in kind and isinstance(value, str):
             value = json.loads(value)
     except (ValueError, TypeError):
-        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(kind, "JSON")
+        kinds = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+        wanted = kinds.get(kind.removesuffix(" | None"), "JSON")
         raise CommandError(f"`--{name}` must be {wanted}, got {value!r}.", USAGE) from None
     return value
 

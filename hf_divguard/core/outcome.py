@@ -15,6 +15,9 @@ Action = Literal["warn", "stop", "abort", "rollback"]
 
 _DAMAGES_WEIGHTS = frozenset({"non_finite", "nan_filtered"})
 
+# With a stock Trainer nobody takes the reports.
+_MOST_REPORTS = 1000
+
 
 def check_action(action: str) -> None:
     """Raise ``ValueError`` unless ``action`` is one of the known ones."""
@@ -34,7 +37,7 @@ class RunOutcome:
         muted_until: Last step in which findings are ignored, after a rollback.
         rolled_back_at: Step of the last rollback; -1 if there was none.
         conditions: The error findings whose condition lasts, by the detector that made them.
-        reports: What was reported and is not in the journal yet.
+        reports: Findings, and the actions that they call for, that are not in the journal yet.
         is_deferring: Whether kept weights are compared before something is done.
         deferred: A finding that waits for that, and the action that it calls for.
 
@@ -68,12 +71,17 @@ class RunOutcome:
         self.deferred = self.deferred or (finding, action)
         return True
 
+    def record(self, finding: Finding, action: Action) -> None:
+        """Have a finding recorded in the journal, whatever its severity; nothing else follows from it."""
+        self.reports.append((finding, action))
+        del self.reports[:-_MOST_REPORTS]
+
     def report(self, finding: Finding, action: Action) -> None:
         """Take an error finding and the action that it calls for.
 
         The first finding that stops the run is kept; an abort takes the place of a stop.
         """
-        self.reports.append((finding, action))
+        self.record(finding, action)
         if action == "rollback":
             self.request_rollback(finding)
         elif action != "warn" and (action == "abort" or self.finding is None):
@@ -160,6 +168,14 @@ class RunOutcome:
             (each.rollback_request for each in ordered if each.rollback_request is not None), None
         )
         self.is_aborted = any(each.is_aborted for each in ordered)
+        known = {_identity(*report) for report in self.reports}
         for each in ordered:
+            self.reports += [report for report in each.reports if _identity(*report) not in known]
+            known |= {_identity(*report) for report in each.reports}
             for source, finding in each.conditions.items():
                 self.open_condition(source, finding)
+
+
+def _identity(finding: Finding, action: Action) -> tuple[object, ...]:
+    # Not the value: each rank may have one of its own, and NaN equals nothing.
+    return finding.step, finding.kind, finding.metric, action

@@ -18,6 +18,7 @@ from hf_divguard.hf.argument_checks import (
 from hf_divguard.hf.options.best_checkpoints import BestCheckpointOptions
 from hf_divguard.hf.options.comparison import ComparisonOptions
 from hf_divguard.hf.options.detection import DetectionOptions, DetectorName
+from hf_divguard.hf.options.reporting import ReportingOptions
 from hf_divguard.hf.options.rollback import RollbackOptions
 from hf_divguard.hf.options.saving import SaveMode, SavingOptions
 from hf_divguard.hf.options.values import did_you_mean
@@ -38,6 +39,7 @@ _GROUPS: tuple[Any, ...] = (
     DetectionOptions,
     ComparisonOptions,
     RollbackOptions,
+    ReportingOptions,
 )
 
 # To a type checker the mixin is the class of arguments it will be mixed into.
@@ -50,7 +52,13 @@ else:
 # Fields come in the order of the last base to the first: with a new group, here and in ``_GROUPS``.
 @dataclass(repr=False, eq=False)
 class DivGuardArgumentsMixin(
-    RollbackOptions, ComparisonOptions, DetectionOptions, SavingOptions, BestCheckpointOptions, _Host
+    ReportingOptions,
+    RollbackOptions,
+    ComparisonOptions,
+    DetectionOptions,
+    SavingOptions,
+    BestCheckpointOptions,
+    _Host,
 ):
     """Adds the options of hf_divguard to any ``TrainingArguments`` dataclass.
 

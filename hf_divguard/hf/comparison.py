@@ -12,9 +12,9 @@ from hf_divguard.core.rollback.words import why
 from hf_divguard.hf.consequences import Consequences
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.journal import RunJournal
 from hf_divguard.hf.looks import WeightLooks
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.snapshots import Snapshots
 
 __all__ = ["Comparison"]

@@ -8,9 +8,9 @@ from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector, NonFin
 from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.journal import RunJournal
 from hf_divguard.hf.kept import KeptStates
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.snapshots import Snapshots
 
 __all__ = ["make_comparison"]

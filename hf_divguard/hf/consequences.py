@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from hf_divguard.core.events import event_of
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import Action, RunOutcome
 from hf_divguard.core.rollback.incident import Incident, Ruling
@@ -12,8 +13,8 @@ from hf_divguard.core.rollback.words import damage_finding, rounded, why
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.journal import RunJournal
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.reports import RunJournal
 
 __all__ = ["Consequences"]
 
@@ -102,6 +103,10 @@ class Consequences:
 
     def dismiss(self, finding: Finding, reason: str) -> None:
         """Let training go on, in spite of a detector's finding."""
+        action = self._outcome.deferred[1] if self._outcome.deferred is not None else "warn"
+        step = self._host.state.global_step
+        event = event_of("dismissed", finding, action, step=step, last_good=None)
+        self._journal.add({**event, "reason": reason})
         self._outcome.deferred = None
         self._outcome.conditions.clear()
         if self.save_was_due:

@@ -263,6 +263,8 @@ class DivergenceDetector(TrainerCallback):
             logger.warning("%s: %s %s", self._label, finding.message, _CONSEQUENCE[action])
         if finding.severity == "error":
             outcome.report(finding, action)
+        else:
+            outcome.record(finding, action)
         switches.apply(outcome, finding, action, args, control)
 
     def _end_condition(self, outcome: RunOutcome) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from hf_divguard.core.events import event_of
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.policy import Decision
 from hf_divguard.errors import TrainingDivergedError
@@ -12,9 +13,9 @@ from hf_divguard.hf import control as switches
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.journal import RunJournal, good_before
 from hf_divguard.hf.last_weights import best_before, load_first_of
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.snapshots import Snapshots
 from hf_divguard.storage.ledger import CheckpointLedger
 
@@ -74,18 +75,17 @@ class FailedRecovery:
             message += (
                 " With the cause removed, resume_from_checkpoint='latest' continues from before the fault."
             )
+        good = good_before(self._ledger, decision.onset_step)
         self._journal.add(
             {
+                **event_of("gave_up", finding, "rollback", step=step, last_good=good),
                 "number": number,
-                "event": "gave_up",
                 "incident": decision.incident,
                 "attempt": decision.attempt - 1,
-                "step": step,
                 "onset_step": decision.onset_step,
                 "checkpoint": path,
                 "model_holds": holds,
                 "reason": decision.reason,
-                "finding": finding.to_dict(),
             }
         )
         if self._ranks.rank == 0:

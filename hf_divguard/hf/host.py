@@ -115,6 +115,12 @@ class Host:
         return self._trainer.optimizer
 
     @property
+    def first_rate(self) -> Any:
+        """The learning rate of the first parameter group now; ``None`` without an optimizer."""
+        groups = getattr(self._trainer.optimizer, "param_groups", None)
+        return groups[0].get("lr") if groups else None
+
+    @property
     def scheduler(self) -> Any:
         """The schedule of the learning rate."""
         return self._trainer.lr_scheduler
@@ -174,6 +180,10 @@ class Host:
     def log(self, logs: dict[str, float]) -> None:
         """Log through the host, so that every tracker gets it."""
         self._trainer.log(logs)
+
+    def log_event(self, values: dict[str, float]) -> None:
+        """Log through the host's own ``log``: overrides of it, as those of TRL, count what is logged as a step."""
+        Trainer.log(self._trainer, values)
 
     @property
     def last_logged_step(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_divguard.core.detection.detector import StepValues
+from hf_divguard.core.events import event_of
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.core.rollback.event import RollbackEvent
@@ -25,9 +26,10 @@ from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.failed_recovery import FailedRecovery
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.journal import RunJournal, good_before
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import Rewarming, scale_rates, scheduled_rates
-from hf_divguard.hf.reports import RunJournal
+from hf_divguard.hf.reports import report_not_rolled_back, report_rollback
 from hf_divguard.hf.restore import refuse_unsupported
 from hf_divguard.hf.running_loss import PendingLoss
 from hf_divguard.hf.snapshots import Snapshots
@@ -217,7 +219,11 @@ class Rollback:
     ) -> None:
         if finding.kind in UNDONE_ONCE:
             self._triggers.accept_damage()
-            self.journal.report_not_rolled_back(finding, decision.reason)
+            step, good = self._host.state.global_step, good_before(self._ledger, finding.onset_step)
+            event = event_of("not_rolled_back", finding, "rollback", step=step, last_good=good)
+            self.journal.add({**event, "reason": decision.reason})
+            if self._ranks.rank == 0:
+                report_not_rolled_back(finding, decision.reason)
         else:
             last_good = self._last_good(decision.onset_step)
             self._quarantine_after(
@@ -283,7 +289,8 @@ class Rollback:
             finding=finding.to_dict(),
         )
         self.journal.add(event.to_dict())
-        self.journal.report_rollback(event, self.policy.max_rollbacks)
+        if self._ranks.rank == 0:
+            report_rollback(event, self.policy.max_rollbacks)
         failpoint("rollback recorded")
         self._host.log(event.log_keys(pending_loss, self.rewarming.first_of(event.learning_rate_after)))
         return event

@@ -13,9 +13,9 @@ from hf_divguard.hf.callbacks import (
     read_callback_states,
     restore_states,
 )
+from hf_divguard.hf.journal import JOURNAL
 from hf_divguard.hf.last_weights import load_last_good
 from hf_divguard.hf.reports import (
-    JOURNAL,
     STOPPED_BY,
     report_best,
     report_end,
@@ -75,7 +75,7 @@ class GuardedRun(RunComponents):
             self.suspects.judge_again(resumed_from, states.get(STOPPED_BY))
         if self.comparison is not None:
             self.comparison.begin()
-        if self.detectors:
+        if self.checkpoints.is_active:
             self.journal.begin(state.global_step)
             self.skipping.begin(state.global_step)
         self.checkpoints.point_to_best()
@@ -96,6 +96,8 @@ class GuardedRun(RunComponents):
 
     def conclude(self, output: Any) -> Any:
         """Note how the run ended; return what ``train()`` returns."""
+        self.reporting.note_signal(self.interruption.by)
+        self.reporting.conclude()
         gave_up = self.rollback_in_step.has_failed
         return self.ending.conclude(
             output, self.outcome, gave_up=gave_up, interrupted_by=self.interruption.by
@@ -133,6 +135,12 @@ class GuardedRun(RunComponents):
         self.comparison.begin_step()
         self.rollback_in_step.begin_step()
 
+    def take_batches(self, batches: list[Any], num_items: Any) -> None:
+        """Before a step: take its micro-batches."""
+        if self.comparison is not None:
+            self.comparison.take_batches(batches, num_items)
+        self.reporting.recent.note_batches(self.host.state.global_step + 1, batches)
+
     def end_micro_batch(self, loss: Any) -> None:
         """After the backward pass of a micro-batch: take its loss."""
         if self.losses.is_collecting:
@@ -164,6 +172,8 @@ class GuardedRun(RunComponents):
         if self.comparison is not None:
             self._end_compared_step(losses_delivered, save_was_due)
         self.suspects.follow()
+        self.reporting.note_signal(self.interruption.by)
+        self.reporting.log()
         try:
             with self._together(step):
                 self.rollback_in_step.end_step(
@@ -175,8 +185,9 @@ class GuardedRun(RunComponents):
                 )
         finally:
             self.suspects.follow()
+            self.reporting.log()
             # After the save: killed before it, the run resumes from before a rollback, and repeats it.
-            self.journal.write()
+            self.reporting.publish()
         self.interruption.end_step()
         if self.rollback is not None:
             self.rollback.take_snapshot_if_due()
@@ -263,6 +274,7 @@ class GuardedRun(RunComponents):
             self.host.rotate_after_own_save(self._run_dir)
             return True
         self.suspects.follow()
+        self.reporting.log()
         saves_rollback, rollback.save_pending = rollback.save_pending, False
         step, evaluations = self.host.state.global_step, self.evaluations
         running_loss = self.running_loss.collect()

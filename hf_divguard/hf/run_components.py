@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
+from hf_divguard.alerts.alerts import Hook
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callbacks import RunCallbacks, is_stateful
@@ -17,12 +18,13 @@ from hf_divguard.hf.ending import Ending
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.journal import RunJournal
 from hf_divguard.hf.losses import StepLosses
 from hf_divguard.hf.options.saving import asks_for_safe_saves
 from hf_divguard.hf.options.values import signals_of
 from hf_divguard.hf.policy_gradients import policy_gradient_class
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.reports import RunJournal
+from hf_divguard.hf.reporting import Reporting, hooks_of
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.rollback_in_step import RollbackInStep
 from hf_divguard.hf.run_events import RunEvents
@@ -53,6 +55,7 @@ class RunComponents:
         initial_states: State of each stateful callback before its first training.
         locks: The folders that this training holds already, and for how long.
         resumes_newest: Whether it resumes from the newest checkpoint, not from one that was named.
+        on_divergence: Gets each event that people should see.
     """
 
     callbacks: RunCallbacks
@@ -73,6 +76,7 @@ class RunComponents:
         initial_states: dict[str, Any],
         locks: FolderLocks | None = None,
         resumes_newest: bool = False,
+        on_divergence: Hook | None = None,
     ) -> None:
         self.host = host
         self.options = options
@@ -82,6 +86,7 @@ class RunComponents:
         self._initial_states = initial_states
         self._locks = locks
         self._resumes_newest = resumes_newest
+        self._on_divergence = on_divergence
 
     def __enter__(self) -> RunComponents:
         self._stack = contextlib.ExitStack()
@@ -127,6 +132,10 @@ class RunComponents:
         )
         if self.comparison is not None:
             self.losses.subscribe(self.comparison)
+        self.reporting = self._make_reporting()
+        stack.callback(self.reporting.close)
+        if self.detectors:
+            self.losses.subscribe(self.reporting.recent)
         self.ending = Ending(
             host,
             self.ranks,
@@ -148,6 +157,17 @@ class RunComponents:
         stack.callback(lambda: host.callbacks.remove(self.events))
         self.is_training = True
         stack.callback(lambda: setattr(self, "is_training", False))
+
+    def _make_reporting(self) -> Reporting:
+        return Reporting(
+            self.host,
+            self.options,
+            self.ranks,
+            self.journal,
+            hooks=hooks_of(self.host.callbacks, self._on_divergence),
+            rows=lambda: self.comparison.looks.rows if self.comparison is not None else [],
+            run_dir=self.checkpoints.ledger.run_dir,
+        )
 
     def _make_rollback(self) -> Rollback | None:
         detectors = self.detectors

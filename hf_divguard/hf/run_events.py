@@ -50,6 +50,7 @@ class RunEvents(TrainerCallback):
             rollback.rewarming.hold_back(self._run.host, state.global_step)
             if not self._host_measures_gradients and rollback.watches_gradients:
                 self._own_gradient_norm = engine_of(self._run.host).gradient_norm()
+        self._run.reporting.recent.note_rate(state.global_step + 1, self._run.host.first_rate)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the schedule its learning rate back."""

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from hf_divguard.core.detection.detector import StepValues
+from hf_divguard.core.findings import json_number
 from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.engines.tensors import local_part
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.journal import RunJournal
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.reports import RunJournal
 
 __all__ = ["NonFiniteUpdates"]
 
@@ -146,6 +147,8 @@ class NonFiniteUpdates:
                 "step": entry.step,
                 "onset_step": entry.step - self._in_a_row + 1,
                 "in_a_row": self._in_a_row,
+                "loss": json_number(entry.loss),
+                "grad_norm": None if entry.grad_norm is None else json_number(entry.grad_norm),
             }
         )
         # One line for the 1st, 2nd, 4th, 8th...: a bad row may come again in every epoch.

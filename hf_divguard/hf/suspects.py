@@ -9,7 +9,8 @@ from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.reports import RunJournal, warn_of_stopped_checkpoint
+from hf_divguard.hf.journal import RunJournal
+from hf_divguard.hf.reports import warn_of_stopped_checkpoint
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.storage.checkpoints import verify_checkpoint
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from hf_divguard.alerts.alerts import Hook
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.argument_checks import (
     check_arguments_can_be_saved,
@@ -16,6 +17,7 @@ from hf_divguard.hf.argument_checks import (
 from hf_divguard.hf.arguments import options_of
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors_by_name import make_detector
+from hf_divguard.hf.exit_code import end_diverged
 from hf_divguard.hf.host import (
     HAS_FINALIZE,
     HAS_ROTATE_METHOD,
@@ -43,6 +45,11 @@ class DivGuardMixin(PublicMethods):
     Put it left of the class it extends. The options are fields of the arguments (see
     :class:`DivGuardArgumentsMixin`); with a stock ``TrainingArguments`` all of them are
     at their defaults. :func:`hf_divguard.guard` makes such a class in one line.
+
+    Args:
+        on_divergence: Gets each event that people should see, as a dict, on rank 0 and in a thread
+            of its own. It can neither slow nor end training. A callback with a method of this name
+            gets them too.
 
     Raises:
         TypeError: When a class is made that has the mixin on the right of the class it
@@ -74,9 +81,10 @@ class DivGuardMixin(PublicMethods):
     _save_in_progress: SaveInProgress | None = None
     _ends_with_save = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_divergence: Hook | None = None, **kwargs: Any) -> None:
         check_host()
         super().__init__(*args, **kwargs)
+        self._on_divergence = on_divergence
         outcome_of(self.state)
         note_guarded(self.args)
         self._options = options_of(self.args)
@@ -91,20 +99,22 @@ class DivGuardMixin(PublicMethods):
 
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Entered again when `auto_find_batch_size` tries a smaller batch: everything starts from scratch.
+        trial = kwargs.get("trial")
         run = GuardedRun(
             Host(self),
             self._options,
-            run_dir=self._get_output_dir(kwargs.get("trial")),
+            run_dir=self._get_output_dir(trial),
             resumed_from=kwargs.get("resume_from_checkpoint"),
             initial_states=self._initial_callback_states or {},
             locks=self._locks,
             resumes_newest=self._resumes_newest,
+            on_divergence=self._on_divergence,
         )
         with run:
             self._run, self._initial_callback_states = run, run.callbacks.initial_states
             output = run.conclude(super()._inner_training_loop(batch_size, *args, **kwargs))
-        if run.rollback is not None and run.rollback.error is not None:
-            raise run.rollback.error
+        error = None if run.rollback is None else run.rollback.error
+        end_diverged(error, run.outcome, run.ranks, None if trial else self._options.divguard_exit_code)
         output.metrics.update(end_metrics(run.outcome, run.checkpoints.ledger))
         run.interruption.end_process()
         return output
@@ -128,8 +138,8 @@ class DivGuardMixin(PublicMethods):
         if run is not None and run.ending.had_come:
             return [], None
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if run is not None and run.is_training and run.comparison is not None and batches:
-            run.comparison.take_batches(batches, num_items)
+        if run is not None and run.is_training and batches:
+            run.take_batches(batches, num_items)
         return batches, num_items
 
     def _get_learning_rate(self) -> float:

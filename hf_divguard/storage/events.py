@@ -12,7 +12,7 @@ from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.jsonio import to_strict, write_bytes_atomic
 from hf_divguard.storage.regular_files import read_bytes
 
-__all__ = ["EVENTS_FOLDER", "EVENTS_NAME", "events_path", "read_events", "write_events"]
+__all__ = ["EVENTS_FOLDER", "EVENTS_NAME", "append_events", "events_path", "read_events", "write_events"]
 
 EVENTS_FOLDER = "divguard"
 EVENTS_NAME = "events.jsonl"
@@ -58,6 +58,26 @@ def write_events(output_dir: str | os.PathLike[str], events: Iterable[dict[str, 
     """
     path = events_path(output_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(to_strict(event), allow_nan=False) + "\n" for event in events)
-    write_bytes_atomic(path, text.encode())
+    write_bytes_atomic(path, _lines(events))
     failpoint("events written")
+
+
+def append_events(output_dir: str | os.PathLike[str], events: Iterable[dict[str, Any]]) -> None:
+    """Add events at the end of the file. Killed in between, the last line is one that readers leave out.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path = events_path(output_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(_lines(events))
+    failpoint("events written")
+
+
+def _lines(events: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(to_strict(event), allow_nan=False) + "\n" for event in events).encode()

@@ -27,14 +27,21 @@ from tests.processes import kill_at, kill_self
 from tests.tiny import TokenRows, base_arguments, checkpoint_steps, names_in, tiny_model
 
 
-def trainer_of(output_dir: str, *, compute_metrics: Any = None, callbacks: Any = None, **options: Any) -> Any:
+def trainer_of(
+    output_dir: str,
+    *,
+    model: Any = None,
+    compute_metrics: Any = None,
+    callbacks: Any = None,
+    **options: Any,
+) -> Any:
     options.setdefault("eval_on_save", True)
     if "RANK" in os.environ:
         options.setdefault("ddp_backend", "gloo")
     if options.pop("repair_each_node", False):
         write_the_model_on_each_node()
     return DivGuardTrainer(
-        model=tiny_model(dropout=0.1),
+        model=tiny_model(dropout=0.1) if model is None else model,
         args=DivGuardTrainingArguments(**base_arguments(output_dir, **options)),
         train_dataset=TokenRows(),
         eval_dataset=TokenRows(rows=8, seed=1),

@@ -12,9 +12,9 @@ from hf_divguard import TrainingDivergedError
 from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.core.findings import Finding
 from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.journal import RunJournal
 from hf_divguard.hf.losses import StepLosses
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.hf.reports import RunJournal
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.hf.snapshots import Snapshots

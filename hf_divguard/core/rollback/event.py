@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hf_divguard.core.events import tracker_values
+
 __all__ = ["RollbackEvent"]
 
 
@@ -49,7 +51,8 @@ class RollbackEvent:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the event as JSON values."""
-        return {"event": "rollback", **asdict(self), "skipped_steps": list(self.skipped_steps)}
+        values = {**asdict(self), "skipped_steps": list(self.skipped_steps)}
+        return {"event": "rollback", "action": "rollback", **values}
 
     def log_keys(self, loss: float | None, next_rate: float) -> dict[str, float]:
         """Return what a rollback adds to the Trainer's logs.
@@ -59,9 +62,6 @@ class RollbackEvent:
             next_rate: Learning rate of the next update.
         """
         logs: dict[str, float] = {} if loss is None else {"loss": loss}
-        return logs | {
-            "divguard/rollbacks": self.number,
-            "divguard/target_step": self.target_step,
-            "divguard/steps_lost": self.steps_lost,
-            "divguard/learning_rate": next_rate,
-        }
+        values = tracker_values(self.to_dict(), self.number)
+        del values["divguard/rollback"]
+        return {**logs, "divguard/rollbacks": self.number, **values, "divguard/learning_rate": next_rate}
