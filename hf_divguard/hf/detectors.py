@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from hf_divguard.core.detection.detector import IncidentRule, Rule, StepValues
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import Action, RunOutcome, check_action
+from hf_divguard.core.rollback.skipping import SKIPPED
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.arguments import changed_options
 from hf_divguard.hf.callbacks import StandaloneStateKeeper
@@ -263,7 +264,7 @@ class DivergenceDetector(TrainerCallback):
             logger.warning("%s: %s %s", self._label, finding.message, _CONSEQUENCE[action])
         if finding.severity == "error":
             outcome.report(finding, action)
-        else:
+        elif SKIPPED not in finding.evidence:  # a skipped update has an event of its own
             outcome.record(finding, action)
         switches.apply(outcome, finding, action, args, control)
 

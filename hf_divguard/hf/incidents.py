@@ -20,9 +20,7 @@ __all__ = ["Incidents", "versions"]
 
 logger = logging.getLogger(__name__)
 
-_HAS_FOLDER = frozenset(
-    {"warned", "stopped", "aborted", "rollback", "not_rolled_back", "gave_up", "dismissed", "data"}
-)
+_HAS_FOLDER = frozenset({"warned", "stopped", "aborted", "rollback", "not_rolled_back", "gave_up", "data"})
 _PACKAGES = ("hf_divguard", "transformers", "torch", "accelerate", "datasets", "peft", "trl", "deepspeed")
 _EVALUATIONS, _ROWS, _TEXTS, _TEXT_LENGTH = 20, 200, 64, 400
 _COLUMNS = ("step", "loss", "grad_norm", "learning_rate")

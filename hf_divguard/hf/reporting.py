@@ -16,6 +16,10 @@ from hf_divguard.hf.recent_steps import RecentSteps
 
 __all__ = ["Reporting", "hooks_of"]
 
+# A rollback has a log entry of its own. A finding that was dismissed is no matter for the curves, and neither is
+# a signal for the checkpoint that it causes: the resumed run has the log of one that was not interrupted.
+_NOT_LOGGED = frozenset({"rollback", "dismissed", "signalled"})
+
 
 class Reporting:
     """Reports the events of one run.
@@ -77,10 +81,12 @@ class Reporting:
         """Put the events since the last call into the logs of this step, and so before the trackers."""
         new = self._journal.take_new()
         self._pending += new
+        self._log([event for event in new if event["event"] not in _NOT_LOGGED])
+
+    def _log(self, events: list[dict[str, Any]]) -> None:
         values: dict[str, float] = {}
-        for event in new:
-            if event["event"] != "rollback":  # that has a log entry of its own
-                values |= tracker_values(event, self._journal.counts[event["event"]])
+        for event in events:
+            values |= tracker_values(event, self._journal.counts[event["event"]])
         if not values:
             return
         log_is_due = self._host.control.should_log
@@ -101,6 +107,8 @@ class Reporting:
     def conclude(self) -> None:
         """At the end of training: publish what is left, and wait a moment until alerts are delivered."""
         self.log()
+        signalled = [event for event in self._journal.events if event["event"] == "signalled"]
+        self._log(signalled[-1:] if self._has_noted_signal else [])
         self.publish()
         if self._waits_together:
             # A launcher ends all ranks as soon as one of them has ended with an error.

@@ -76,8 +76,9 @@ def test_a_healthy_run_that_is_looked_into_is_the_unguarded_one_to_the_bit(
     )
     guarded.train()
     assert passes(guarded) >= 6
-    assert guarded.divguard_events == []
+    assert {event["event"] for event in guarded.divguard_events} == {"dismissed"}
     assert same_weights(weights(stock.model), weights(guarded.model))
+    assert not any(key.startswith("divguard/") for entry in guarded.state.log_history for key in entry)
 
 
 class WithBatchNorm(torch.nn.Module):
