@@ -14,7 +14,6 @@ from hf_divguard.core.detection.detector import StepValues
 __all__ = ["RecentSteps", "StepRecord"]
 
 _STEPS = 512
-_WAITING_RATES = 10_000
 # Of a row so many tokens are kept, and of a step so many rows.
 _TOKENS, _ROWS = 512, 64
 
@@ -44,6 +43,8 @@ class RecentSteps:
     """
 
     def __init__(self, keeps_rows: int = 0) -> None:
+        self.is_on = False
+        """Whether the losses are delivered here."""
         self.records: deque[StepRecord] = deque(maxlen=_STEPS)
         self._rates: dict[int, float] = {}
         self._keeps_rows = keeps_rows
@@ -52,12 +53,12 @@ class RecentSteps:
     def note_rate(self, step: int, rate: Any) -> None:
         """Note the learning rate of the update that is made now."""
         # A rate on the device would have to be waited for.
-        if isinstance(rate, (int, float)) and len(self._rates) < _WAITING_RATES:
+        if self.is_on and isinstance(rate, (int, float)):
             self._rates[step] = float(rate)
 
     def note_batches(self, step: int, batches: Sequence[Any]) -> None:
         """Note the rows of a step, where they are to be kept."""
-        if not self._keeps_rows:
+        if not (self.is_on and self._keeps_rows):
             return
         tokens = [batch.get("input_ids") if isinstance(batch, Mapping) else None for batch in batches]
         self._rows[step] = [each for each in tokens if isinstance(each, torch.Tensor) and each.dim() == 2]

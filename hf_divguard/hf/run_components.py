@@ -134,7 +134,8 @@ class RunComponents:
             self.losses.subscribe(self.comparison)
         self.reporting = self._make_reporting()
         stack.callback(self.reporting.close)
-        if self.detectors:
+        if self.detectors and options.divguard_incidents > 0:
+            self.reporting.recent.is_on = True
             self.losses.subscribe(self.reporting.recent)
         self.ending = Ending(
             host,
