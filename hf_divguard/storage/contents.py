@@ -19,6 +19,7 @@ from hf_divguard.storage.layout import (
     is_trainer_file,
     weight_files,
 )
+from hf_divguard.storage.layouts import Layout, Parts, layout_of
 from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.regular_files import (
     LimitExceeded,
@@ -63,7 +64,7 @@ def judge_contents(folder: str | os.PathLike[str], *, step: int | None, read_all
         return Verdict("incomplete", "It is empty.", ("the folder is empty",))
     if not weight_files(names) and foreign_layout(names) is None and not any(map(is_trainer_file, names)):
         return Verdict("unknown", "It holds none of the files that the Trainer writes into a checkpoint.")
-    return _Judge(Path(folder), names, others).judge(step, read_all)
+    return _Judge(Path(folder), {name: sizes[name] for name in names}, others).judge(step, read_all)
 
 
 def problems_sentence(problems: Sequence[str]) -> str:
@@ -78,13 +79,14 @@ class _Judge:
 
     Args:
         folder: The folder.
-        names: Its files.
+        sizes: Its files, with their sizes.
         others: What in it is neither file nor folder.
     """
 
-    def __init__(self, folder: Path, names: list[str], others: dict[str, str]) -> None:
+    def __init__(self, folder: Path, sizes: dict[str, int], others: dict[str, str]) -> None:
         self._folder = folder
-        self._names = names
+        self._sizes = sizes
+        self._names = names = list(sizes)
         self._others = others
         self._weights = weight_files(names)
         self._bytes_left = _MAX_PARSED_BYTES
@@ -94,14 +96,17 @@ class _Judge:
 
     def judge(self, step: int | None, read_all: bool) -> Verdict:
         """Return the verdict."""
-        layout = foreign_layout(self._names)
+        known = layout_of(self._names)
+        layout = None if known is not None else foreign_layout(self._names)
         self._check_trainer_state(step)
         loadable = False
         if layout is None:
-            self._check_weights()
-            has_weights = not self._problems.keys() - {TRAINER_STATE_NAME}
+            parts = Parts() if known is None else self._check_parts(known)
+            if self._weights or not parts.weights:
+                self._check_weights()
+            has_weights = self._problems.keys() <= {TRAINER_STATE_NAME, *parts.optimizer}
             self._check_companions()
-            self._check_training_state()
+            self._check_training_state(parts)
             self._check_files(read_all)
             for name, kind in self._others.items():
                 if is_trainer_file(name) or _JSON.fullmatch(name) or weight_files([name]):
@@ -117,12 +122,13 @@ class _Judge:
                 f"It was saved in the layout of {layout}, whose parts cannot be judged without a manifest."
             )
             return Verdict("unknown", reason)
-        if not has_training_state(self._names):
+        if not has_training_state(self._names) and not (known is not None and parts.optimizer):
             reason = "The model is complete; the optimizer's state was not saved (`save_only_model`)."
             return Verdict("complete", reason, (), True, False)
-        return Verdict(
-            "complete", "Every file that the Trainer writes is there and complete.", (), True, True
-        )
+        reason = "Every file that the Trainer writes is there and complete."
+        if known is not None:
+            reason = f"Every file that {known.name} writes is there, of every rank."
+        return Verdict("complete", reason, (), True, True)
 
     def _findings(self) -> list[tuple[Status, dict[str, str]]]:
         return [
@@ -222,11 +228,21 @@ class _Judge:
         for name in sorted(self._companions().difference(self._names)):
             self._problems[name] = "is missing"
 
-    def _check_training_state(self) -> None:
+    def _check_parts(self, layout: Layout) -> Parts:
+        """Note what is wrong with the files of a layout of its own; return what it holds."""
+        parts: Parts | None = self._check(
+            f"the files of {layout.name}", lambda: layout.parts(self._folder, self._sizes, None)
+        )
+        self._problems |= {} if parts is None else parts.problems
+        return parts or Parts()
+
+    def _check_training_state(self, parts: Parts) -> None:
         """Note what is missing of optimizer, scheduler and random states, nothing if no part was saved."""
         ranks = [match[1] for name in self._names if (match := RNG.fullmatch(name)) is not None]
-        missing = [name for name in ("optimizer.pt", "scheduler.pt") if name not in self._names]
-        if not ranks and len(missing) == 2:
+        expected = [] if parts.optimizer else ["optimizer.pt"]
+        expected += [] if parts.holds_schedule else ["scheduler.pt"]
+        missing = [name for name in expected if name not in self._names]
+        if not ranks and not parts.optimizer and len(missing) == 2:
             return
         if not ranks:
             missing.append("rng_state.pth")

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from hf_divguard.storage.contents import judge_contents, problems_sentence
 from hf_divguard.storage.layout import foreign_layout, has_training_state, weight_files
+from hf_divguard.storage.layouts import layout_of
 from hf_divguard.storage.manifest import Manifest, read_manifest
 from hf_divguard.storage.manifest_check import check_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME, checkpoint_step
@@ -157,7 +158,9 @@ def _judge_files(folder: str, found: _Records, checksums: bool | None) -> Verdic
 @lru_cache(maxsize=64)
 def _kinds_of(names: tuple[str, ...]) -> tuple[str | None, list[str], bool]:
     """Return layout, weight files, and whether there is a training state; most checkpoints of a run are alike."""
-    return foreign_layout(names), weight_files(names), has_training_state(names)
+    known = layout_of(names)
+    layout = foreign_layout(names) if known is None else known.name
+    return layout, weight_files(names), has_training_state(names)
 
 
 def _judge_by_manifest(folder: str, manifest: Manifest, checksums: bool | None) -> Verdict:

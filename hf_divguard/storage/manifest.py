@@ -14,6 +14,7 @@ from hf_divguard.storage.checksums import ALGORITHM, DIGEST_LENGTHS, file_digest
 from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.jsonio import encode_json, read_json, to_strict, write_bytes_atomic
 from hf_divguard.storage.layout import missing_parts
+from hf_divguard.storage.layouts import layout_of
 from hf_divguard.storage.names import (
     INCOMPLETE_NAME,
     MANIFEST_NAME,
@@ -170,6 +171,9 @@ def build_manifest(
         *missing_parts(sizes, weights=weights, training_state=training_state),
         *map(named_file, missing_rng_files(sizes, world_size, ranks)),
     ]
+    if (layout := layout_of(sizes)) is not None and (weights or training_state):
+        problems = layout.parts(Path(folder), sizes, ranks).problems
+        missing += [f"{named_file(name)}, which {problem}," for name, problem in problems.items()]
     if missing:
         raise CheckpointSaveError(
             f"A checkpoint must hold {missing[0]} before it counts as complete. It was not written, or another process "

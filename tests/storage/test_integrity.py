@@ -196,7 +196,6 @@ LAYOUTS = {
         "global_step4/mp_rank_00_model_states.pt",
         "global_step4/zero_pp_rank_0_mp_rank_00.pt",
     ],
-    "FSDP": ["pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/.metadata"],
     "torch.distributed.checkpoint": [".metadata", "__0_0.distcp"],
     "SageMaker": ["optimizer.pt_0_1_2"],
 }

@@ -268,12 +268,11 @@ def test_a_checkpoint_is_certified_only_if_it_holds_what_the_save_was_to_hold(
         ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
         ["my_model.pt"],
         ["latest", "global_step20/mp_rank_00_model_states.pt"],
-        ["pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/.metadata"],
     ],
     ids=lambda names: names[0],
 )
 def test_weights_in_files_of_other_names_are_weights(names: list[str], tmp_path: Path) -> None:
-    foreign = "latest" in names or names[0].startswith("pytorch_model_fsdp")
+    foreign = "latest" in names
     for name in [*names, "trainer_state.json", "rng_state.pth", *(() if foreign else RESUMABLE[1:3])]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"1")

@@ -21,11 +21,13 @@ class Parts:
         problems: What is wrong, in words, by file: ``"is missing, the part of rank 1 of the weights"``.
         weights: The files of the weights; empty if there are none.
         optimizer: The files of the optimizer; empty if it was not saved.
+        holds_schedule: Whether the files of the optimizer hold the schedule too.
     """
 
     problems: dict[str, str] = field(default_factory=dict)
     weights: set[str] = field(default_factory=set)
     optimizer: set[str] = field(default_factory=set)
+    holds_schedule: bool = False
 
 
 class Layout(Protocol):

@@ -1,0 +1,153 @@
+"""The files of sharded checkpoints: which have to be there, and how long they have to be."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from hf_divguard.errors import CheckpointSaveError
+from hf_divguard.storage.integrity import verify_checkpoint
+from hf_divguard.storage.layouts import layout_of
+from hf_divguard.storage.manifest import build_manifest
+
+TENSORS = {f"layer.{number}.weight": torch.arange(50.0) + number for number in range(3)}
+PLACE = {"step": 4, "run_id": "run", "sequence": 1, "world_size": 1}
+
+Damage = Callable[[Path], object]
+
+
+def write_shards(folder: Path) -> None:
+    """Save tensors with ``torch.distributed.checkpoint``, as one rank does."""
+    save({"part": dict(TENSORS)}, storage_writer=FileSystemWriter(folder), no_dist=True)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint of FSDP with sharded state dicts, of one process."""
+    folder = tmp_path / "checkpoint-4"
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        with pytest.warns(UserWarning, match="single process"):
+            write_shards(folder / name)
+    (folder / "trainer_state.json").write_text('{"global_step": 4}')
+    torch.save({"last_epoch": 4}, folder / "scheduler.pt")
+    torch.save({"python": 1}, folder / "rng_state.pth")
+    return folder
+
+
+def test_a_sharded_checkpoint_without_a_manifest_is_complete(checkpoint: Path) -> None:
+    verdict = verify_checkpoint(checkpoint)
+    assert (verdict.status, verdict.loadable, verdict.resumable) == ("complete", True, True)
+
+
+SHARD = "__0_0.distcp"
+CASES: dict[str, tuple[Damage, str, bool]] = {
+    "shard of the weights": (
+        lambda folder: (folder / "pytorch_model_fsdp_0" / SHARD).unlink(),
+        r"`pytorch_model_fsdp_0/__0_0.distcp` \(shard of rank 0\) is missing",
+        False,
+    ),
+    "shard of the optimizer": (
+        lambda folder: (folder / "optimizer_0" / SHARD).unlink(),
+        r"`optimizer_0/__0_0.distcp` \(shard of rank 0\) is missing",
+        True,
+    ),
+    "shard that is too short": (
+        lambda folder: os.truncate(folder / "optimizer_0" / SHARD, 100),
+        r"`optimizer_0/__0_0.distcp` \(shard of rank 0\) is too short: 100 bytes instead of at least",
+        True,
+    ),
+    "empty shard": (
+        lambda folder: os.truncate(folder / "optimizer_0" / SHARD, 0),
+        r"`optimizer_0/__0_0.distcp` \(shard of rank 0\) is empty",
+        True,
+    ),
+    "list of the shards": (
+        lambda folder: (folder / "pytorch_model_fsdp_0" / ".metadata").unlink(),
+        r"`pytorch_model_fsdp_0/.metadata` is missing, the list of the shards",
+        False,
+    ),
+    "list that is cut": (
+        lambda folder: os.truncate(folder / "optimizer_0" / ".metadata", 200),
+        r"`optimizer_0/.metadata` (is not complete|names no shards)",
+        True,
+    ),
+    "list of something else": (
+        lambda folder: (folder / "optimizer_0" / ".metadata").write_bytes(pickle.dumps({"a": 1})),
+        r"`optimizer_0/.metadata` names no shards",
+        True,
+    ),
+    "schedule": (lambda folder: (folder / "scheduler.pt").unlink(), r"`scheduler.pt` is missing", True),
+    "random states": (
+        lambda folder: (folder / "rng_state.pth").unlink(),
+        r"`rng_state.pth` is missing",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_missing_is_named_with_its_rank(checkpoint: Path, case: str) -> None:
+    """Without a manifest, as the stock Trainer saves it."""
+    damage, words, loadable = CASES[case]
+    damage(checkpoint)
+    verdict = verify_checkpoint(checkpoint)
+    assert (verdict.status, verdict.loadable, verdict.resumable) == ("incomplete", loadable, False)
+    assert len(verdict.problems) == 1
+    assert re.search(words, verdict.reason)
+
+
+@pytest.mark.parametrize("case", ["shard of the weights", "list of the shards", "shard that is too short"])
+def test_no_manifest_is_written_for_it(checkpoint: Path, case: str) -> None:
+    """A checkpoint with a part that is missing never counts."""
+    build_manifest(checkpoint, **PLACE, weights=True, training_state=True)
+    CASES[case][0](checkpoint)
+    with pytest.raises(CheckpointSaveError, match=r"shard of rank 0|list of the shards"):
+        build_manifest(checkpoint, **PLACE, weights=True, training_state=True)
+
+
+def test_the_list_of_the_shards_is_not_unpickled(checkpoint: Path, tmp_path: Path) -> None:
+    """It is a pickle, and a pickle can run anything."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    (checkpoint / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    assert verify_checkpoint(checkpoint).status == "incomplete"
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_shards_of_ranks_on_another_disk_are_not_missing(checkpoint: Path) -> None:
+    """On the disk of rank 1 there is neither the list nor the shards of rank 0."""
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (checkpoint / name / SHARD).rename(checkpoint / name / "__1_0.distcp")
+        (checkpoint / name / ".metadata").unlink()
+    layout, sizes = (
+        layout_of(["optimizer_0/x"]),
+        {"pytorch_model_fsdp_0/__1_0.distcp": 1, "optimizer_0/__1_0.distcp": 1},
+    )
+    assert layout is not None
+    assert layout.parts(checkpoint, sizes, [1]).problems == {}
+    assert len(layout.parts(checkpoint, sizes, None).problems) == 2
+
+
+def test_full_state_dicts_are_archives(checkpoint: Path) -> None:
+    """One file of all weights, one of the optimizer."""
+    for name, path in (("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"), ("optimizer_0", "optimizer.bin")):
+        for file in (checkpoint / name).iterdir():
+            file.unlink()
+        (checkpoint / name).rmdir()
+        torch.save(TENSORS, checkpoint / path)
+    assert verify_checkpoint(checkpoint).resumable
+    os.truncate(checkpoint / "optimizer.bin", 100)
+    verdict = verify_checkpoint(checkpoint)
+    assert (verdict.status, verdict.loadable) == ("incomplete", True)
+    assert "`optimizer.bin` is not a complete archive" in verdict.reason
