@@ -6,7 +6,7 @@ import math
 import shlex
 import statistics
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hf_divguard.cli.folders import age_of, saved_at
 from hf_divguard.cli.keeping import Survey
@@ -18,7 +18,10 @@ from hf_divguard.errors import HistoryError
 from hf_divguard.storage.integrity import verify_checkpoint
 from hf_divguard.storage.survey import Checkpoint
 
-__all__ = ["Condition", "condition_of"]
+if TYPE_CHECKING:
+    from hf_divguard.history import History
+
+__all__ = ["Condition", "condition_of", "first_lasting"]
 
 _LEAST_RUNNING_SECONDS = 300.0
 _MOST_RUNNING_SECONDS = 6 * 3600.0
@@ -141,6 +144,7 @@ def _with_replay(known: Condition) -> Condition:
         return replace(
             known, replay_note=f"the log is long; `hf-divguard replay {known.progress.path}` reads it"
         )
+    from hf_divguard.history import read_history
     from hf_divguard.replays import replay
 
     try:
@@ -149,7 +153,7 @@ def _with_replay(known: Condition) -> Condition:
         return replace(known, replay_note=f"no replay: {error}")
     if not errors:
         return replace(known, replay_note="the detector `adaptive` finds nothing in the log")
-    lasting = _first_lasting(known.progress.content, errors)
+    lasting = first_lasting(read_history(known.progress.content), errors)
     if lasting is None:
         return replace(known, replay_note=f"{errors[0].message} The loss has recovered since.")
     fault = Divergence(
@@ -164,13 +168,11 @@ def _with_replay(known: Condition) -> Condition:
     return replace(known, divergence=fault)
 
 
-def _first_lasting(content: dict[str, Any], errors: list[Finding]) -> Finding | None:
+def first_lasting(history: History, errors: list[Finding], metric: str = "loss") -> Finding | None:
     """Return the first fault from which the loss has not come back, neither before the next one nor at the end."""
-    from hf_divguard.history import read_history
-
-    losses = [(each.step, each.values["loss"]) for each in read_history(content).series("loss")]
-    ends = [*(each.onset_step for each in errors[1:]), math.inf]
-    for found, end in zip(errors, ends, strict=True):
+    losses = [(each.step, each.values[metric]) for each in history.series(metric)]
+    ends = [*(float(each.onset_step) for each in errors[1:]), math.inf]
+    for found, end in zip(errors, ends, strict=False):
         if not _has_recovered(losses, found.onset_step, end):
             return found
     return None

@@ -16,9 +16,13 @@ COMMANDS = {
     "latest": "checkpoints",
     "verify": "checkpoints",
     "replay": "replay",
+    "tune": "tune",
+    "compare": "compare",
     "report": "report",
+    "watch": "watch",
     "prune": "prune",
     "run": "run",
+    "skill": "skill",
     "completion": "completion",
 }
 """The commands, and the module of this package that holds each."""
@@ -35,9 +39,18 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     _add_status(group)
     _add_checkpoints(group)
     _add_replay(group)
+    _add_tune(group)
+    _add_compare(group)
     _add_report(group)
+    _add_watch(group)
     _add_prune(group)
     _add_run(group)
+    _command(
+        group,
+        "skill",
+        "Print a skill file for coding agents: how to read a run and what to do about each outcome.",
+        {},
+    )
     shell = _command(group, "completion", "Print the completion script of a shell.", {})
     shell.add_argument("shell", choices=("bash", "zsh", "fish"))
 
@@ -162,6 +175,56 @@ def _add_replay(group: Any) -> None:
     parser.add_argument("--metric", default="loss", metavar="KEY", help="log key to watch (default: loss)")
     parser.add_argument("--plot", action="store_true", help="draw the curve with onset and finding")
     parser.add_argument("--fail-on-finding", action="store_true", help="exit with 1 if there is a finding")
+
+
+def _add_tune(group: Any) -> None:
+    parser = _command(
+        group,
+        "tune",
+        "Find settings of a detector that are silent on healthy past runs and find the bad ones first.",
+        {1: "no setting is silent on all healthy runs and finds all bad ones"},
+        more="PATH is anything that `replay` reads. A run is bad if the default detector finds a fault in it from which\n"
+        "it did not recover; --healthy and --bad overrule that. PATH@STEP names the first bad step.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="past runs, judged by a replay")
+    parser.add_argument("--healthy", nargs="+", default=[], metavar="PATH", help="runs that went well")
+    parser.add_argument("--bad", nargs="+", default=[], metavar="PATH[@STEP]", help="runs that went wrong")
+    parser.add_argument("--detector", choices=_DETECTORS[:3], help="try only this one (default: all)")
+    parser.add_argument("--metric", default="loss", metavar="KEY", help="log key to watch (default: loss)")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="rows to show (default: %(default)s)")
+
+
+def _add_compare(group: Any) -> None:
+    parser = _command(group, "compare", "Show runs side by side: loss, findings, best checkpoints.", {})
+    parser.add_argument("dirs", nargs="+", metavar="DIR", help="output folders, or folders of them")
+    _add_metric(parser)
+
+
+def _add_watch(group: Any) -> None:
+    parser = _command(
+        group,
+        "watch",
+        "Show a running job: its loss, last findings and checkpoints, until it ends.",
+        {},
+        more="The loss is that of the newest checkpoint, or of the TensorBoard files in DIR/runs if they are further.\n"
+        "End it with Ctrl-C.",
+    )
+    parser.add_argument("dir", metavar="DIR", help="output folder of a run")
+    parser.add_argument("--once", action="store_true", help="show it once and end")
+    parser.add_argument(
+        "--interval", type=float, default=5.0, metavar="S", help="seconds between two looks (default: 5)"
+    )
+    parser.add_argument(
+        "--values", type=int, default=600, metavar="N", help="draw the last N losses (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=5,
+        metavar="N",
+        help="findings and checkpoints to show (default: %(default)s)",
+    )
+    _add_metric(parser)
 
 
 def _add_report(group: Any) -> None:

@@ -17,7 +17,7 @@ from hf_divguard.cli.parsers import COMMANDS
 from tests.processes import environment
 
 HEAVY = ("torch", "transformers", "numpy", "accelerate", "typer", "rich", "yaml")
-READING = ("status", "list", "best", "latest", "verify", "replay", "prune")
+READING = ("status", "list", "best", "latest", "verify", "replay", "prune", "compare", "watch")
 
 
 def heavy_modules_after(*words: str, first: str = "") -> list[str]:
