@@ -157,8 +157,7 @@ class Ending:
             status = "stopped"
         if gave_up:
             status = "gave_up"
-        last_good = state.global_step if finding is None else finding.onset_step - 2
-        good = [r.step for r in self._ledger.records if r.in_lineage and r.step <= last_good]
+        good = self._ledger.last_good(state.global_step + 2 if finding is None else finding.onset_step)
         loads = self._host.args.load_best_model_at_end and state.best_model_checkpoint is not None
         loads = loads and interrupted_by is None
         return RunEnd(
@@ -169,7 +168,7 @@ class Ending:
             time=time.time(),
             train_loss=float(output.training_loss),
             reason=outcome.stop_reason or interrupted_by,
-            resume_from=self._ledger.path(max(good)) if good else None,
+            resume_from=None if good is None else good.path,
             loaded=os.path.basename(state.best_model_checkpoint) if loads else None,
             metrics=dict(output.metrics),
         )

@@ -26,8 +26,7 @@ def best_before(
 
     Where nothing was evaluated, the newest comes first, wherever it is.
     """
-    old = [record for record in ledger.records if record.step <= last_good and record.in_lineage]
-    ranked = ledger.ranked(old, greater_is_better)
+    ranked = ledger.ranked(ledger.good_records(last_good), greater_is_better)
     on_disk = [Target(r.step, r.step) for r in ranked if verify_checkpoint(ledger.path(r.step)).loadable]
     in_memory = [
         Target(kept.step, kept.step, is_snapshot=True)

@@ -94,7 +94,7 @@ class Rollback:
             margin_steps=options.divguard_rollback_margin_steps,
             lr_factor=options.divguard_rollback_lr_factor,
         )
-        self._targets = RollbackTargets(ledger, self.snapshots, self.policy)
+        self._targets = RollbackTargets(ledger, self.snapshots, self.policy, flush=options.divguard_fsync)
         self._failed_recovery = FailedRecovery(host, options, ledger, ranks, journal, snapshots)
         # What a loss scaler has enlarged cannot be compared from step to step.
         self.watches_gradients = watches_damage and not host.args.max_grad_norm and host.scaler is None

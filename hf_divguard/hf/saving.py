@@ -129,9 +129,10 @@ class Checkpoints:
         for step in new:
             self.ledger.mark_suspect(step)
         self._marked |= set(new)
-        reason = _suspect_reason(condition)
+        reason, flush = _suspect_reason(condition), self._options.divguard_fsync
         self._annotate(
-            new, lambda folder: mark_suspect(folder, reason=reason, onset_step=condition.onset_step)
+            new,
+            lambda folder: mark_suspect(folder, reason=reason, onset_step=condition.onset_step, flush=flush),
         )
         if new and self._ranks.rank == 0:
             logger.warning("%s are suspect: %s", self._names(new), reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +29,19 @@ class RollbackTargets:
         ledger: The checkpoints of the run.
         snapshots: The states in memory.
         policy: Decides between the states that are there.
+        flush: Whether marks of checkpoints are flushed to the disk.
     """
 
-    def __init__(self, ledger: CheckpointLedger, snapshots: Snapshots, policy: RollbackPolicy) -> None:
+    def __init__(
+        self,
+        ledger: CheckpointLedger,
+        snapshots: Snapshots,
+        policy: RollbackPolicy,
+        *,
+        flush: bool = False,
+    ) -> None:
         self._ledger = ledger
+        self._flush = flush
         self._snapshots = snapshots
         self._policy = policy
         self.origins: dict[int, int] = {}
@@ -51,7 +59,9 @@ class RollbackTargets:
         targets = [self._target(kept.step, is_snapshot=True) for kept in snapshots]
         in_memory = {target.step for target in targets if target not in unusable}
         targets += [
-            self._target(kept) for kept in self._usable_steps() if kept <= step and kept not in in_memory
+            self._target(kept)
+            for kept in self._ledger.usable_steps()
+            if kept <= step and kept not in in_memory
         ]
         targets = [target for target in targets if target not in unusable]
         while True:
@@ -125,6 +135,7 @@ class RollbackTargets:
                     path,
                     reason=f"Training diverged from step {onset} on {what_then}: {finding.message}",
                     onset_step=onset,
+                    flush=self._flush,
                 )
             except OSError as error:
                 logger.warning("%s could not be quarantined (%s); do not resume from it.", path, error)
@@ -140,13 +151,5 @@ class RollbackTargets:
         if not self._policy.is_open(step):
             return set()
         oldest = min(self._policy.origins_tried, default=0)
-        older = [kept for kept in self._usable_steps() if self._target(kept).origin < oldest]
+        older = [kept for kept in self._ledger.usable_steps() if self._target(kept).origin < oldest]
         return restored | set(older[-1:])
-
-    def _usable_steps(self) -> list[int]:
-        """Return the steps of the lineage's checkpoints whose metric, if there is one, is finite; lowest first."""
-        return sorted(
-            record.step
-            for record in self._ledger.records
-            if record.in_lineage and (record.metric is None or math.isfinite(record.metric))
-        )

@@ -282,13 +282,17 @@ class CheckpointLedger(Rotation):
             and (before is None or record.step < before)
         )
 
+    def good_records(self, last_step: int) -> list[CheckpointRecord]:
+        """Return the checkpoints of this run up to ``last_step`` that count, wherever they stand."""
+        return [record for record in self._lineage() if record.step <= last_step]
+
     def last_good(self, onset_step: int) -> Checkpoint | None:
         """Return the newest good checkpoint from before a fault that began at ``onset_step``.
 
         The loss of a step shows what the update before it did, so the last two steps before the
         onset do not count.
         """
-        old = [record for record in self._lineage() if record.step <= onset_step - 2]
+        old = self.good_records(onset_step - 2)
         return self.checkpoint(max(old, key=lambda record: record.step)) if old else None
 
     def _lineage(self) -> list[CheckpointRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,32 @@ def test_a_rollback_restores_the_newest_state_from_before_the_onset(tmp_path: Pa
     assert run.rewound == [5]
     assert run.host.logs[0]["divguard/target_step"] == 5
     assert run.checkpoints.ledger.quarantined == {6, 7, 8, 9}
+
+
+def test_a_suspect_is_neither_a_target_nor_in_the_place_of_one_that_stays(tmp_path: Path) -> None:
+    """While an incident is open, the next older good state is protected."""
+    run = Run(tmp_path)
+    run.train_to(9)
+    run.checkpoints.ledger.mark_suspect(5)
+    run.checkpoints.ledger.mark_suspect(3)
+    assert run.ask(onset_step=7).target_step == 4
+    assert run.rollback.protected_steps() == {4, 2}
+
+
+@pytest.mark.parametrize("fsync", [True, False])
+def test_marks_of_checkpoints_are_flushed_as_checkpoints_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
+) -> None:
+    """A mark that a power cut takes away leaves a checkpoint from under a fault that counts."""
+    run = Run(tmp_path, divguard_fsync=fsync)
+    run.train_to(9)
+    real, flushed = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.append(descriptor), real(descriptor)))
+    finding = Finding(9, 9, "jump", "error", "loss", 9.0, 2.0, "`loss` = 9 at step 9.")
+    assert run.checkpoints.follow_condition(finding)
+    after_mark = len(flushed)
+    run.ask(onset_step=8)
+    assert (after_mark > 0, len(flushed) > after_mark) == (fsync, fsync)
 
 
 def test_without_a_request_nothing_is_restored(tmp_path: Path) -> None:

@@ -433,6 +433,17 @@ def test_the_state_that_a_second_attempt_would_take_is_not_rotated_away_either(
     assert {4, 8} <= checkpoint_steps(tmp_path / "out")
 
 
+def test_the_checkpoint_of_another_folder_that_a_run_comes_from_is_a_target_too(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """A run that is resumed into a new folder has no checkpoint there for a while."""
+    scripted_run(make_trainer, {}, max_steps=8).train()
+    trainer = scripted_run(make_trainer, {12: 11}, output_dir=tmp_path / "next", save_steps=100, max_steps=16)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
+    assert moves(trainer) == [(12, 8)]
+    assert find_checkpoints(tmp_path / "out")[-1].verdict.status == "complete"
+
+
 def test_a_target_that_cannot_be_read_is_passed_over(
     make_trainer: MakeTrainer, tmp_path: Path, our_log: pytest.LogCaptureFixture
 ) -> None:
