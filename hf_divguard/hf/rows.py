@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,14 +15,16 @@ from hf_divguard.hf.probes import probe
 
 __all__ = ["suspect_rows"]
 
+logger = logging.getLogger(__name__)
+
 
 def suspect_rows(
     host: Host, batches: list[Any], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[list[dict[str, int]], int]:
     """Return micro-batch and position of each row that stands out, and how many probes it took.
 
-    Nothing is named where a batch cannot be divided by rows, or where a forward pass takes all ranks,
-    which search in different rows.
+    Nothing is named where a batch cannot be divided by rows, where some rows have no loss of their own,
+    or where a forward pass takes all ranks, which search in different rows.
 
     Args:
         host: The host.
@@ -30,7 +33,8 @@ def suspect_rows(
     """
     if engine_of(host).forwards_together:
         return [], 0
-    found, probes = [], 0
+    found: list[dict[str, int]] = []
+    probes = 0
     for number, inputs in enumerate(batches):
         count = _row_count(inputs)
         if count is None:
@@ -42,7 +46,16 @@ def suspect_rows(
             calls += 1
             return probe(host, [_rows_of(inputs, rows)], None, tensors)[0]
 
-        rows = find_rows(count, loss, most_probes=(MOST_PROBES - probes) // (len(batches) - number))
+        try:
+            rows = find_rows(count, loss, most_probes=(MOST_PROBES - probes) // (len(batches) - number))
+        except Exception as error:
+            # A loss of its own need not exist, as where rows are compared with each other.
+            logger.warning(
+                "No rows are named in a batch with a high loss: that of some rows could not be computed (%s: %s).",
+                type(error).__name__,
+                error,
+            )
+            return found, probes + calls
         found += [{"micro_batch": number, "row": row} for row in rows]
         probes += calls
     return found, probes

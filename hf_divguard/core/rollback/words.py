@@ -21,10 +21,11 @@ def why(ruling: Ruling) -> str:
     numbers = rounded(ruling)
     if "kept_loss" not in numbers:
         return "kept weights do no better on the batches that come now"
-    return (
-        f"kept weights have a loss of {numbers['kept_loss']:.4g} on the batches that come now, the present ones "
-        f"{numbers['present_loss']:.4g} (usual: {numbers['usual_loss']:.4g})"
-    )
+    present = "that of the present ones is not finite"
+    if "present_loss" in numbers:
+        present = f"the present ones {numbers['present_loss']:.4g}"
+    usual = f" (usual: {numbers['usual_loss']:.4g})" if "usual_loss" in numbers else ""
+    return f"kept weights have a loss of {numbers['kept_loss']:.4g} on the batches that come now, {present}{usual}"
 
 
 def damage_finding(ruling: Ruling, step: int, since: int) -> Finding:

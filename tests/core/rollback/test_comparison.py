@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hf_divguard.core.rollback.comparison import Budget, LossRange, Pair, Usual, best_step, judge
-from hf_divguard.core.rollback.incident import Incident
+from hf_divguard.core.rollback.incident import Incident, Ruling
+from hf_divguard.core.rollback.words import why
 
 USUAL = Usual(level=1.6, spread=0.1, first=3.5)
 
@@ -30,6 +31,15 @@ USUAL = Usual(level=1.6, spread=0.1, first=3.5)
 )
 def test_the_cause_is_told_from_the_pairs(pairs: list[tuple[float, float]], cause: str) -> None:
     assert judge([Pair(*pair) for pair in pairs], USUAL).cause == cause
+
+
+def test_a_loss_that_is_not_finite_is_put_in_words_too() -> None:
+    """Present weights that give NaN, while the data are wrong: that is said in a line, and training goes on."""
+    verdict = judge([Pair(float("nan"), 1.7)], USUAL)
+    assert why(Ruling("dismiss", "data", 0, verdict)) == (
+        "kept weights have a loss of 1.7 on the batches that come now, that of the present ones is not finite "
+        "(usual: 1.6)"
+    )
 
 
 def test_states_that_wobble_need_a_larger_difference() -> None:
