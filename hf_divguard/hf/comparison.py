@@ -14,6 +14,7 @@ from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.journal import RunJournal
 from hf_divguard.hf.looks import WeightLooks
+from hf_divguard.hf.policy_gradients import policy_gradient_class
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.snapshots import Snapshots
 
@@ -83,8 +84,7 @@ class Comparison:
     @property
     def _ignores_level(self) -> bool:
         """Whether the level of the loss says nothing: policy gradients."""
-        reason = self.looks.reason
-        is_policy = reason is not None and "does not measure progress" in reason
+        is_policy = policy_gradient_class(self._host.trainer) is not None
         return is_policy or (self.incident.range.is_known and not self.incident.range.is_objective)
 
     @property

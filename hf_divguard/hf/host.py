@@ -143,11 +143,6 @@ class Host:
         return bool(self._trainer.accelerator.sync_gradients)
 
     @property
-    def class_names(self) -> list[str]:
-        """Names of the trainer's classes."""
-        return [each.__name__ for each in type(self._trainer).__mro__]
-
-    @property
     def prepares_inputs_itself(self) -> bool:
         """Whether a subclass prepares inputs in a way of its own, as by generating them."""
         return type(self._trainer)._prepare_inputs is not Trainer._prepare_inputs

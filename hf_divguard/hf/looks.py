@@ -61,6 +61,11 @@ class WeightLooks:
         self._last = self._coming
         self._coming = (batches, num_items)
 
+    def forget_batches(self) -> None:
+        """After training: give the memory of the batches back."""
+        self._coming = self._last = None
+        self._between = []
+
     def begin_step(self) -> None:
         """Before a step: a part of its cost may be spent on looks."""
         if self._coming is not None:

@@ -12,17 +12,15 @@ import torch
 
 from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
+from hf_divguard.hf.policy_gradients import policy_gradient_class
 from hf_divguard.hf.ranks import Ranks
 
 __all__ = ["probe", "probe_on_all_ranks", "why_not_comparable"]
 
-_POLICY_GRADIENTS = ("GRPO", "RLOO", "PPO", "OnlineDPO", "Reinforce", "NashMD", "XPO")
-
 
 def why_not_comparable(host: Host) -> str | None:
     """Return why no losses can be compared in this run, ``None`` if they can."""
-    names = host.class_names
-    policy = next((name for name in names if any(word in name for word in _POLICY_GRADIENTS)), None)
+    policy = policy_gradient_class(host.trainer)
     if policy is not None:
         return f"the loss of {policy} does not measure progress"
     if host.prepares_inputs_itself:

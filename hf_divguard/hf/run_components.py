@@ -130,8 +130,10 @@ class RunComponents:
         self.snapshots, self.comparison = make_comparison(
             host, options, self.ranks, self.journal, list(self.detectors.values())
         )
+        stack.callback(self.snapshots.clear)
         if self.comparison is not None:
             self.losses.subscribe(self.comparison)
+            stack.callback(self.comparison.looks.forget_batches)
         self.reporting = self._make_reporting()
         stack.callback(self.reporting.close)
         if self.detectors and options.divguard_incidents > 0:

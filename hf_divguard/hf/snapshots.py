@@ -93,6 +93,10 @@ class Snapshots:
         """Return the snapshot of ``step``, which is there."""
         return next(kept for kept in self.all() if kept.step == step)
 
+    def clear(self) -> None:
+        """Forget all snapshots."""
+        self._start, self._recent = None, []
+
     def drop_after(self, step: int) -> None:
         """Forget the snapshots that are newer than ``step``."""
         self._recent = [kept for kept in self._recent if kept.step <= step]

@@ -275,6 +275,14 @@ def test_wrong_data_are_named_and_stop_nothing_while_they_last(
     assert trainer.divguard_events[0]["cause"] == "data"
 
 
+BAD_ROW_OPTIONS: dict[str, Any] = {
+    "max_steps": 90,
+    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 8,
+}
+
+
 class BadRow:
     """A collator that gives one row of one batch wrong labels."""
 
@@ -292,16 +300,41 @@ class BadRow:
 
 def test_a_bad_row_is_named(make_trainer: MakeTrainer) -> None:
     """By the position in its batch; nothing is undone for it."""
-    bad = BadRow(step=70, row=5)
-    options = {
-        "max_steps": 90,
-        "save_strategy": "no",
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 8,
-    }
-    trainer = make_trainer(train_dataset=TokenRows(rows=64), **options, **GUARDED)
-    trainer.data_collator = bad
+    trainer = make_trainer(train_dataset=TokenRows(rows=64), **BAD_ROW_OPTIONS, **GUARDED)
+    trainer.data_collator = BadRow(step=70, row=5)
     trainer.train()
     assert trainer.state.global_step == 90
     assert {"step": 70, "rank": 0, "micro_batch": 0, "row": 5} in trainer.divguard_suspect_rows
     assert len(trainer.divguard_suspect_rows) == 1
+
+
+class NeedsWholeBatch(Trainer):
+    """A loss that only a batch of eight rows has, as one that compares the rows with each other."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["labels"]) != 8:
+            raise RuntimeError("no loss of a part of a batch")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_where_rows_have_no_loss_of_their_own_none_is_named(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture
+) -> None:
+    """The search for the row must not end the run."""
+    guarded = type("Guarded", (DivGuardMixin, NeedsWholeBatch), {})
+    trainer = make_trainer(
+        trainer_class=guarded, train_dataset=TokenRows(rows=64), **BAD_ROW_OPTIONS, **GUARDED
+    )
+    trainer.data_collator = BadRow(step=70, row=5)
+    trainer.train()
+    assert trainer.state.global_step == 90
+    assert trainer.divguard_suspect_rows == []
+    assert our_log.text.count("No rows are named") == 1
+
+
+def test_after_training_nothing_is_kept_in_memory(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(**{**COMMON, **GUARDED, "max_steps": 12})
+    trainer.train()
+    assert trainer._run.snapshots.all() == []
+    looks = trainer._run.comparison.looks
+    assert (looks._coming, looks._last, looks._between) == (None, None, [])

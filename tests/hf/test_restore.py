@@ -430,14 +430,19 @@ def test_only_a_few_snapshots_are_kept_and_the_first_and_the_newest_are_among_th
     make_trainer: MakeTrainer, every: int, kept: int
 ) -> None:
     """One more of those that are close together."""
+    steps: list[int] = []
+
+    class AtEnd(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            steps.extend(snapshot.step for snapshot in trainer._run.rollback.snapshots.all())
+
     trainer = make_trainer(
-        callbacks=[NonFiniteDetector(action="rollback")],
+        callbacks=[NonFiniteDetector(action="rollback"), AtEnd()],
         divguard_snapshot_steps=every,
         save_strategy="no",
         max_steps=150,
     )
     trainer.train()
-    steps = [snapshot.step for snapshot in trainer._run.rollback.snapshots.all()]
     assert len(steps) == kept
     assert (steps[0], steps[-1]) == (0, 150)
     assert any(40 <= 150 - step <= 80 for step in steps)
