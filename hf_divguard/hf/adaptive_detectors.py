@@ -103,6 +103,11 @@ class RawLossDetector(DivergenceDetector):
                 "%s judges no rise of the loss for a while after this resume: %s.", self._label, changes
             )
 
+    def rewind(self, state_dict: dict[str, Any] | None) -> None:
+        """After a rollback, take the memory of the restored step; without one, count skipped updates from 0."""
+        self._skipped.reset()
+        super().rewind(state_dict)
+
     # ---- the host's events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -660,3 +660,15 @@ def test_a_stock_trainer_trains_the_same_weights_with_a_detector_that_finds_noth
         trainer.train()
         results.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def test_after_a_rollback_skipped_updates_are_counted_from_0_where_no_memory_was_kept() -> None:
+    """Else a fault that lasts would be beyond the one count at which it is reported."""
+    detector = AdaptiveDivergenceDetector()
+    memory = detector.state_dict()
+    for state in (None, memory):
+        for step in range(3):
+            detector._skipped.judge(step, math.nan, None, None)
+        assert detector._skipped.in_a_row == 3
+        detector.rewind(state)
+        assert detector._skipped.in_a_row == 0

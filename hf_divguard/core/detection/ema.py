@@ -110,6 +110,11 @@ class DualTimeScaleRule(Stateful):
             evidence={"short_ema": self.short_ema, "long_ema": self.long_ema, "gap": gap},
         )
 
+    def reset(self) -> None:
+        """Forget everything that was observed."""
+        super().reset()
+        self.pending_since = None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over both averages exactly as they are.
 
@@ -122,3 +127,4 @@ class DualTimeScaleRule(Stateful):
             if None in averages:
                 raise StateError(f"`short_ema` and `long_ema` must be finite numbers, got {averages!r}.")
         super().load_state_dict(state_dict)
+        self.pending_since = None

@@ -96,6 +96,7 @@ class DualWindowRule(Stateful):
     def reset(self) -> None:
         """Forget everything that was observed."""
         super().reset()
+        self.pending_since = None
         self._short_sum = self._long_sum = 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -105,6 +106,7 @@ class DualWindowRule(Stateful):
             StateError: If a buffer is missing or holds anything but finite numbers.
         """
         super().load_state_dict(state_dict)
+        self.pending_since = None
         self._short_sum = sum(map(_in_units, self._short_buffer))
         self._long_sum = sum(map(_in_units, self._long_buffer))
 

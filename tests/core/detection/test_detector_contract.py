@@ -153,3 +153,16 @@ def test_a_finding_can_be_read_by_people_and_by_programs(make: Callable[..., Rul
         assert finding.message.startswith(f"`{finding.metric}`")
         assert f"step {finding.step}" in finding.message or finding.kind == "plateau"
         json.dumps(finding.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["ema", "window"])
+@pytest.mark.parametrize("how", ["reset", "loaded"])
+def test_what_was_pending_is_forgotten_with_the_rest(name: str, how: str) -> None:
+    rule = make_rule(
+        name, **({"short_window": 2, "long_window": 4} if name == "window" else {"threshold": 1.0})
+    )
+    fresh = rule.state_dict()
+    findings_of(rule, [1.0] * 4 + [5.0] * 2)
+    assert rule.pending_since is not None  # type: ignore[attr-defined]
+    rule.reset() if how == "reset" else rule.load_state_dict(fresh)
+    assert rule.pending_since is None  # type: ignore[attr-defined]
