@@ -37,7 +37,7 @@ def read_host_json(path: str | os.PathLike[str], *, max_bytes: int) -> Any:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             head = file.read(_END_BYTES)
-            file.seek(-_END_BYTES, os.SEEK_END)
+            file.seek(max(0, size - _END_BYTES))
             if not head.lstrip().startswith(b"{") or not file.read(_END_BYTES).rstrip().endswith(b"}"):
                 raise ValueError("is not complete JSON (it does not begin and end with a brace)")
             step = _GLOBAL_STEP.search(head)

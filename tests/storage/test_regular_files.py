@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_divguard.storage.archives import read_host_json
 from hf_divguard.storage.checksums import file_digest
 from hf_divguard.storage.regular_files import flush_tree, list_files, open_regular_file
 
@@ -54,3 +55,13 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="a folder"):
             open_regular_file(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_short_file_is_judged_by_its_ends_where_nothing_more_may_be_parsed(tmp_path: Path) -> None:
+    """After many large files of a checkpoint the small ones must not seem damaged."""
+    path = tmp_path / "config.json"
+    path.write_text('{"global_step": 7, "rest": 1}')
+    assert read_host_json(path, max_bytes=0) == {"global_step": 7}
+    path.write_text('{"global_step": 7, ')
+    with pytest.raises(ValueError, match="brace"):
+        read_host_json(path, max_bytes=0)
