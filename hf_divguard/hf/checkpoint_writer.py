@@ -58,7 +58,7 @@ class CheckpointWriter:
         ranks: The processes of the run.
         save_mode: ``"staged"``, ``"in_place"``, ``"off"``, or ``"auto"`` for the first of
             the two that the file system can do.
-        checksums: Whether the manifest holds a SHA-256 of every file.
+        checksums: Whether the manifest holds a checksum of every file.
         flush: Whether files are flushed to the disk before a checkpoint counts.
         weights: Whether a checkpoint must hold the weights to be certified.
         training_state: Whether it must hold optimizer, schedule, random and trainer state.

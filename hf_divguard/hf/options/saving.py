@@ -28,8 +28,8 @@ class SavingOptions:
     divguard_checksums: bool = field(
         default=False,
         metadata={
-            "help": "Put a SHA-256 of every file into the manifest, and check it on resume. Finds flipped bits; costs "
-            "one more read of each checkpoint."
+            "help": "Put a checksum (XXH3) of every file into the manifest, and compare it on resume. Finds flipped "
+            "bits; costs one more read of each checkpoint."
         },
     )
     divguard_fsync: bool = field(
