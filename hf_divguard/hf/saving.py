@@ -120,15 +120,18 @@ class Checkpoints:
             if cleared and self._ranks.rank == 0:
                 logger.warning("%s count again: what was found is over.", self._names(cleared))
             return bool(cleared)
-        known = self.ledger.suspects | self.ledger.quarantined
-        new = [
+        since = [
             record.step
             for record in self.ledger.records
-            if record.in_lineage and record.step >= condition.onset_step - 1 and record.step not in known
+            if record.in_lineage
+            and record.step >= condition.onset_step - 1
+            and record.step not in self.ledger.quarantined
         ]
+        new = [step for step in since if step not in self.ledger.suspects]
         for step in new:
             self.ledger.mark_suspect(step)
-        self._marked |= set(new)
+        # Those that were marked before a resume, too.
+        self._marked |= set(since)
         reason, flush = _suspect_reason(condition), self._options.divguard_fsync
         self._annotate(
             new,

@@ -114,7 +114,8 @@ class RollbackTargets:
             return snapshot.callbacks
         path = self._ledger.path(target.step)
         restore_checkpoint(host, path, ranks, with_rng=with_rng, rate_factor=rate_factor, what=what)
-        return read_callback_states(path) or {}
+        # As rank 0 reads them: detectors that know different things would decide differently.
+        return ranks.broadcast(read_callback_states(path) if ranks.rank == 0 else None) or {}
 
     def quarantine_after(self, last_good: int, what_then: str, finding: Finding, *, leads: bool) -> None:
         """Quarantine what was saved after the step ``last_good``, so that no resume takes it.

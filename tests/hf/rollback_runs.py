@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDetector
+from hf_divguard.hf import callbacks
+from hf_divguard.storage.failpoints import watch_failpoints
 from tests.hf.faults import HighRate, NaNBatch
 from tests.processes import kill_at
 from tests.tiny import TokenRows, base_arguments, tiny_model
@@ -82,11 +85,33 @@ def roll_back_on_ranks(rank: int, folder: str) -> dict[str, Any]:
     bad = make_trainer(root / "one bad rank", FAULT if rank == 1 else range(0))
     bad.train()
     cases["one bad rank"] = outcome_of(bad)
+    cases["unreadable memory"] = roll_back_with_unreadable_memory(rank, root / "unreadable memory")
     cases["rate"] = roll_back_a_high_rate(root / "rate")
     resumed = make_trainer(root / "disk")
     resumed.train(resume_from_checkpoint=str(root / "disk" / "checkpoint-28"))
     cases["resumed"] = outcome_of(resumed)
     return cases
+
+
+def roll_back_with_unreadable_memory(rank: int, folder: Path) -> dict[str, Any]:
+    """Roll back where rank 1 cannot read what the detectors knew; return the memory of the detector, too."""
+    trainer, real = make_trainer(folder), callbacks.read_sidecar
+    detector = next(
+        each for each in trainer.callback_handler.callbacks if isinstance(each, NonFiniteDetector)
+    )
+
+    def unreadable(checkpoint: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(checkpoint))
+
+    def fail(moment: str) -> None:
+        if moment == "weights restored":
+            callbacks.read_sidecar = real
+        elif moment == "rollback decided" and rank == 1:
+            callbacks.read_sidecar = unreadable
+
+    with watch_failpoints(fail):
+        trainer.train()
+    return {**outcome_of(trainer), "memory": detector.rule.state_dict()}
 
 
 def roll_back_a_high_rate(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rollback import Rollback
 from hf_divguard.hf.saving import Checkpoints
 from hf_divguard.hf.snapshots import Snapshots
+from hf_divguard.storage.integrity import verify_checkpoint
 from tests.hf.fake_host import FakeHost
 from tests.tiny import checkpoint_steps
 
@@ -92,6 +93,23 @@ def test_a_suspect_is_neither_a_target_nor_in_the_place_of_one_that_stays(tmp_pa
     run.checkpoints.ledger.mark_suspect(3)
     assert run.ask(onset_step=7).target_step == 4
     assert run.rollback.protected_steps() == {4, 2}
+
+
+def test_what_was_marked_before_a_resume_counts_again_with_the_rest(tmp_path: Path) -> None:
+    """A run that is resumed from a suspect checkpoint, and whose condition ends then."""
+    run = Run(tmp_path)
+    run.train_to(6)
+    finding = Finding(6, 5, "jump", "error", "loss", 9.0, 2.0, "`loss` = 9 at step 6.")
+    run.checkpoints.follow_condition(finding)
+    ranks, host = run.ranks, run.host
+    resumed = Checkpoints(
+        host, host.args, ranks, str(tmp_path), str(tmp_path / "checkpoint-6"), is_active=True
+    )
+    assert resumed.ledger.suspects == {4, 5, 6}
+    resumed.follow_condition(finding)
+    assert resumed.follow_condition(None)
+    assert resumed.ledger.suspects == set()
+    assert verify_checkpoint(tmp_path / "checkpoint-5").status == "complete"
 
 
 @pytest.mark.parametrize("fsync", [True, False])

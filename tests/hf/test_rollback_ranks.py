@@ -28,7 +28,7 @@ def two_ranks(
     return [outcome.check() for outcome in outcomes]
 
 
-CASES = ["disk", "memory", "accumulation", "one bad rank", "rate", "resumed"]
+CASES = ["disk", "memory", "accumulation", "one bad rank", "unreadable memory", "rate", "resumed"]
 
 
 @pytest.mark.parametrize("case", CASES)
