@@ -30,8 +30,9 @@ def run_prune(options: Any) -> int:
     condition = condition_of(seen)
     needed = needed_steps(seen, condition)
     plan = Plan(options.keep_last, options.keep_best, options.every, needed).make(seen)
-    freed = disk_usage(each.path for each in plan.delete).freed_by(each.path for each in plan.delete)
+    usage = disk_usage(each.path for each in plan.delete)
     errors = _delete(plan.delete, seen) if options.yes else {}
+    freed = usage.freed_by(each.path for each in plan.delete if each.step not in errors)
     notes = _notes(options, seen)
     if options.json:
         print_json("prune", _content(options, plan, seen, freed, errors, notes))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hf_divguard.storage.deletion import delete_checkpoint
 from tests.cli.conftest import let_age
 from tests.storage.conftest import tree
 from tests.tiny import checkpoint_steps
@@ -132,6 +133,24 @@ def test_hard_links_with_a_name_elsewhere_free_nothing(cli: Any, run_of: RunOf, 
     model = run / "checkpoint-4" / "model.safetensors"
     os.link(model, tmp_path / "copy")
     assert before - cli("prune", run, "--json").json["bytes"] == model.stat().st_size
+
+
+def test_what_could_not_be_deleted_is_not_counted_as_freed(
+    cli: Any, run_of: RunOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: str, output_dir: str) -> None:
+        if path.endswith("checkpoint-4"):
+            raise OSError("the disk refuses")
+        delete_checkpoint(path, output_dir)
+
+    run = run_of("stock")
+    monkeypatch.setattr("hf_divguard.cli.prune.delete_checkpoint", refuses)
+    before = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    answer = cli("prune", run, "--yes", "--json")
+    assert answer.code == 1
+    assert 4 in checkpoint_steps(run)
+    after = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    assert answer.json["bytes"] == before - after > 0
 
 
 @pytest.mark.parametrize(
