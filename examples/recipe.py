@@ -69,6 +69,8 @@ def parse(*classes: Any) -> tuple[Any, ...]:
     logging.basicConfig(level=parsed[-1].get_process_log_level(), format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers.set_seed(parsed[-1].seed)
+    if parsed[-1].use_cpu:
+        torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
     return tuple(parsed)
 
 
