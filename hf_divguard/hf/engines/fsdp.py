@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Fsdp1", "Fsdp2", "Sharded"]
 
+_FSDP2 = "Set `version` to 2 in `fsdp_config`"
 _MODEL, _OPTIMIZER = "pytorch_model_fsdp", "optimizer"
 
 
@@ -138,11 +139,18 @@ class Fsdp2(Sharded):
         """Return weights and optimizer in the form in which they are saved, each rank its part."""
         from torch.distributed.checkpoint import state_dict as states
 
-        options = states.StateDictOptions(ignore_frozen_params=_is_adapted(self.host.model))
-        weights = states.get_model_state_dict(self.host.model, options=options)
+        model = self.host.model
+        if _is_adapted(model) and not _is_full(self.host):
+            from peft import get_peft_model_state_dict
+
+            # As accelerate saves shards of adapters: under the names of the file of an adapter.
+            weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+        else:
+            options = states.StateDictOptions(ignore_frozen_params=_is_adapted(model))
+            weights = states.get_model_state_dict(model, options=options)
         if weights_only:
             return weights, {}
-        return weights, states.get_optimizer_state_dict(self.host.model, _bare(self.host.optimizer))
+        return weights, states.get_optimizer_state_dict(model, _bare(self.host.optimizer))
 
     def _read_shards(self, checkpoint: str, weights_only: bool) -> Callable[[], None]:
         live, optimizer = self._live(weights_only=weights_only)
@@ -216,12 +224,16 @@ class Fsdp1(Sharded):
 
     def unsupported(self) -> Unsupported | None:
         """Return why other state dicts than sharded ones cannot be put back."""
+        if _is_adapted(self.host.model):
+            return Unsupported(
+                "FSDP1 and adapters, whose weights accelerate leaves out of its shards", _FSDP2
+            )
         kind = _plugin(self.host).state_dict_type.name
         if kind == "SHARDED_STATE_DICT":
             return None
         return Unsupported(
             f"FSDP1 and `state_dict_type` {kind}",
-            "Set `version` to 2 or `state_dict_type` to 'SHARDED_STATE_DICT' in `fsdp_config`",
+            f"{_FSDP2}, or `state_dict_type` to 'SHARDED_STATE_DICT'",
         )
 
     def why_nothing_skipped(self) -> str | None:

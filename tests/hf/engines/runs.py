@@ -93,6 +93,8 @@ def make_trainer(
     fault: range = range(0),
     is_guarded: bool = True,
     model: Any = None,
+    adapter: bool = False,
+    fsdp_config: Options | None = None,
     **options: Any,
 ) -> Any:
     """Return a trainer under an engine, whose loss is NaN in the steps of ``fault``."""
@@ -103,10 +105,14 @@ def make_trainer(
         "divguard_skip_nonfinite": False,
     }
     common |= {**options_of(engine), **(guards if is_guarded else {}), **options}
+    if fsdp_config is not None:
+        common["fsdp_config"] |= fsdp_config
     args = (DivGuardTrainingArguments if is_guarded else TrainingArguments)(
         **base_arguments(folder, **common)
     )
     model = model if model is not None else tiny_model(dropout=0.1)
+    if adapter:
+        model = with_adapter(model)
     watching: list[Any] = [NaNBatch(model, fault)] if fault else []
     if is_guarded and "divguard_detector" not in options:
         watching.append(NonFiniteDetector(action="rollback"))
@@ -120,6 +126,16 @@ def make_trainer(
     for callback in callbacks:
         callback.trainer = trainer
     return trainer
+
+
+def with_adapter(model: Any) -> Any:
+    """Return the model with a low-rank adapter, which alone is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    return get_peft_model(
+        model, LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    )
 
 
 def without_times(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
