@@ -10,7 +10,7 @@ from hf_divguard.core.events import EVENT_VERSION, event_of
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.core.state import StateError
 from hf_divguard.hf.ranks import Ranks
-from hf_divguard.storage.events import append_events, read_events, write_events
+from hf_divguard.storage.events import append_events, read_events_strictly, set_aside, write_events
 from hf_divguard.storage.ledger import CheckpointLedger
 
 __all__ = ["JOURNAL", "RunJournal"]
@@ -69,7 +69,7 @@ class RunJournal:
         self._n_taken = len(self.events)
 
     def _agree_with_disk(self, step: int) -> None:
-        on_disk = read_events(self._run_dir)
+        on_disk = self._read()
         in_checkpoint = {_identity(event) for event in self.events}
         known, n_own = [], 0
         for event in on_disk:
@@ -87,6 +87,17 @@ class RunJournal:
         self._may_append = on_disk == [*self._old, *self.events]
         self._on_disk = len(self.events)
         self.write()
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            return read_events_strictly(self._run_dir)
+        except (OSError, ValueError) as error:
+            try:
+                kept = f"They are kept in {set_aside(self._run_dir)}."
+            except OSError as second:
+                kept = f"They could not be set aside ({second})."
+            logger.warning("The earlier events of %s cannot be read (%s). %s", self._run_dir, error, kept)
+            return []
 
     # ---- memory
 

@@ -12,10 +12,20 @@ from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.jsonio import to_strict, write_bytes_atomic
 from hf_divguard.storage.regular_files import read_bytes
 
-__all__ = ["EVENTS_FOLDER", "EVENTS_NAME", "append_events", "events_path", "read_events", "write_events"]
+__all__ = [
+    "EVENTS_FOLDER",
+    "EVENTS_NAME",
+    "append_events",
+    "events_path",
+    "read_events",
+    "read_events_strictly",
+    "set_aside",
+    "write_events",
+]
 
 EVENTS_FOLDER = "divguard"
 EVENTS_NAME = "events.jsonl"
+UNREADABLE_NAME = "events-unreadable.jsonl"
 
 _MAX_BYTES = 16 << 20
 
@@ -33,11 +43,24 @@ def events_path(output_dir: str | os.PathLike[str]) -> Path:
 def read_events(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the events of a run, oldest first; broken lines and foreign ones are left out.
 
-    What is no regular file, or larger than 16 MiB, holds none.
+    What cannot be read, is no regular file, or is larger than 16 MiB holds none.
+    """
+    try:
+        return read_events_strictly(output_dir)
+    except (OSError, ValueError):
+        return []
+
+
+def read_events_strictly(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the events as :func:`read_events` does; for who will write the file again.
+
+    Raises:
+        OSError: If there is a file and it cannot be read.
+        ValueError: If it is no regular file, or larger than 16 MiB.
     """
     try:
         lines = read_bytes(events_path(output_dir), max_bytes=_MAX_BYTES).splitlines()
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return []
     events = []
     for line in lines:
@@ -48,6 +71,18 @@ def read_events(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if isinstance(event, dict):
             events.append(event)
     return events
+
+
+def set_aside(output_dir: str | os.PathLike[str]) -> Path:
+    """Give a file of events that cannot be read another name beside it, and return that.
+
+    Raises:
+        OSError: If that is not possible.
+    """
+    path = events_path(output_dir)
+    aside = path.with_name(UNREADABLE_NAME)
+    os.replace(path, aside)
+    return aside
 
 
 def write_events(output_dir: str | os.PathLike[str], events: Iterable[dict[str, Any]]) -> None:

@@ -220,5 +220,21 @@ def test_a_full_disk_costs_nothing_that_a_later_write_cannot_bring(
     assert [event["step"] for event in read_events(tmp_path)] == [1, 2]
 
 
+def test_earlier_events_that_cannot_be_read_are_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, our_log: pytest.LogCaptureFixture
+) -> None:
+    """A disk that fails for a moment, or a file beyond the limit, must not cost what happened before."""
+    first = journal(tmp_path)
+    first.add({"event": "data", "step": 1})
+    first.write()
+    kept = events_path(tmp_path).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_divguard.storage.events._MAX_BYTES", 10)
+        journal(tmp_path, first.state_dict(), step=1)
+    assert "cannot be read" in our_log.text
+    assert events_path(tmp_path).with_name("events-unreadable.jsonl").read_bytes() == kept
+    assert [event["step"] for event in read_events(tmp_path)] == [1]
+
+
 def _no_space(*args: Any) -> None:
     raise OSError(28, "No space left on device")
