@@ -236,11 +236,6 @@ class CheckpointLedger(Rotation):
         """Note that the checkpoint of ``step`` was saved under a fault; its folder is to be marked."""
         self.suspects = self.suspects | {step}
 
-    def clear_suspects(self) -> list[int]:
-        """Count all suspects as good again; return their steps, whose folders are to be cleared."""
-        cleared, self.suspects = sorted(self.suspects), set()
-        return cleared
-
     # ---- ranking
 
     def best(self, greater_is_better: bool, n: int | None = None) -> list[Checkpoint]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -45,7 +44,6 @@ __all__ = [
     "missing_rng_files",
     "name_problem",
     "read_manifest",
-    "remove_manifest",
     "write_manifest",
 ]
 
@@ -330,13 +328,3 @@ def _parse_entry(name: str, data: object, algorithm: str) -> FileEntry:
     raise ManifestError(
         f"The entry {name[:80]!a} of `{MANIFEST_NAME}` must hold a size in bytes and a checksum or null."
     )
-
-
-def remove_manifest(folder: str | os.PathLike[str]) -> None:
-    """Remove the manifest of ``folder``: the checkpoint counts as incomplete until a new one is written.
-
-    Raises:
-        OSError: If there is one and it cannot be removed.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(Path(folder, MANIFEST_NAME))

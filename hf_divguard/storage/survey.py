@@ -13,7 +13,7 @@ from hf_divguard.storage.names import checkpoint_folders
 from hf_divguard.storage.sidecar import Sidecar, SidecarError, read_sidecar
 from hf_divguard.storage.verdict import Verdict
 
-__all__ = ["Checkpoint", "describe", "find_checkpoints", "look_at", "newest_sidecar"]
+__all__ = ["Checkpoint", "find_checkpoints", "look_at", "newest_sidecar"]
 
 _PAUSE_SECONDS = 0.2
 
@@ -130,11 +130,3 @@ def newest_sidecar(found: Sequence[Checkpoint]) -> Sidecar | None:
         if sidecar.step == each.step and sidecar.sequence == each.sequence:
             return sidecar
     return None
-
-
-def describe(checkpoints: list[Checkpoint], metric: str) -> str:
-    """Return one line that lists checkpoints with their metrics, best first."""
-    return ", ".join(
-        f"{each.path} ({metric} {math.nan if each.metric is None else each.metric:.6g})"
-        for each in checkpoints
-    )
