@@ -174,6 +174,7 @@ address: ## Write the address of the repository into every file: make address AD
 ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration runs after `make test`, in shortened form
 	@$(MAKE) --no-print-directory notebooks docs release-check test-recipes
 	@$(EXTRAS_BIN)/python -m pytest tests/matrix $(WORKERS) $(PYTEST)
+	@$(OLD_BIN)/python -m pytest tests/matrix $(WORKERS) $(PYTEST)
 	@$(MAKE) --no-print-directory test-page
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short

@@ -1,6 +1,6 @@
 """Keep the best checkpoints of a run, in addition to the last ones.
 
-    python examples/preserve_best_checkpoints.py --output_dir out --max_steps 320 --save_steps 20 \\
+    python examples/preserve_best_checkpoints.py --output_dir out --max_steps 160 --save_steps 20 \\
         --save_total_limit 1 --eval_on_save --preserve_best_model --preserve_n_best 3 \\
         --learning_rate 1e-2 --lr_scheduler_type constant --use_cpu --report_to none
 

@@ -165,14 +165,19 @@ Not run either: PyTorch older than the version in the tables, although `torch>=2
 
 def write_page(kinds: list[str], features: list[str]) -> None:
     """Write the page from all results that are there."""
-    parts = [INTRODUCTION]
-    for name, result in read_results().items():
+    parts, results = [INTRODUCTION], read_results()
+    for environment in ENVIRONMENTS:
+        title = f"## {environment.name.replace('-', ' ').capitalize()}"
+        result = results.get(environment.name)
+        if result is None:
+            parts.append(
+                f"{title}\n\n**Not run.** Python {environment.python}, {', '.join(environment.packages)}\n"
+            )
+            continue
         versions = ", ".join(
             f"{package} {version}" for package, version in result["versions"].items() if version
         )
-        parts.append(
-            f"## {name.replace('-', ' ').capitalize()}\n\n{versions}\n\n{table_of(result, kinds, features)}\n"
-        )
+        parts.append(f"{title}\n\n{versions}\n\n{table_of(result, kinds, features)}\n")
     PAGE.write_text("\n".join([*parts, GPU]), encoding="utf-8")
 
 
