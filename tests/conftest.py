@@ -27,6 +27,19 @@ gc.collect()
 gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _settings_of_accelerate() -> Iterator[None]:
+    """Take back what the arguments of one test leave in the environment for the trainers of the next ones.
+
+    Transformers 4 notes `bf16=True` there, and all later trainers of the process use it.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Any]:
     """Return a factory of trainers: ``make_trainer(save_steps=2, ...)``; options go to the arguments."""
