@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -116,6 +117,8 @@ def import_everything() -> None:
     transformers.logging.set_verbosity_error()
     logging.basicConfig(format="%(name)s %(levelname)s %(message)s")
     logging.getLogger("hf_divguard").setLevel(logging.INFO)
+    gc.collect()
+    gc.freeze()  # what was imported is not looked through, and not copied, in each rank
 
 
 def answer(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
