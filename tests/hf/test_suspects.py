@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback
 
 from hf_divguard import (
     AdaptiveDivergenceDetector,
+    DivGuardTrainer,
+    DivGuardTrainingArguments,
     DualTimeScaleDivergenceDetector,
     best_checkpoints,
     find_checkpoints,
     latest_complete_checkpoint,
 )
 from hf_divguard.storage.events import read_events
+from tests.conftest import MetricByStep
 from tests.hf.faults import HighRate
 from tests.tiny import TokenRows, same_weights, tiny_model, weights
 
@@ -109,6 +113,48 @@ def test_a_stopped_run_keeps_its_last_good_checkpoint_ends_with_its_weights_and_
 
 
 @pytest.mark.parametrize("asked", [True, "latest", "auto", "best", "true"])
+def script(line: str, folder: Path, fault: range) -> tuple[Any, Any, NotesWeights]:
+    """A user's script: all options are flags. After the fault, a useless model has the higher F1."""
+    (args,) = HfArgumentParser(DivGuardTrainingArguments).parse_args_into_dataclasses(
+        [*shlex.split(line), "--output_dir", str(folder)]
+    )
+    notes, metric = NotesWeights(), MetricByStep(lambda step: 0.67 if step >= FAULT.start else 0.5, "f1")
+    trainer = DivGuardTrainer(
+        model=tiny_model(),
+        args=args,
+        train_dataset=TokenRows(rows=64),
+        eval_dataset=TokenRows(rows=8, seed=1),
+        compute_metrics=metric,
+        callbacks=[HighRate(fault, 1000.0), notes, metric],
+    )
+    return trainer, trainer.train(resume_from_checkpoint=args.resume_from_checkpoint), notes
+
+
+def test_by_flags_alone_a_run_ranked_by_f1_stops_with_its_last_good_weights_and_auto_goes_on_from_them(
+    tmp_path: Path, our_log: pytest.LogCaptureFixture
+) -> None:
+    flags = (
+        f"--max_steps {STEPS} --learning_rate 3e-3 --per_device_train_batch_size 4 --logging_steps 1 --save_steps 10 "
+        "--save_total_limit 1 --preserve_best_model --preserve_n_best 1 --load_best_model_at_end --eval_on_save "
+        "--best_model_metric f1 --divguard_detector adaptive --divguard_action stop --divguard_compare off "
+        "--use_cpu --report_to none --disable_tqdm true --dataloader_pin_memory false"
+    )
+    stopped, result, notes = script(flags, tmp_path / "out", FAULT)
+    onset = stopped.state.divguard_finding.onset_step
+    (good,) = [step for step in notes.at if onset - 10 <= step < onset]
+    assert FAULT.start <= stopped.state.divguard_finding.step < STEPS
+    assert same_weights(weights(stopped.model), notes.at[good])
+    flag = f"--resume_from_checkpoint {tmp_path / 'out' / f'checkpoint-{good}'}"
+    last_line = [record for record in our_log.records if record.levelno >= logging.WARNING][-1].getMessage()
+    assert flag in last_line
+    assert result.metrics["divguard/last_good_step"] == good
+    resumed, result, notes = script(f"{flags} --resume_from_checkpoint auto", tmp_path / "out", range(0))
+    assert min(notes.at) == good + 10
+    assert resumed.state.global_step == STEPS
+    assert "divguard/finished" not in result.metrics
+    assert resumed.state.divguard_finding is None
+
+
 def test_a_resume_passes_suspects_over(
     make_trainer: MakeTrainer, tmp_path: Path, our_log: pytest.LogCaptureFixture, asked: Any
 ) -> None:
