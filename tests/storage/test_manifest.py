@@ -117,7 +117,7 @@ def test_each_kind_of_damage_is_described_in_words(folder: Path) -> None:
     (folder / "dir").mkdir()
     (folder / "rng_state_1.pth").unlink()
     assert list(check_manifest(folder, manifest).values()) == [
-        "`changed` has other contents than when it was saved: its xxh3_128 differs",
+        "`changed` has other contents than when it was saved: its xxh3_128_64m differs",
         "`dir` is a folder instead of a file",
         "`empty` is empty: 0 bytes instead of 4",
         "`gone` is missing",
