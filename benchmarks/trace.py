@@ -14,11 +14,12 @@ functions whose code is in the package count, in every thread.
   out all others. An alternation is a call into one of the two files right after a call into the
   other one. A return does not count.
 - *way of a loss*: the files that a NaN loss passes until the state has a ``divguard_finding``. They
-  are the files of the open calls at four moments: the copy of the loss within ``training_step``
-  (``Tensor.clone``); the transfer from the device (``Tensor.tolist``); the making of the ``Finding``;
-  the first moment at which the state has it. A call that is still open is not listed again. Of the calls from ``core``
-  to ``core`` only the first is listed: what a detector is made of is its own affair. Neighbours
-  in one file are one *hop*.
+  are the files of the open calls, from ``training_step`` on, at four moments: the copy of the loss
+  of the micro-batch (the first ``Tensor.detach`` after the host has trained on it); the transfer
+  from the device (``Tensor.tolist``); the making of the ``Finding``; the first moment at which the
+  state has it. A call that is still open is not listed again. Of the calls from ``core`` to
+  ``core`` only the first is listed: what a detector is made of is its own affair. Neighbours in
+  one file are one *hop*.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class StepTrace(TrainerCallback):
     def __init__(self, package: Path, step: int, model: torch.nn.Module | None) -> None:
         self.package, self.step = f"{package}{os.sep}", step
         self.calls: list[CodeType] = []
+        self.host_has_trained = False
         self.at_micro_batch: list[CodeType] = []
         self.at_transfer: list[CodeType] = []
         self.at_finding: list[CodeType] = []
@@ -111,16 +113,15 @@ class StepTrace(TrainerCallback):
         if self.state is None:
             return
         code = frame.f_code
+        if event == "c_call" and argument.__name__ == "detach" and self.host_has_trained:
+            self.at_micro_batch = self.at_micro_batch or self.open_calls(frame)
         if event == "c_call" and argument.__name__ == "tolist" and not self.at_finding:
             self.at_transfer = self.open_calls(frame)
-        if event == "c_call" and argument.__name__ == "clone" and code.co_filename.startswith(self.package):
-            stack = self.open_calls(frame)
-            if "training_step" in [call.co_name for call in stack]:
-                self.at_micro_batch = self.at_micro_batch or stack
         if event not in ("call", "return"):
             return
         if not code.co_filename.startswith(self.package):
             # The constructor of a dataclass is in no file.
+            self.host_has_trained |= event == "return" and code.co_name == "training_step"
             if code.co_name == "__init__" and type(frame.f_locals.get("self")).__name__ == "Finding":
                 self.at_finding = self.at_finding or self.open_calls(frame)
             return
@@ -159,7 +160,9 @@ class StepTrace(TrainerCallback):
     def way_of_loss(self) -> list[str]:
         """Return the files that the loss passes, in order."""
         way: list[str] = []
-        moments = ([], self.at_micro_batch, self.at_transfer, self.at_finding, self.at_decision)
+        names = [call.co_name for call in self.at_micro_batch]
+        before_step = self.at_micro_batch[: names.index("training_step")]
+        moments = (before_step, self.at_micro_batch, self.at_transfer, self.at_finding, self.at_decision)
         for before, after in pairwise(moments):
             still_open = takewhile(lambda pair: pair[0] is pair[1], zip(before, after, strict=False))
             way += map(self.file, after[len(list(still_open)) :])

@@ -37,7 +37,8 @@ class StepLosses:
     Example:
         >>> losses = StepLosses(check_steps=10, world_size=1)
         >>> losses.is_collecting = True
-        >>> losses.micro_batches = [torch.tensor(1.0) / 2, torch.tensor(3.0) / 2]
+        >>> losses.micro_batch(torch.tensor(1.0) / 2)
+        >>> losses.micro_batch(torch.tensor(3.0) / 2)
         >>> losses.close_step(1, grad_norm=torch.tensor(0.5))
         >>> losses.drain(1)
         [StepValues(step=1, loss=2.0, grad_norm=0.5)]
@@ -53,7 +54,7 @@ class StepLosses:
     def start(self, step: int) -> None:
         """Begin at ``step``, with nothing collected."""
         self.micro_batches: list[torch.Tensor] = []
-        """Losses of the micro-batches of the present step, copied from what ``training_step`` returned."""
+        """Losses of the micro-batches of the present step."""
         self._parts = 1
         self._last_step = self._last_drain = step
         self._steps: list[int] = []
@@ -71,6 +72,12 @@ class StepLosses:
         self.is_collecting = False
 
     # ---- one step
+
+    def micro_batch(self, loss: torch.Tensor) -> None:
+        """After the backward pass of a micro-batch: keep its loss."""
+        if self.is_collecting:
+            # A copy: a compiled model may reuse the memory of its output for the next batch.
+            self.micro_batches.append(loss.detach().clone())
 
     def begin_epoch(self) -> None:
         """Note that micro-batches left over from the last epoch join the first step of this one.

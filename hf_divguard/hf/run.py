@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_divguard.core.metrics import with_eval_prefix
+from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.callbacks import (
     collect_states,
     read_callback_states,
     restore_states,
 )
+from hf_divguard.hf.comparison import Comparison
+from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.journal import JOURNAL
 from hf_divguard.hf.last_weights import load_last_good
 from hf_divguard.hf.reports import (
@@ -48,6 +51,11 @@ class GuardedRun(RunComponents):
         self.loaded: str | None = None
         """Checkpoint whose weights the model was given after the run."""
         self._acts_jointly = False
+
+    @property
+    def outcome(self) -> RunOutcome:
+        """What was decided in this run so far."""
+        return outcome_of(self.host.state)
 
     # ---- begin and end
 
@@ -128,11 +136,9 @@ class GuardedRun(RunComponents):
 
     # ---- one step
 
-    def begin_micro_batch(self) -> None:
+    def begin_micro_batch(self, comparison: Comparison) -> None:
         """Before a micro-batch: before the first one of a step, compare weights and roll back if need be."""
-        if self.comparison is None:
-            return
-        self.comparison.begin_step()
+        comparison.begin_step()
         self.rollback_in_step.begin_step()
 
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
@@ -140,13 +146,6 @@ class GuardedRun(RunComponents):
         if self.comparison is not None:
             self.comparison.take_batches(batches, num_items)
         self.reporting.recent.note_batches(self.host.state.global_step + 1, batches)
-
-    def end_micro_batch(self, loss: Any) -> None:
-        """After the backward pass of a micro-batch: take its loss."""
-        if self.losses.is_collecting:
-            # A copy: a compiled model may reuse the memory of its output for the next batch.
-            self.losses.micro_batches.append(loss.detach().clone())
-        self.skipping.after_micro_batch(loss)
 
     def end_step(
         self,

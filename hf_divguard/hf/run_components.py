@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from hf_divguard.alerts.alerts import Hook
-from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
 from hf_divguard.hf.callbacks import RunCallbacks, is_stateful
 from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.comparison_of_run import make_comparison
-from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.ending import Ending
 from hf_divguard.hf.evaluation import Evaluations
@@ -197,11 +195,6 @@ class RunComponents:
         """The detectors by the names under which their states are kept."""
         named = self.callbacks.stateful.items()
         return {name: each for name, each in named if isinstance(each, DivergenceDetector)}
-
-    @property
-    def outcome(self) -> RunOutcome:
-        """What was decided in this run so far."""
-        return outcome_of(self.host.state)
 
     def _forget_after(self, target_step: int) -> None:
         """After a rollback, forget what evaluations of the steps after ``target_step`` gave."""

@@ -125,11 +125,12 @@ class DivGuardMixin(PublicMethods):
         callbacks = self.callback_handler.callbacks
         if run is not None and run.is_training and callbacks[-1] is not run.events:
             run.callbacks.put_last(run.events)  # another callback has added one after ours
-        if run is not None and run.is_training:
-            run.begin_micro_batch()
+        if run is not None and run.is_training and run.comparison is not None:
+            run.begin_micro_batch(run.comparison)
         loss = super().training_step(*args, **kwargs)
         if run is not None and run.is_training:
-            run.end_micro_batch(loss)
+            run.losses.micro_batch(loss)
+            run.skipping.after_micro_batch(loss)
         return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

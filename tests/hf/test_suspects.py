@@ -112,7 +112,6 @@ def test_a_stopped_run_keeps_its_last_good_checkpoint_ends_with_its_weights_and_
     assert event["last_good_checkpoint"] == good
 
 
-@pytest.mark.parametrize("asked", [True, "latest", "auto", "best", "true"])
 def script(line: str, folder: Path, fault: range) -> tuple[Any, Any, NotesWeights]:
     """A user's script: all options are flags. After the fault, a useless model has the higher F1."""
     (args,) = HfArgumentParser(DivGuardTrainingArguments).parse_args_into_dataclasses(
@@ -155,6 +154,7 @@ def test_by_flags_alone_a_run_ranked_by_f1_stops_with_its_last_good_weights_and_
     assert resumed.state.divguard_finding is None
 
 
+@pytest.mark.parametrize("asked", [True, "latest", "auto", "best", "true"])
 def test_a_resume_passes_suspects_over(
     make_trainer: MakeTrainer, tmp_path: Path, our_log: pytest.LogCaptureFixture, asked: Any
 ) -> None:
