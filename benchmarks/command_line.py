@@ -89,12 +89,20 @@ def main() -> None:
             f"list, {options.checkpoints} checkpoints": ("list", many),
             f"best, {options.checkpoints} checkpoints": ("best", many),
             f"status, {options.lines} log lines": ("status", log),
+            f"report, {options.lines} log lines": ("report", log, "-o", os.path.join(root, "page.html")),
             f"replay adaptive, {options.lines} log lines": ("replay", log),
             f"replay nonfinite, {options.lines} log lines": ("replay", log, "--detector", "nonfinite"),
         }
+        both = os.path.join(root, "both")
+        write_run(Path(both), options.checkpoints)
+        os.link(os.path.join(log, "trainer_state.json"), os.path.join(both, "trainer_state.json"))
+        commands[f"status, {options.checkpoints} checkpoints and {options.lines} log lines"] = (
+            "status",
+            both,
+        )
         print("| command | fastest, s | median, s | processor, s |\n|---|---|---|---|")
         for name, words in commands.items():
-            figures = timed(*words, times=1 if words[0] == "replay" else 3)
+            figures = timed(*words, times=1 if words[0] in ("replay", "report") else 3)
             print(f"| {name} | " + " | ".join(f"{each:.2f}" for each in figures) + " |", flush=True)
 
 

@@ -167,7 +167,8 @@ def _from_log(log: Sequence[Mapping[str, Any]], name: str) -> History:
             trained += "loss" in values
     if not entries:
         raise HistoryError(
-            f"{name} holds no log entries, so there is nothing to replay. Was anything logged?"
+            f"{name} holds no log entries, so there is nothing to replay. The Trainer logs every "
+            "`logging_steps` steps, 500 by default: set it lower."
         )
     notes = []
     if without_step:

@@ -183,7 +183,7 @@ def run_command_line(words: list[str], cwd: Path) -> subprocess.CompletedProcess
     """Run ``hf-divguard`` with ``words``; the example takes the place of the reader's ``train.py``."""
     if "train.py" in words:
         example = (PROJECT / "examples" / "train_lm.py").as_posix()
-        script = ["--output_dir", "out", "--max_steps", "20", "--use_cpu", "--save_steps", "10"]
+        script = shlex.split("--output_dir out --max_steps 20 --use_cpu --save_steps 10 --logging_steps 1")
         words = [*words[: words.index("--") + 1], sys.executable, example, *script, *SMALL.split()]
     return run_python("-W", "ignore", "-m", "hf_divguard.cli", *words, cwd=cwd, timeout=300)
 

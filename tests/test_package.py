@@ -147,7 +147,14 @@ def test_the_source_archive_holds_what_it_takes_to_build(built: Path) -> None:
     [archive] = built.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         files = {name.split("/", 1)[-1] for name in tar.getnames()}
-    assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_divguard/py.typed"} <= files
+    assert {
+        "setup.cfg",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "hf_divguard/py.typed",
+        "hf_divguard/cli/skill.md",
+    } <= files
 
 
 TRAIN = """

@@ -14,6 +14,7 @@ from hf_divguard.cli.folders import open_folder, runs_below, saved_at
 from hf_divguard.cli.source import Source, source_of_rows, sources_of_runs
 from hf_divguard.cli.tables import is_json_lines, read_json_lines, read_parquet, read_table, rows_of_json
 from hf_divguard.cli.tracker_files import read_trackio, read_wandb
+from hf_divguard.errors import HistoryError
 from hf_divguard.history import read_history
 from hf_divguard.storage.jsonio import parse_json
 from hf_divguard.storage.names import checkpoint_folders
@@ -195,7 +196,11 @@ def _from_json(path: str, content: Any) -> Source:
     last = log[-1] if isinstance(log, list) and log and isinstance(log[-1], dict) else {}
     runtime, step = last.get("train_runtime"), last.get("step")
     pace = float(runtime or 0) / float(step or 1) if _is_positive(runtime) and _is_positive(step) else None
-    return Source(path, read_history(content), {}, pace)
+    try:
+        history = read_history(content)
+    except HistoryError as error:
+        raise CommandError(str(error).replace("The history", f"`{path}`", 1)) from None
+    return Source(path, history, {}, pace)
 
 
 def _is_positive(value: Any) -> bool:

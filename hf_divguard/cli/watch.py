@@ -99,7 +99,11 @@ def _frame(options: Any) -> tuple[list[str], str]:
         lines.append(f"loss         {curve} {number_in_words(shown[-1][1])} ({span})")
     else:
         lines.append("loss         nothing is logged yet")
-    lines += _listed("findings", [_event_line(each) for each in events[-options.rows :]], "none")
+    findings = [_event_line(each) for each in events[-options.rows :]]
+    fault = condition.divergence
+    if fault is not None and not events:
+        findings = [printable(f"step {fault.step}: {fault.kind}, found by a replay: {fault.message}")]
+    lines += _listed("findings", findings, "none")
     newest = seen.found[-options.rows :]
     lines += _listed("checkpoints", [_checkpoint_line(each, seen) for each in reversed(newest)], "none yet")
     return lines, condition.state

@@ -29,6 +29,10 @@ def test_one_look_shows_loss_findings_and_checkpoints(cli: Any, made: Path) -> N
     assert content["events"][-1]["event"] == "rollback"
 
 
+def test_a_fault_that_a_replay_finds_is_shown(cli: Any, made: Path) -> None:
+    assert "non_finite, found by a replay" in cli("watch", made / "stock_nan", "--once").out
+
+
 def test_event_files_are_further_than_the_newest_checkpoint(cli: Any, run_of: RunOf) -> None:
     folder = run_of("killed")
     shutil.rmtree(folder / "runs", ignore_errors=True)
