@@ -111,10 +111,17 @@ class Incidents:
             getattr(tokenizer, "tokenizer", None), "decode", None
         )
         found: list[dict[str, Any]] = []
+
+        def text_of(tokens: list[int]) -> str | None:
+            try:
+                return None if decode is None else str(decode(tokens))[:_TEXT_LENGTH]
+            except Exception:  # ids that are no words, as where labels are masked
+                return None
+
         for step in range(max(onset, last - _TEXTS), last + 1):
             for micro_batch, rows in enumerate(self._recent.rows_of(step)):
                 for row, tokens in enumerate(rows):
-                    text = decode(tokens)[:_TEXT_LENGTH] if decode is not None else None
+                    text = text_of(tokens)
                     found.append(
                         {
                             "step": step,

@@ -129,11 +129,12 @@ def test_an_alert_without_an_address_is_refused_before_training_on_every_rank(
         )
 
 
-@pytest.mark.parametrize("value", ["slak", "webhook,", "", "https://hooks.example.org/SECRET", 3])
+def test_names_may_have_spaces_and_a_comma_too_many(tmp_path: Path) -> None:
+    DivGuardTrainingArguments(str(tmp_path), use_cpu=True, divguard_alerts=" webhook , slack,")
+
+
+@pytest.mark.parametrize("value", ["slak", "", "https://hooks.example.org/SECRET", 3])
 def test_a_channel_that_is_none_is_refused_and_an_address_is_not_repeated(tmp_path: Path, value: Any) -> None:
-    if value == "webhook,":
-        DivGuardTrainingArguments(str(tmp_path), use_cpu=True, divguard_alerts=value)
-        return
     with pytest.raises(ValueError, match="`divguard_alerts` must be none, or one or more of") as caught:
         DivGuardTrainingArguments(str(tmp_path), use_cpu=True, divguard_alerts=value)
     assert "SECRET" not in str(caught.value)
