@@ -26,20 +26,22 @@ from tests.processes import ROOT, TORCHRUN, environment
 PAGE = (ROOT / "docs" / "job-schedulers.md").read_text(encoding="utf-8")
 
 TRAIN = """
-import os, signal
-from pathlib import Path
+import os, signal, sys
 import torch
 from transformers import HfArgumentParser, TrainerCallback
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
 from tests.hf.faults import NaNBatch
-from tests.tiny import TokenRows, base_arguments, tiny_model
+from tests.tiny import TokenRows, tiny_model
 
 torch.set_num_threads(1)
-args = HfArgumentParser(DivGuardTrainingArguments).parse_args_into_dataclasses()[0]
-for name, value in base_arguments(args.output_dir, max_steps=14, save_steps=2).items():
-    setattr(args, name, value)
-args.divguard_check_steps, args.divguard_skip_nonfinite, args.divguard_max_rollbacks = 1, False, 1
-args.divguard_cooldown_steps = 2
+small = (
+    "--max_steps 14 --save_steps 2 --per_device_train_batch_size 2 --logging_steps 1 --report_to none --use_cpu "
+    "--disable_tqdm true --dataloader_pin_memory false --divguard_check_steps 1 --divguard_skip_nonfinite false"
+)
+words = sys.argv[1:] + small.split()
+if "rollback" in words:
+    words += "--divguard_max_rollbacks 1 --divguard_cooldown_steps 2".split()
+args = HfArgumentParser(DivGuardTrainingArguments).parse_args_into_dataclasses(words)[0]
 model, scenario = tiny_model(), os.environ["SCENARIO"]
 with open("lives", "a") as file:
     print(os.environ.get("RANK", "0"), file=file)
