@@ -34,7 +34,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-recipes test-trl test-trackers test-gpu test-page \
 	cov style quality types docs docs-check \
-	notebooks bench bench-kill bench-detection bench-recovery bench-overhead \
+	notebooks bench bench-kill bench-detection bench-recovery bench-overhead bench-alerts \
 	bench-crash-points trace old-transformers compat ci-long build release-check address clean
 
 help: ## List the targets
@@ -132,7 +132,7 @@ notebooks: $(READY) ## Run every notebook from top to bottom
 
 # ---- to measure it
 
-bench: bench-overhead bench-detection bench-kill bench-recovery ## Run every benchmark (hours)
+bench: bench-overhead bench-alerts bench-detection bench-kill bench-recovery ## Run every benchmark (hours)
 
 bench-kill: $(READY) ## Kill training runs and resume them, stock and guarded
 	@$(BIN)/python -m benchmarks.kill_resume $(BENCH)
@@ -149,6 +149,9 @@ bench-overhead: $(READY) ## Measure what guarding costs per value, per step and 
 	@$(BIN)/python -m benchmarks.detection.update_cost
 	@$(BIN)/python -m benchmarks.step_overhead $(BENCH)
 	@$(BIN)/python -m benchmarks.save_cost
+
+bench-alerts: $(READY) ## Measure what alerts cost, with servers that work and that do not
+	@$(BIN)/python -m benchmarks.alert_cost $(BENCH)
 
 trace: $(READY) ## Count the functions and files that one step passes
 	@$(BIN)/python -m benchmarks.trace
