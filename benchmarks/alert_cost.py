@@ -94,7 +94,7 @@ def direct() -> str:
         lines.append(f"| {name} | {best[0]:.1f} ms | {best[1] / 1e3:.1f} s | {share} |")
     rows = "\n".join(lines)
     return f"""Handing an alert to the queue takes the training thread {posting:.0f} microseconds, whatever the server
-does. The rest is the work of the other thread. This is the CPU time of the whole process for one alert, with all attempts:
+does. The rest is the work of the other thread. This is the CPU time of the whole process for one alert:
 
 | webhook server | CPU time | lasts | share |
 |---|---|---|---|
