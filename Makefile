@@ -35,7 +35,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help install demo test test-all test-recipes test-trl test-trackers test-gpu test-page \
 	cov style quality types docs docs-check \
 	notebooks bench bench-kill bench-detection bench-recovery bench-overhead bench-alerts \
-	bench-crash-points trace old-transformers compat ci-long build release-check address clean
+	bench-crash-points bench-kill-engines trace old-transformers compat ci-long build release-check address clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -155,6 +155,9 @@ bench-alerts: $(READY) ## Measure what alerts cost, with servers that work and t
 
 trace: $(READY) ## Count the functions and files that one step passes
 	@$(BIN)/python -m benchmarks.trace
+
+bench-kill-engines: $(READY) ## Kill one rank of sharded runs at random moments and resume them (hours)
+	@$(BIN)/python -W ignore -m benchmarks.kill_engines $(BENCH)
 
 bench-crash-points: $(READY) ## Try every crash point of saving, rotating and resuming
 	@$(BIN)/python benchmarks/crash_points.py $(BENCH)
