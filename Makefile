@@ -35,7 +35,8 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help install demo test test-all test-recipes test-trl test-trackers test-gpu test-page \
 	cov style quality types docs docs-check \
 	notebooks bench bench-kill bench-detection bench-recovery bench-overhead bench-alerts \
-	bench-crash-points bench-kill-engines trace old-transformers compat ci-long build release-check address clean
+	bench-crash-points bench-kill-engines bench-command-line trace old-transformers compat ci-long build \
+	release-check address clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -152,6 +153,9 @@ bench-overhead: $(READY) ## Measure what guarding costs per value, per step and 
 
 bench-alerts: $(READY) ## Measure what alerts cost, with servers that work and that do not
 	@$(BIN)/python -m benchmarks.alert_cost $(BENCH)
+
+bench-command-line: $(READY) ## Time the commands of hf-divguard on 10,000 checkpoints and 1,000,000 log lines
+	@$(BIN)/python -m benchmarks.command_line $(BENCH)
 
 trace: $(READY) ## Count the functions and files that one step passes
 	@$(BIN)/python -m benchmarks.trace
