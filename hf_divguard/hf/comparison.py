@@ -48,7 +48,7 @@ class Comparison:
         margin_steps: int,
     ) -> None:
         self._host, self._ranks = host, ranks
-        self.incident = Incident()
+        self.incident = Incident(watches_small=action == "rollback")
         self.looks = WeightLooks(host, ranks, snapshots, self.incident)
         self._consequences = Consequences(
             host, ranks, journal, self.incident, action=action, margin_steps=margin_steps
@@ -149,6 +149,8 @@ class Comparison:
             return
         if deferred is not None:
             self.incident.ask(step)
+        elif is_last and self.looks.reason is None:
+            self.incident.observe_level(step, is_last=True)
         if not self.incident.is_open or not (is_last or self.incident.is_due(step)):
             return
         is_new = self.incident.since == step and self.incident.cause is None and deferred is None
@@ -156,7 +158,9 @@ class Comparison:
         ruling = self.looks.look(step, asked, is_last)
         if is_new and ruling is not None and ruling.act == "dismiss":
             ruling = self.looks.look_back(ruling, step, asked)
-        if ruling is None:
+        if ruling is None and self.incident.is_slow and deferred is None:
+            self.incident.dismiss()
+        elif ruling is None:
             self._without_comparison()
         elif ruling.act == "act" or (is_last and ruling.cause == "weights" and self.incident.cause != "data"):
             self._consequences.act(ruling, step, is_last)

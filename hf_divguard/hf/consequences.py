@@ -8,7 +8,8 @@ from dataclasses import replace
 from hf_divguard.core.events import event_of
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import Action, RunOutcome
-from hf_divguard.core.rollback.incident import Incident, Ruling
+from hf_divguard.core.rollback.incident import Incident
+from hf_divguard.core.rollback.ruling import Ruling
 from hf_divguard.core.rollback.words import damage_finding, rounded, why
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.control import outcome_of

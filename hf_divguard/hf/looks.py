@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.comparison import Budget, Pair, explains, judge
-from hf_divguard.core.rollback.incident import Incident, Ruling
+from hf_divguard.core.rollback.incident import Incident
+from hf_divguard.core.rollback.ruling import Ruling
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe_on_all_ranks, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.rates import scheduled_rates
 from hf_divguard.hf.rows import suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
 
@@ -29,6 +33,15 @@ _RESERVE = 80.0
 # Batches from within an incident that are kept, to see whether the data there can be learnt.
 _BETWEEN = 3
 _LEARNT = 0.8
+# Steps at the end of training whose first micro-batches are kept, for a last look.
+_LAST_STEPS = 8
+# Spreads above the usual loss from which one batch is reported although no row of it stands out.
+_STANDS_OUT = 8.0
+# Above so many times the rate of then the schedule has raised it.
+_SAME_RATE = 1.05
+
+Step = tuple[list[Any], Any]
+"""Micro-batches of a step, and the number of items in all of them."""
 
 
 class WeightLooks:
@@ -46,9 +59,10 @@ class WeightLooks:
         self.budget = Budget(_INCIDENT_SHARE, _RESERVE)
         self.reason = why_not_comparable(host)
         """Why nothing can be compared; ``None`` where it can."""
-        self._coming: tuple[list[Any], Any] | None = None
-        self._last: tuple[list[Any], Any] | None = None
-        self._between: list[tuple[list[Any], Any]] = []
+        self._coming: Step | None = None
+        self._last: Step | None = None
+        self._between: list[Step] = []
+        self._at_end: deque[Step] = deque(maxlen=_LAST_STEPS)
         self.rows: list[dict[str, int]] = []
         """Rows that stood out in batches with a high loss: step, rank, micro-batch and position."""
         self.passes = 0
@@ -60,6 +74,8 @@ class WeightLooks:
         """Take the micro-batches of the coming step."""
         self._last = self._coming
         self._coming = (batches, num_items)
+        if self._host.state.global_step >= self._host.state.max_steps - _LAST_STEPS:
+            self._at_end.append((batches[:1], num_items))
 
     def forget_batches(self) -> None:
         """After training: give the memory of the batches back."""
@@ -88,12 +104,14 @@ class WeightLooks:
         kept = self._usable(asked)
         if not kept or not self._incident.range.is_known or self.reason is not None:
             return None
-        batches, num_items = self._coming[0][:_MOST_BATCHES], self._coming[1]
-        if not self.budget.take(2 * len(batches)) and not is_last:
+        steps = [(self._coming[0][:_MOST_BATCHES], self._coming[1])]
+        if is_last and self._incident.is_slow:
+            steps = list(self._at_end)
+        if not self.budget.take(2 * sum(len(batches) for batches, _ in steps)) and not is_last:
             return Ruling("none")
         began = time.perf_counter()
         try:
-            ruling = self._compare(step, batches, num_items, kept, is_asked=asked is not None)
+            ruling = self._compare(step, steps, kept, is_asked=asked is not None)
         except Exception as error:
             if self._ranks.is_ending:
                 raise
@@ -113,59 +131,81 @@ class WeightLooks:
         the coming one where that is bad.
         """
         kept = self._usable(asked)
-        steps = self._coming if ruling.cause == "data" else self._last
-        if not kept or steps is None or not self.budget.take(len(steps[0][:_MOST_BATCHES])):
+        looked_at = self._coming if ruling.cause == "data" else self._last
+        if not kept or looked_at is None:
             return ruling
-        batches, num_items = steps[0][:_MOST_BATCHES], steps[1]
-        tensors, usual = kept[-1].tensors, self._incident.range.usual
+        looked_at = (looked_at[0][:_MOST_BATCHES], looked_at[1])
+        if not self.budget.take(len(kept) * len(looked_at[0])):
+            return ruling
+        # A state from within an instability finds every batch bad: the best of them says how bad a batch is.
+        losses = {state.step: self._losses([looked_at], state.tensors) for state in kept}
+        best = min(losses, key=lambda kept_step: _mean(losses[kept_step]))
+        usual, ruled = self._incident.range.usual, ruling
         if ruling.cause != "data":
-            losses = self._losses(batches, num_items, tensors)
-            verdict = judge([Pair(loss, loss) for loss in losses], usual)
+            verdict = judge([Pair(loss, loss) for loss in losses[best]], usual)
             if verdict.cause != "data":
                 return ruling
-            ruling = Ruling("dismiss", "data", 0, verdict)
-            step -= 1
+            ruled, step = Ruling("dismiss", "data", 0, verdict), step - 1
+        found = self._name_rows(step + 1, looked_at[0], self._snapshots.of(best).tensors)
+        stands_out = found or _mean(losses[best]) > usual.level + _STANDS_OUT * usual.spread
+        return ruled if stands_out else ruling
+
+    def _name_rows(self, step: int, batches: list[Any], tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Note the rows of a bad batch that stand out; return whether there are any."""
         found, probes = suspect_rows(self._host, batches, tensors)
         self.passes += probes
         self.budget.take_anyway(probes)
-        for rank, rows in enumerate(self._ranks.gather(found)):
-            self.rows += [{"step": step + 1, "rank": rank, **row} for row in rows]
-        return ruling
+        by_rank = self._ranks.gather(found)
+        for rank, rows in enumerate(by_rank):
+            self.rows += [{"step": step, "rank": rank, **row} for row in rows]
+        return any(by_rank)
 
     def _usable(self, asked: Finding | None) -> list[Any]:
         """Return the kept states that are worth a comparison: from before what the curve has found."""
         # What was kept before the data changed for good knows other data.
         since = self._incident.new_data_until
         kept = [state for state in self._snapshots.all() if state.step > since]
+        if self._incident.is_slow:
+            kept = [
+                state for state in kept if self._incident.is_sound(state.step) and self._is_as_fast(state)
+            ]
         onset = asked.onset_step if asked is not None else self._host.state.global_step + 1
         return kept if any(state.step < onset for state in kept) else []
 
-    def _compare(
-        self, step: int, batches: list[Any], num_items: Any, kept: list[Any], *, is_asked: bool
-    ) -> Ruling:
-        present = self._losses(batches, num_items, None)
+    def _is_as_fast(self, state: Any) -> bool:
+        """Return whether the rate was no lower then: one that the schedule raises may raise the loss for a while."""
+        then = state.schedule.get("_last_lr") or [math.inf]
+        return max(scheduled_rates(self._host)) <= _SAME_RATE * max(then)
+
+    def _compare(self, step: int, steps: list[Step], kept: list[Any], *, is_asked: bool) -> Ruling:
+        incident = self._incident
+        present = self._losses(steps, None)
         losses: dict[int, list[float]] = {}
         for state in reversed(kept):
-            losses[state.step] = self._losses(batches, num_items, state.tensors)
-            if self._incident.cause == "data" or explains(
-                present, losses[state.step], self._incident.range.usual
+            losses[state.step] = self._losses(steps, state.tensors)
+            # Small damage is judged by all states; else one that does as well as can be expected is enough.
+            if incident.cause == "data" or (
+                not incident.is_slow
+                and not incident.has_compared_older(state.step)
+                and explains(present, losses[state.step], incident.range.usual)
             ):
                 break
-        self.budget.take_anyway((len(losses) - 1) * len(batches))
-        ruling = self._incident.rule(step, present, losses, is_asked=is_asked)
+        self.budget.take_anyway((len(losses) - 1) * sum(len(batches) for batches, _ in steps))
+        ruling = incident.rule(step, present, losses, is_asked=is_asked, looks=len(steps))
         if ruling.act == "dismiss" and ruling.cause == "data":
-            self._between = [*self._between, (batches[:1], num_items)][-_BETWEEN:]
+            self._between = [*self._between, (steps[0][0][:1], steps[0][1])][-_BETWEEN:]
         if ruling.act == "act" and ruling.cause == "data" and self._was_learnt(ruling.good_step):
-            self._incident.take_as_usual(step)
+            incident.take_as_usual(step)
             return Ruling("dismiss", "data", 0, ruling.verdict)
         return ruling
 
-    def _losses(
-        self, batches: list[Any], num_items: Any, tensors: Mapping[str, torch.Tensor] | None
-    ) -> list[float]:
+    def _losses(self, steps: list[Step], tensors: Mapping[str, torch.Tensor] | None) -> list[float]:
         """Return the losses of the micro-batches of all ranks."""
-        self.passes += len(batches)
-        return probe_on_all_ranks(self._host, self._ranks, batches, num_items, tensors)
+        losses: list[float] = []
+        for batches, num_items in steps:
+            self.passes += len(batches)
+            losses += probe_on_all_ranks(self._host, self._ranks, batches, num_items, tensors)
+        return losses
 
     def _was_learnt(self, good_step: int) -> bool:
         """Return whether the present weights have learnt the data of the incident, which the kept ones do not know.
@@ -174,13 +214,16 @@ class WeightLooks:
         can learn leave the loss where it was at the start of training.
         """
         tensors = self._snapshots.of(good_step).tensors
-        pairs: list[Pair] = []
-        for batches, num_items in self._between:
-            present = self._losses(batches, num_items, None)
-            pairs += map(Pair, present, self._losses(batches, num_items, tensors))
-        if not pairs:
+        if not self._between:
             return False
+        pairs = list(map(Pair, self._losses(self._between, None), self._losses(self._between, tensors)))
         usual = self._incident.range.usual
         there = sum(pair.present for pair in pairs) / len(pairs)
         before = sum(pair.kept for pair in pairs) / len(pairs)
         return there < _LEARNT * usual.first and before > there + usual.spread
+
+
+def _mean(losses: list[float]) -> float:
+    """Return the mean, infinity where it is not a number."""
+    mean = sum(losses) / len(losses)
+    return mean if math.isfinite(mean) else math.inf

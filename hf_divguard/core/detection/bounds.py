@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from hf_divguard.core.detection.baseline import PATIENCE, RobustBaseline
@@ -16,6 +17,7 @@ JUMP_SPREADS = 3.0
 CLIMB_SPREADS = 10.0
 LEAST_SPREADS = 0.3
 FEW_VALUES = 50
+SHORT_HISTORY = 15
 JUMP_MOVEMENTS = 2.0
 CLIMB_MOVEMENTS = 5.0
 RECOVERED_FACTOR = 1.5
@@ -62,7 +64,8 @@ def rise_bounds(level: RobustBaseline, recovered: float, *, gap: int, sensitivit
         RESOLUTION * size,
         JUMP_SHARE * progress,
         FULL_SHARE * unlearnt * size,
-        JUMP_MOVEMENTS * level.movement,
+        # In a short history most of the movement is the fall of the start: losing all of it is a jump all the same.
+        min(JUMP_MOVEMENTS * level.movement, progress if level.count <= SHORT_HISTORY else math.inf),
         _spreads(JUMP_SPREADS * few, progress, spread),
     )
     climb = climb_bound(level)

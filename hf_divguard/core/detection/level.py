@@ -15,8 +15,9 @@ from hf_divguard.core.detection.bounds import (
     rise_bounds,
 )
 from hf_divguard.core.detection.cusum import PULL, RiseCusum
+from hf_divguard.core.detection.first_rise import RISE_FACTOR, FirstRise
 from hf_divguard.core.detection.gradients import Gradients
-from hf_divguard.core.detection.surge import SURGE, Surge
+from hf_divguard.core.detection.surge import FALL, FALL_OF_MEANS, SURGE, Surge
 from hf_divguard.core.findings import Finding, Kind, Severity, rise_in_words
 from hf_divguard.core.state import Stateful, memory
 
@@ -49,7 +50,7 @@ class LossLevelMonitor(Stateful):
         ...     finding = monitor.observe(step, 1.0 if step < 50 else 3.0, None)
         ...     kinds += [(step, finding.kind)] if finding else []
         >>> kinds
-        [(50, 'spike'), (58, 'jump')]
+        [(50, 'spike'), (53, 'jump')]
     """
 
     sensitivity: float = 1.0
@@ -65,6 +66,7 @@ class LossLevelMonitor(Stateful):
     _jump: RiseCusum = memory(RiseCusum)
     _climb: RiseCusum = memory(RiseCusum)
     _surge: Surge = memory(Surge)
+    _first_rise: FirstRise = memory(FirstRise)
     _step: int | None = memory(None)
     _gap: int = memory(1)
     _is_open: bool = memory(False)
@@ -74,6 +76,7 @@ class LossLevelMonitor(Stateful):
         self.grace = values
         self._jump, self._climb = RiseCusum(), RiseCusum()
         self._surge.clear()
+        self._first_rise.end()
         self._step, self._gap, self._is_open = None, 1, False
 
     @property
@@ -112,6 +115,7 @@ class LossLevelMonitor(Stateful):
         level.see(value)
         if level.count in (level.lowest[0][1], level.lowest[-1][1]):
             self._lowest_step = step
+        has_risen = self.sign > 0 and self._first_rise.observe(value)
         if level.count <= SILENT_VALUES:
             self._accept(step, value, gradient, math.inf)
             return None
@@ -131,6 +135,9 @@ class LossLevelMonitor(Stateful):
         kind = kind or self._judge_climb(step, value, bounds, best) or self._judge_plateau()
         note = self._spike(step, value, bounds) if len(self._jump.values) == 1 else None
         finding = self._level_finding(kind, step, value, bounds) if kind and not self._is_open else note
+        # Of single steps the first few may do so: only entries that are means are judged.
+        if has_risen and self._gap > 1 and kind is None and not self._is_open:
+            kind, finding = "climb", self._first_rise_finding(step, value)
         self._is_open = self._is_open or kind is not None
         if self._jump.score == 0.0:
             if self._climb.score == 0.0 and not kind:
@@ -194,16 +201,19 @@ class LossLevelMonitor(Stateful):
 
     def _is_surge(self, height: float, bounds: RiseBounds, center: float) -> bool:
         """Return whether the last values in a row lie so far above all before that few of them are enough."""
-        reach = max(self.level.reach, abs(center), self._surge.highest, 1e-300)
-        reach *= SURGE if bounds.is_unlearnt else 1.0
+        # Without progress a series has no range but its noise, which may have long tails.
+        reach = max(self.level.reach, self._surge.highest) * (SURGE if bounds.is_unlearnt else 1.0)
+        reach = max(reach, abs(center), 1e-300)
         pull = self.gradients.pull(1) if height > reach else None
         patience = max(LEAST_PATIENCE, min(PATIENCE, self.level.count / HISTORY_PER_SURGE))
         is_pulled = pull is not None and pull > PULL
+        # An entry that is the mean of many steps does not come back within one of them.
+        fall = FALL if self._gap < PATIENCE else FALL_OF_MEANS
         self._surge.add(height, reach=reach, least=PATIENCE / patience, is_pulled=is_pulled)
         if (
             self._is_open
             or not self._jump.values
-            or not self._surge.is_over(JUMP_SCORE / self.sensitivity, reach)
+            or not self._surge.is_over(JUMP_SCORE / self.sensitivity, reach, fall)
         ):
             return False
         is_extreme = self._surge.last >= SURGE * reach
@@ -299,6 +309,21 @@ class LossLevelMonitor(Stateful):
         )
         named: Kind = "drop" if sign < 0 and kind != "plateau" else kind
         return self._finding(named, "error", (step, onset), (value, limit), message, evidence)
+
+    def _first_rise_finding(self, step: int, value: float) -> Finding:
+        first = self._first_rise.first
+        message = (
+            f"`{self.metric_key}` = {value:.4g} at step {step} has climbed since the first values, from {first:.4g} to "
+            f"{value / first:.3g} times as much."
+        )
+        return self._finding(
+            "climb",
+            "error",
+            (step, 1),
+            (value, RISE_FACTOR * first),
+            message,
+            {"before": first, "now": value},
+        )
 
     def _finding(
         self,

@@ -17,7 +17,9 @@ __all__ = ["NonFiniteRule"]
 
 _HARMLESS_IN_A_ROW = 2
 _SAME_IN_A_ROW = 3
-_ZEROS_IN_A_ROW = 5
+# Single steps; entries that are the means of many steps. Together with the values before them there are ``PATIENCE``.
+_ZEROS_IN_A_ROW = 3
+_ZERO_MEANS_IN_A_ROW = 2
 _ABRUPT_SHARE = 0.01
 _STEADY_SHARE = 0.1
 
@@ -32,7 +34,8 @@ class NonFiniteRule(Stateful):
     - the value is exactly 0.0 and the gradient norm is not finite (``"nan_filtered"``): this is
       what ``logging_nan_inf_filter=True``, the Trainer's default, makes of a NaN loss;
     - the same value is logged 3 times running while the gradient norm is not finite, or
-      the value falls from a steady level to exactly 0.0 and stays there for 5 values,
+      the value falls from a steady level to exactly 0.0 and stays there for 3 values (2
+      where there are nine steps or more between them),
       whatever the gradient norm (``"nan_filtered"``);
     - the gradient norm stays non-finite over ``scaler_patience`` optimizer steps
       (``"non_finite"`` of ``grad_norm``).
@@ -83,6 +86,8 @@ class NonFiniteRule(Stateful):
     _before_zero: deque[float] = memory(lambda: deque(maxlen=PATIENCE))
     _largest: float = memory(0.0)
     _reaches_zero: bool = memory(False)
+    _step: int | None = memory(None)
+    _gap: int = memory(1)
 
     def __post_init__(self) -> None:
         check_setting(self.name, "scaler_patience", self.scaler_patience, at_least=1, unit="step")
@@ -109,6 +114,9 @@ class NonFiniteRule(Stateful):
             value: The loss; NaN and infinities are what this rule waits for.
             grad_norm: Gradient norm before clipping, or ``None`` if it is not known.
         """
+        if self._step is not None and step > self._step:
+            self._gap = step - self._step
+        self._step = step
         finding = self._judge(step, value, grad_norm)
         if finding is None:
             # Up to here the loss was good; so was the update of this step, if its gradient is known to be.
@@ -229,7 +237,8 @@ class NonFiniteRule(Stateful):
     def _is_abrupt(self) -> bool:
         """Return whether the values before the zeros were far from zero, and zero was never reached before."""
         before = self._before_zero
-        if self._reaches_zero or not before or self._zeros < max(_ZEROS_IN_A_ROW, PATIENCE - len(before)):
+        in_a_row = _ZEROS_IN_A_ROW if self._gap < PATIENCE else _ZERO_MEANS_IN_A_ROW
+        if self._reaches_zero or not before or self._zeros < max(in_a_row, PATIENCE - len(before)):
             return False
         smallest = min(map(abs, before))
         is_steady = min(before) * max(before) > 0.0 and smallest >= _STEADY_SHARE * median(map(abs, before))

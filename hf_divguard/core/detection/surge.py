@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["SURGE", "Surge"]
+__all__ = ["FALL", "FALL_OF_MEANS", "SURGE", "Surge"]
 
 # docs/detectors.md gives the source of each number.
 SURGE = 10.0
 FALL = 0.9
+FALL_OF_MEANS = 0.5
 
 
 @dataclass
@@ -62,11 +63,16 @@ class Surge(Stateful):
         """Forget the values in a row; keep the highest that came back."""
         self.score, self.length, self.last, self._first, self._peak = 0.0, 0, 0.0, 0.0, 0.0
 
-    def is_over(self, score: float, reach: float) -> bool:
+    def is_over(self, score: float, reach: float, fall: float = FALL) -> bool:
         """Return whether the evidence is that of ``score`` values and not on its way back.
 
         A single value is enough only at a thousand times the reach.
+
+        Args:
+            score: How many values are enough.
+            reach: Distance beyond which a value counts.
+            fall: Part of the first value below which the last one is on its way back.
         """
         if self.length < 2:
             return self.length == 1 and self.score >= score and self.last >= SURGE**3 * reach
-        return self.score >= score and self.last > FALL * self._first
+        return self.score >= score and self.last > fall * self._first

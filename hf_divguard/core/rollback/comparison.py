@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hf_divguard.core.detection.baseline import median
 from hf_divguard.core.findings import Cause
+from hf_divguard.core.rollback.loss_range import Usual
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["MOST_PAIRS", "Budget", "LossRange", "Pair", "Verdict", "best_step", "explains", "is_new", "judge"]
+__all__ = ["MOST_PAIRS", "Budget", "Pair", "Verdict", "best_step", "explains", "is_new", "judge", "noise"]
 
 # The present weights must be worse by so much of the loss: less heals by itself sooner than a rollback repairs it.
 _MARGIN = 0.1
@@ -68,21 +66,6 @@ class Verdict:
     numbers: dict[str, float | int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Usual:
-    """The usual loss of a run.
-
-    Args:
-        level: Its middle.
-        spread: Its noise.
-        first: The loss of the beginning.
-    """
-
-    level: float
-    spread: float
-    first: float
-
-
 def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
     """Return the cause of a high loss.
 
@@ -108,10 +91,9 @@ def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
     if not all(math.isfinite(pair.present) for pair in finite):
         return Verdict("weights", numbers={"kept_loss": kept, "usual_loss": usual.level})
     present = sum(pair.present for pair in finite) / len(finite)
-    differences = [pair.present - pair.kept for pair in finite]
     gain = present - kept
     # The states differ by their wobble on every batch: more pairs do not lessen it.
-    error = math.hypot(_noise(differences, usual.spread) / math.sqrt(len(finite)), 0.5 * wobble)
+    error = math.hypot(noise(finite, usual.spread) / math.sqrt(len(finite)), 0.5 * wobble)
     errors = gain / error if error > 0.0 else math.copysign(math.inf, gain)
     rise, margin = present - usual.level, _MARGIN * abs(kept) + _MARGIN_OF_FIRST * abs(usual.first)
     numbers: dict[str, float | int] = {
@@ -130,8 +112,9 @@ def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
     return Verdict("unknown", is_high, gain > margin and errors > _UNEASY_ERRORS, numbers)
 
 
-def _noise(differences: Sequence[float], prior: float) -> float:
+def noise(pairs: Sequence[Pair], prior: float) -> float:
     """Return the noise of a difference, from the pairs and from what is known of single losses."""
+    differences = [pair.present - pair.kept for pair in pairs]
     mean = sum(differences) / len(differences)
     squares = sum((each - mean) ** 2 for each in differences) + _PRIOR_PAIRS * prior**2
     return math.sqrt(squares / (len(differences) - 1 + _PRIOR_PAIRS))
@@ -166,107 +149,6 @@ def best_step(losses: dict[int, float], spread: float) -> int | None:
     bar = min(finite.values())
     bar += max(0.5 * _MARGIN * abs(bar), 0.5 * spread)
     return max(step for step, loss in finite.items() if loss <= bar)
-
-
-# ---- the usual range
-
-_WINDOW = 30
-_LEVEL = 9
-_FIRST = 5
-_FEWEST = 12
-_TRIGGER_ONCE = 5.0
-_TRIGGER_TWICE = 3.0
-_NORM_FACTOR = 10.0
-# A loss that begins below this part of its largest value begins at 0.
-_ZERO = 0.05
-
-
-@dataclass
-class LossRange(Stateful):
-    """The usual range of raw losses and gradient norms; says when a step is out of it.
-
-    A step out of the range starts a look and nothing more, so the bounds may be narrow: a
-    loss five spreads above the median of the last nine, or two in a row three spreads above,
-    or a gradient norm ten times its median. What is out of the range does not enter it.
-    """
-
-    _first: list[float] = memory(list)
-    _losses: deque[float] = memory(lambda: deque(maxlen=_WINDOW))
-    _norms: deque[float] = memory(lambda: deque(maxlen=_WINDOW))
-    _above: int = memory(0)
-    _was_negative: bool = memory(False)
-    _was_known: bool = memory(False)
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there were enough losses to know the range."""
-        return self._was_known or len(self._losses) >= _FEWEST
-
-    @property
-    def is_objective(self) -> bool:
-        """Whether the level of the loss measures progress: not where it is negative or began at 0.
-
-        So do policy gradients, whose loss is about 0 and may grow with a distance to a reference.
-        """
-        if self._was_negative or not self._first:
-            return False
-        return min(self._first) > _ZERO * max(map(abs, (*self._losses, *self._first)))
-
-    @property
-    def usual(self) -> Usual:
-        """The range as it is now."""
-        losses = list(self._losses)
-        return Usual(median(losses[-_LEVEL:]), self._spread(), median(self._first))
-
-    def _spread(self) -> float:
-        """Return the noise of a loss, without the trend: from the differences of neighbours."""
-        losses = list(self._losses)
-        steps = [abs(later - sooner) for sooner, later in itertools.pairwise(losses)]
-        return 1.05 * median(steps) if steps else 0.0
-
-    def observe(self, loss: float, grad_norm: float | None, *, learns: bool = True) -> bool:
-        """Take a step; return whether it calls for a look.
-
-        Args:
-            loss: Its loss.
-            grad_norm: Its gradient norm, or ``None``.
-            learns: Whether it may enter the range.
-        """
-        if not math.isfinite(loss):
-            return True
-        self._was_negative |= loss < 0.0
-        if len(self._first) < _FIRST:
-            self._first.append(loss)
-        is_out = False
-        if self.is_known:
-            usual = self.usual
-            # A spread of 0, as of a loss that repeats itself, makes nothing suspicious.
-            width = max(usual.spread, 0.01 * abs(usual.level))
-            self._above = self._above + 1 if loss > usual.level + _TRIGGER_TWICE * width else 0
-            is_out = loss > usual.level + _TRIGGER_ONCE * width or self._above >= 2
-        if not is_out and learns:
-            self._losses.append(loss)
-        return self._norm_is_large(grad_norm) or is_out
-
-    def _norm_is_large(self, norm: float | None) -> bool:
-        if norm is None or not math.isfinite(norm):
-            return False
-        is_large = len(self._norms) >= _FEWEST and norm > _NORM_FACTOR * median(self._norms)
-        if not is_large:
-            self._norms.append(norm)
-        return is_large
-
-    def extend(self, losses: Sequence[float]) -> None:
-        """Take losses into the range that were out of it and have proved harmless."""
-        self._losses.extend(losses)
-
-    def accept(self, losses: Sequence[float]) -> None:
-        """Make what the data give now the usual range."""
-        if len(losses) >= 2:
-            self._was_known = self.is_known
-            self._losses.clear()
-            self._losses.extend(losses)
-        self._above = 0
 
 
 # ---- what it may cost

@@ -6,22 +6,24 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from hf_divguard.core.detection.baseline import median
 from hf_divguard.core.findings import Cause
 from hf_divguard.core.rollback.comparison import (
     MOST_PAIRS,
-    LossRange,
     Pair,
     Verdict,
     best_step,
     is_new,
     judge,
 )
+from hf_divguard.core.rollback.healing import Healing
+from hf_divguard.core.rollback.loss_range import LossRange
+from hf_divguard.core.rollback.ruling import Ruling
+from hf_divguard.core.rollback.trial import judge_small, mean_gain, newest_good
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["Incident", "Ruling"]
+__all__ = ["Incident"]
 
 # Steps between two looks while new data last.
 _LOOKS_AT_DATA = (3, 5, 10, 20, 40)
@@ -34,37 +36,26 @@ _GAPS = (1, 1, 1, 1, 2, 2, 4, 4, 8)
 _LEARNT = 0.8
 # A loss so many times that of the untrained model is no spike of a healthy run: it needs no second look.
 _PLAIN = 1.5
+# ... and of the usual one, where training began with a model that was trained.
+_PLAIN_OF_USUAL = 2.5
+# What was learnt in more steps than these is worth more than what passing data have left.
+_MOST_TO_UNDO = 50
 # Steps within which the present weights may recover after a data fault has passed.
 _HEALS_WITHIN = 5
+# Damage that shrinks below this part until the next look is healing: from step to step, and within those steps.
+_LEFT = 0.7
+_LEFT_OF_DATA = 0.5
 _HUGE = 1e300
 # Losses that make a level, within an incident.
 _LEVEL = 5
 # Pairs after which a high loss, that the kept weights do not have less of, is no damage.
 _FEW_PAIRS = 3
-# Differences of healthy states, from which the noise of a difference is known.
-_HARMLESS = 24
+# Losses in a row that show a return.
+_RETURNED = 2
+# The newest sound state knows the coming batches where it shows so much of the difference to the best one.
+_KNOWS = 0.5
 # Losses out of the range that enter it once they have proved harmless.
 _MOST_LEFT_OUT = 30
-
-Act = Literal["none", "act", "dismiss"]
-
-
-@dataclass(frozen=True, slots=True)
-class Ruling:
-    """What to do after a look.
-
-    Args:
-        act: ``"act"``: roll back or stop; ``"dismiss"``: what the curve asked for is not done;
-            ``"none"``: nothing, as yet.
-        cause: The cause that a finding names.
-        good_step: Step of the kept state that does best.
-        verdict: The comparison.
-    """
-
-    act: Act
-    cause: Cause = "unknown"
-    good_step: int = 0
-    verdict: Verdict | None = None
 
 
 @dataclass
@@ -74,20 +65,26 @@ class Incident(Stateful):
     A step out of the usual range, or a finding of the curve, opens an incident. It is closed
     when the loss of the present weights is back in its range, or when new data have become
     the usual ones. After a rollback it stays open for some looks.
+
+    Args:
+        watches_small: Whether a rise that no single loss shows opens an incident as well.
     """
 
+    watches_small: bool = False
     range: LossRange = memory(LossRange)
     next_look: int | None = memory(None)
     cause: str | None = memory(None)
     since: int = memory(0)
     restores: int = memory(0)
     last_restore: int = memory(-1)
+    is_slow: bool = memory(False)
+    _until: float | None = memory(None)
     _looks: int = memory(0)
     _damage_since: tuple[int, float] | None = memory(None)
     _new_data: tuple[int, int] | None = memory(None)
     _losses: deque[float] = memory(lambda: deque(maxlen=_LEVEL))
     _left_out: list[float] = memory(list)
-    _harmless: deque[float] = memory(lambda: deque(maxlen=_HARMLESS))
+    _healing: Healing = memory(Healing)
 
     def __post_init__(self) -> None:
         # Not part of the memory: kept states are in no checkpoint either.
@@ -103,7 +100,9 @@ class Incident(Stateful):
         is_out = self.range.observe(loss, grad_norm, learns=not self.is_suspicious)
         if math.isfinite(loss):
             self._losses.append(loss)
+        self._observe_return(step)
         if not is_out:
+            self.observe_level(step)
             return
         if math.isfinite(loss) and len(self._left_out) < _MOST_LEFT_OUT:
             self._left_out.append(loss)
@@ -112,6 +111,27 @@ class Incident(Stateful):
         elif self.last_restore >= 0 and self.next_look is not None:
             gap = _GAPS[min(self.restores, len(_GAPS)) - 1]
             self.next_look = min(self.next_look, max(step, self.last_restore + gap))
+
+    def _observe_return(self, step: int) -> None:
+        """Look at once if the loss under new data has come half of the way back: they may have passed."""
+        last = list(self._losses)[-_RETURNED:]
+        if self._until is None or self.next_look is None or len(last) < _RETURNED or max(last) >= self._until:
+            return
+        self._until, self.next_look = None, min(self.next_look, step)
+
+    def observe_level(self, step: int, *, is_last: bool = False) -> None:
+        """Open an incident if the last losses are higher as a whole.
+
+        Args:
+            step: Present step.
+            is_last: Whether training ends here: less has to speak for it then.
+        """
+        if self.is_open or not self.watches_small:
+            return
+        risen = self.range.take_slow_rise(is_last=is_last)
+        if risen:
+            self._open(step)
+            self.is_slow, self.since, self._left_out = True, step - len(risen), risen
 
     def ask(self, step: int) -> None:
         """Open an incident because of a finding of the curve."""
@@ -122,10 +142,10 @@ class Incident(Stateful):
     def _open(self, step: int) -> None:
         self.next_look, self.since, self.cause = step, step, None
         self._looks, self.restores, self.last_restore = 0, 0, -1
-        self._damage_since = None
+        self._damage_since, self.is_slow, self._until = None, False, None
         self._pairs.clear()
         self._losses.clear()
-        self._left_out.clear()
+        self._left_out = []
 
     @property
     def is_suspicious(self) -> bool:
@@ -142,7 +162,13 @@ class Incident(Stateful):
         self._pairs.clear()
 
     def rule(
-        self, step: int, present: Sequence[float], kept: Mapping[int, Sequence[float]], *, is_asked: bool
+        self,
+        step: int,
+        present: Sequence[float],
+        kept: Mapping[int, Sequence[float]],
+        *,
+        is_asked: bool,
+        looks: int = 1,
     ) -> Ruling:
         """Return what the losses of one look mean.
 
@@ -151,6 +177,7 @@ class Incident(Stateful):
             present: Loss of each micro-batch with the present weights.
             kept: The same with kept weights, by their step.
             is_asked: Whether a finding of the curve waits for it.
+            looks: Of how many steps the micro-batches are.
         """
         for kept_step, losses in kept.items():
             pairs = self._pairs.setdefault(kept_step, [])
@@ -166,17 +193,25 @@ class Incident(Stateful):
         if good is None:
             return self._later(step, "data", Verdict("data"))
         compared = [Pair(*pair) for pair in self._pairs[good]]
-        verdict = judge(compared, usual, self._noise())
-        newest = judge(compared[-len(present) :], usual, self._noise())
+        wobble = self._healing.noise(step)
+        verdict = judge(compared, usual, wobble)
+        newest = judge(compared[-len(present) :], usual, wobble)
         if verdict.cause != "weights" and newest.cause == "weights":
             verdict = newest  # damage that grows looks like noise beside the earlier pairs
-        if verdict.cause == "weights" and self._newest_does_not_know(kept):
+        if verdict.cause == "weights" and self._newest_does_not_know(good):
             return self._later(step, "data", verdict)
         if verdict.cause == "weights" and (verdict.is_high or self.cause is not None or is_asked):
-            return self._damaged(step, good, verdict, lasts=newest.cause == "weights" or newest.is_uneasy)
-        self._damage_since = None
+            return self._damaged(step, good, verdict, newest)
+        if not (verdict.is_uneasy and self.cause == "data"):
+            if self._damage_since is not None:
+                self._healing.note_healed(step)
+            self._damage_since = None
+        elif self._damage_since is None:
+            self._damage_since = (step, verdict.numbers["present_loss"] - verdict.numbers["kept_loss"])
         if verdict.cause == "data":
             return self._later(step, "data", verdict)
+        if self.is_slow and self.cause is None:
+            return self._small(step, verdict, looks)
         is_high = verdict.is_high and self.last_restore < 0
         if most < (MOST_PAIRS if verdict.is_uneasy else _FEW_PAIRS if is_high else 0):
             self.next_look = step + 1
@@ -185,46 +220,78 @@ class Incident(Stateful):
             return self._later(step, "unknown", verdict)
         return self._calm(step, verdict)
 
-    def _newest_does_not_know(self, kept: Mapping[int, Sequence[float]]) -> bool:
+    def has_compared_older(self, kept_step: int) -> bool:
+        """Return whether older states than this one were compared: as long as the incident lasts they are."""
+        return any(each < kept_step for each in self._pairs)
+
+    def is_sound(self, kept_step: int) -> bool:
+        """Return whether a state was kept before anything was out of the range."""
+        return kept_step <= self.since - 2
+
+    def _newest_does_not_know(self, good: int) -> bool:
         """Return whether the newest state that was sound does badly on the coming batches, whatever older ones do.
 
         It was kept two steps or more before a loss was out of its range, so the data are not
         those that it was trained on: a turn of domains, which an older state may know.
         """
-        sound = [kept_step for kept_step in kept if kept_step <= self.since - 2]
-        if not sound:
+        sound = [kept_step for kept_step in self._pairs if self.is_sound(kept_step)]
+        if not sound or max(sound) <= good:
             return False
-        pairs = [Pair(*pair) for pair in self._pairs[max(sound)]]
-        return judge(pairs, self.range.usual, self._noise()).cause != "weights"
+        newest, best = self._pairs[max(sound)], self._pairs[good]
+        count = min(len(newest), len(best))
+        return mean_gain(newest[-count:]) < _KNOWS * mean_gain(best[-count:])
 
-    def _damaged(self, step: int, good: int, verdict: Verdict, *, lasts: bool) -> Ruling:
+    def _small(self, step: int, verdict: Verdict, looks: int) -> Ruling:
+        """Try damage that no single loss shows on further batches, until it is certain or refuted."""
+        sound = {kept_step: pairs for kept_step, pairs in self._pairs.items() if self.is_sound(kept_step)}
+        self._looks += looks
+        trial = judge_small(sound, self.range.usual, looks=self._looks)
+        if trial == "unclear":
+            self.next_look = step + 1
+            return Ruling("none", "unknown", 0, verdict)
+        if trial == "none":
+            self.dismiss()
+            return Ruling("dismiss", "unknown", 0, verdict)
+        good = newest_good(sound)
+        numbers = judge([Pair(*pair) for pair in sound[good]], self.range.usual).numbers
+        return Ruling("act", "weights", good, Verdict("weights", numbers=numbers))
+
+    def dismiss(self) -> None:
+        """Close an incident that was none: its losses are usual ones."""
+        self.range.extend(self._left_out)
+        self._left_out = []
+        self.close()
+
+    def _damaged(self, step: int, good: int, verdict: Verdict, newest: Verdict) -> Ruling:
         """Act on damage that lasts. A spike, and what little a passing data fault leaves, heal by themselves."""
-        if self.cause == "data" and self._looks < _FEWEST_LOOKS_AT_DATA:
-            # Too short to distinguish a fault from a turn of domains, and too short for much damage.
+        is_short = self.cause == "data" and self._looks < _FEWEST_LOOKS_AT_DATA
+        if is_short or (self.cause == "data" and step - good > _MOST_TO_UNDO):
+            # Too short to distinguish a fault from a turn of domains, and for much damage; or too long ago.
             self.take_as_usual(step)
             return Ruling("dismiss", "data", 0, verdict)
-        gain = verdict.numbers.get("present_loss", math.inf) - verdict.numbers["kept_loss"]
-        before, wait = self._damage_since, _HEALS_WITHIN if self.cause == "data" else 1
+        gain = newest.numbers.get("present_loss", math.inf) - newest.numbers.get("kept_loss", 0.0)
+        lasts = newest.cause == "weights" or newest.is_uneasy
+        before = self._damage_since
+        further = self._healing.further_looks(step)
+        wait, left = (_HEALS_WITHIN, _LEFT_OF_DATA) if self.cause == "data" else (1 + further, _LEFT)
+        usual = self.range.usual
+        plain = max(_PLAIN * usual.first, _PLAIN_OF_USUAL * usual.level)
         is_plain = (
-            self.cause is None
-            and verdict.numbers.get("present_loss", math.inf) > _PLAIN * self.range.usual.first
+            self.cause is None and further == 0 and verdict.numbers.get("present_loss", math.inf) > plain
         )
         if is_plain or (
-            before is not None and step >= before[0] + wait and lasts and gain >= 0.5 * before[1]
+            before is not None and step >= before[0] + wait and lasts and gain >= left * before[1]
         ):
             self.next_look, self._damage_since = step + 1, None
             return Ruling("act", "data" if self.cause == "data" else "weights", good, verdict)
+        if before is not None and gain < left * before[1]:
+            self._healing.note_healed(step)
+            lasts = False
         if before is None or not lasts:
-            self._damage_since = (step, min(gain, _HUGE))
-            self.next_look = step + wait
-        else:
-            self.next_look = max(step + 1, before[0] + wait)
+            self._damage_since = before = (step, min(gain, _HUGE))
+        # What passing data have left is given some steps; damage has to be there at every step.
+        self.next_look = max(step + 1, before[0] + wait) if self.cause == "data" else step + 1
         return Ruling("none", "weights", good, verdict)
-
-    def _noise(self) -> float:
-        """Return the noise of a difference between healthy states, as far as it is known."""
-        squares = [each * each for each in self._harmless if math.isfinite(each)]
-        return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
     def _later(self, step: int, cause: Cause, verdict: Verdict) -> Ruling:
         """Look again when the data have had time to change; after the last look they are the usual ones."""
@@ -234,6 +301,8 @@ class Incident(Stateful):
             self._looks, self.restores, self.last_restore = 0, 0, -1
         self._left_out.clear()
         self._pairs.clear()
+        level, present = self.range.usual.level, verdict.numbers.get("present_loss", math.nan)
+        self._until = 0.5 * (level + present) if cause == "data" and present > level else None
         if self._looks >= len(_LOOKS_AT_DATA) or self._is_learnt():
             self.take_as_usual(step)
         else:
@@ -257,8 +326,7 @@ class Incident(Stateful):
         """The loss is in its range: look again after a rollback, else close the incident."""
         if self.last_restore < 0 and self.cause is None:
             for pairs in self._pairs.values():
-                # The present weights may be better by all that was learnt since: that is no noise.
-                self._harmless += [max(0.0, now - then) for now, then in pairs]
+                self._healing.note_harmless(step, [now - then for now, then in pairs])
             self.range.extend(self._left_out)
         self._left_out.clear()
         self._pairs.clear()
@@ -287,7 +355,8 @@ class Incident(Stateful):
             self._open(step)
         self.restores += 1
         self.last_restore, self._looks, self.cause, self._damage_since = step, 1, None, None
+        self.is_slow, self._until = False, None
         self._pairs.clear()
         self._losses.clear()
-        self._left_out.clear()
+        self._left_out = []
         self.next_look = step + max(_LOOKS_AFTER[0], _GAPS[min(self.restores, len(_GAPS)) - 1])

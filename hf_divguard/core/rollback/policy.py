@@ -20,6 +20,9 @@ _COOLDOWNS_TO_CLOSE = 10
 # states it made since are as good as any, and an older one would only lose more.
 _COOLDOWNS_TO_LEAVE = 2
 
+# A state with good weights from which the run fails so often may have an optimizer that is damaged.
+_SAME_STATE = 5
+
 # The rate that a last attempt gets where the user named no factor below 1.
 _LAST_ATTEMPT_FACTOR = 0.5
 
@@ -143,8 +146,10 @@ class RollbackPolicy(Stateful):
                 "keep more checkpoints, or set `divguard_snapshot_steps`"
             )
             return Decision(None, attempt, incident, onset, reason=reason)
-        if not same_place or finding.cause is not None:  # compared: it is known which state is good
+        if not same_place:
             better = old_enough
+        elif finding.cause is not None:  # compared: it is known whose weights are good
+            better = [each for each in old_enough if self.origins_tried.count(each.origin) < _SAME_STATE]
         elif finding.kind == "rollback_repeated":
             better = [target for target in old_enough if target.origin <= min(self.origins_tried)]
         else:

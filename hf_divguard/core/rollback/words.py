@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.rollback.incident import Ruling
+from hf_divguard.core.rollback.ruling import Ruling
 
 __all__ = ["damage_finding", "rounded", "why"]
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from hf_divguard.core.rollback.comparison import Budget, LossRange, Pair, Usual, best_step, judge
-from hf_divguard.core.rollback.incident import Incident, Ruling
+from hf_divguard.core.rollback.comparison import Budget, Pair, best_step, judge
+from hf_divguard.core.rollback.incident import Incident
+from hf_divguard.core.rollback.loss_range import LossRange, Usual
+from hf_divguard.core.rollback.ruling import Ruling
 from hf_divguard.core.rollback.words import why
 
 USUAL = Usual(level=1.6, spread=0.1, first=3.5)
@@ -205,3 +207,51 @@ def test_a_loss_that_begins_at_zero_and_grows_fast_is_no_objective() -> None:
     for step in range(40):
         range_.observe(0.01 * step**1.5, None)
     assert not range_.is_objective
+
+
+def test_a_state_that_knows_the_batches_is_taken_although_the_damage_grows() -> None:
+    """The losses of two looks differ by more than their noise: that is the damage, not the data."""
+    made = incident()
+    made.observe(61, 2.7, 1.0)
+    made.rule(61, [2.3], {58: [1.7]}, is_asked=False)
+    ruling = made.rule(62, [6.3], {58: [1.5]}, is_asked=False)
+    assert (ruling.act, ruling.cause, ruling.good_step) == ("act", "weights", 58)
+
+
+def test_damage_that_halves_from_step_to_step_is_not_undone() -> None:
+    made = incident()
+    made.observe(61, 2.4, 1.0)
+    gain = 0.7
+    for step in range(61, 64):
+        assert made.rule(step, [1.65 + gain], {60: [1.65]}, is_asked=False).act == "none"
+        gain *= 0.5
+    assert made.rule(64, [1.65], {60: [1.65]}, is_asked=False).act != "act"
+
+
+def test_where_damage_has_healed_by_itself_even_large_damage_gets_more_looks() -> None:
+    made = incident()
+    made.observe(61, 2.4, 1.0)
+    made.rule(61, [2.3], {60: [1.6]}, is_asked=False)
+    made.rule(62, [1.6], {60: [1.6]}, is_asked=False)
+    acts = [made.rule(step, [6.0], {60: [1.6]}, is_asked=False).act for step in range(63, 67)]
+    assert acts == ["none", "none", "none", "act"]
+
+
+def test_what_passing_data_leave_stays_where_much_was_learnt_since() -> None:
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    for step in (61, 64, 69, 79):
+        made.rule(step, [6.0], {60: [6.1]}, is_asked=False)
+    assert made.rule(115, [2.7], {60: [1.65]}, is_asked=False).act == "dismiss"
+    assert not made.is_open
+
+
+def test_data_that_seem_to_have_passed_are_looked_at_at_once() -> None:
+    made = incident()
+    for step in (61, 64, 69):
+        made.observe(step, 6.0, 1.0)
+        made.rule(step, [6.0], {60: [6.1]}, is_asked=False)
+    assert made.next_look == 79
+    made.observe(70, 2.6, 1.0)
+    made.observe(71, 2.5, 1.0)
+    assert made.is_due(71)
