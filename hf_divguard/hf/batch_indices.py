@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["BatchIndices"]
+from torch.utils.data import IterableDataset
+
+__all__ = ["BatchIndices", "batches_to_skip", "named_rows"]
+
+logger = logging.getLogger(__name__)
 
 # Batches that a loader may be ahead of training: workers fetch some each.
 _MOST_AHEAD = 4096
 
 
+def named_rows(events: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Return the rows of the dataset that events name as suspect."""
+    rows = [row for event in events if event.get("event") == "data" for row in event.get("rows") or ()]
+    found = {row.get("dataset_index") for row in rows if isinstance(row, Mapping)}
+    return sorted(index for index in found if isinstance(index, int) and not isinstance(index, bool))
+
+
+def batches_to_skip(loader: Any, args: Any, step: int) -> int:
+    """Return how many batches of its first epoch a run that goes on after ``step`` does not train on."""
+    if args.ignore_data_skip:
+        return 0
+    accumulation = args.gradient_accumulation_steps
+    return int(step % max(1, -(-len(loader) // accumulation)) * accumulation)
+
+
 class BatchIndices:
-    """Follows the batch sampler of the training data; nothing is followed where there is none (a stream).
+    """Follows the batch sampler of the training data; nothing is followed where there is none (a stream)."""
 
-    Args:
-        left_out: Rows of the dataset that no batch gets. A batch of which nothing would be left stays as it is.
-    """
-
-    def __init__(self, left_out: Collection[int] = ()) -> None:
-        self.left_out = frozenset(left_out)
+    def __init__(self) -> None:
+        self.left_out: frozenset[int] = frozenset()
         self._given: deque[list[int]] = deque(maxlen=_MOST_AHEAD)
+        self._skips: Callable[[], int] | None = None
         self._to_skip = 0
 
-    def follow(self, loader: Any, *, skips: int = 0) -> None:
+    def leave_out(self, rows: Collection[int], *, is_main: bool) -> None:
+        """Give some rows of the dataset to no batch. A batch of which nothing would be left stays as it is.
+
+        Args:
+            rows: The rows.
+            is_main: Whether this process logs them.
+        """
+        self.left_out = frozenset(rows)
+        if rows and is_main:
+            logger.warning(
+                "%d suspect rows of the dataset are left out (`divguard_skip_suspect_rows`): %s.",
+                len(rows),
+                ", ".join(map(str, sorted(rows)[:20])) + (", ..." if len(rows) > 20 else ""),
+            )
+
+    def follow(self, loader: Any, skips: Callable[[], int]) -> None:
         """Have the batch sampler of ``loader`` tell what it gives.
 
         Args:
             loader: The data loader of training, as the host has prepared it.
-            skips: Batches at its start that a resumed run does not train on.
+            skips: Returns how many batches of the first epoch a resumed run does not train on.
         """
         base = getattr(loader, "base_dataloader", loader)
         sampler = getattr(base, "batch_sampler", None)
-        if sampler is None or isinstance(sampler, _Followed):
+        is_stream = isinstance(
+            getattr(base, "dataset", None), IterableDataset
+        )  # its sampler gives no numbers
+        if sampler is None or is_stream or isinstance(sampler, _Followed):
             return
-        self._to_skip = skips
+        self._skips = skips
         # A loader refuses the assignment of another sampler; this one gives the same batches.
         object.__setattr__(base, "batch_sampler", _Followed(sampler, self))
 
     def note_epoch(self) -> None:
         """Note that the sampler begins from its start."""
         self._given.clear()
+        skips, self._skips = self._skips, None
+        self._to_skip = 0 if skips is None else skips()
 
     def note(self, indices: list[int]) -> None:
         """Note the batch that the sampler gives next."""

@@ -15,11 +15,12 @@ from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.comparison import Budget, Pair, explains, judge
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.ruling import Ruling
+from hf_divguard.hf.batch_indices import BatchIndices
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe_on_all_ranks, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import scheduled_rates
-from hf_divguard.hf.rows import suspect_rows
+from hf_divguard.hf.rows import row_count, suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
 
 __all__ = ["WeightLooks"]
@@ -64,7 +65,11 @@ class WeightLooks:
         self._between: list[Step] = []
         self._at_end: deque[Step] = deque(maxlen=_LAST_STEPS)
         self.rows: list[dict[str, int]] = []
-        """Rows that stood out in batches with a high loss: step, rank, micro-batch and position."""
+        """Rows that stood out in batches with a high loss: step, rank, micro-batch, position, and index if known."""
+        self.indices = BatchIndices()
+        """Which rows of the dataset are in the batches."""
+        self._rows_coming: list[list[int] | None] = []
+        self._rows_last: list[list[int] | None] = []
         self.passes = 0
         """Forward passes that looks have taken so far."""
         self.seconds = 0.0
@@ -74,6 +79,10 @@ class WeightLooks:
         """Take the micro-batches of the coming step."""
         self._last = self._coming
         self._coming = (batches, num_items)
+        self._rows_last, self._rows_coming = (
+            self._rows_coming,
+            self.indices.take([row_count(each) for each in batches]),
+        )
         if self._host.state.global_step >= self._host.state.max_steps - _LAST_STEPS:
             self._at_end.append((batches[:1], num_items))
 
@@ -131,7 +140,8 @@ class WeightLooks:
         the coming one where that is bad.
         """
         kept = self._usable(asked)
-        looked_at = self._coming if ruling.cause == "data" else self._last
+        is_coming = ruling.cause == "data"
+        looked_at = self._coming if is_coming else self._last
         if not kept or looked_at is None:
             return ruling
         looked_at = (looked_at[0][:_MOST_BATCHES], looked_at[1])
@@ -146,13 +156,24 @@ class WeightLooks:
             if verdict.cause != "data":
                 return ruling
             ruled, step = Ruling("dismiss", "data", 0, verdict), step - 1
-        found = self._name_rows(step + 1, looked_at[0], self._snapshots.of(best).tensors)
+        indices = self._rows_coming if is_coming else self._rows_last
+        found = self._name_rows(step + 1, looked_at[0], indices, self._snapshots.of(best).tensors)
         stands_out = found or _mean(losses[best]) > usual.level + _STANDS_OUT * usual.spread
         return ruled if stands_out else ruling
 
-    def _name_rows(self, step: int, batches: list[Any], tensors: Mapping[str, torch.Tensor]) -> bool:
+    def _name_rows(
+        self,
+        step: int,
+        batches: list[Any],
+        indices: list[list[int] | None],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> bool:
         """Note the rows of a bad batch that stand out; return whether there are any."""
         found, probes = suspect_rows(self._host, batches, tensors)
+        for row in found:
+            known = indices[row["micro_batch"]]
+            if known is not None:
+                row["dataset_index"] = known[row["row"]]
         self.passes += probes
         self.budget.take_anyway(probes)
         by_rank = self._ranks.gather(found)

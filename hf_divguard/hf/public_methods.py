@@ -57,7 +57,10 @@ class PublicMethods(_Host):
 
     @property
     def divguard_suspect_rows(self) -> list[dict[str, int]]:
-        """Rows that stood out in batches with a high loss: ``step``, ``rank``, ``micro_batch`` and ``row``."""
+        """Rows that stood out in batches with a high loss: ``step``, ``rank``, ``micro_batch`` and ``row``.
+
+        ``dataset_index`` is their number in the training dataset, where the sampler gives one.
+        """
         comparison = self._run.comparison if self._run is not None else None
         return list(comparison.looks.rows) if comparison is not None else []
 

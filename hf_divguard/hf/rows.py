@@ -13,7 +13,7 @@ from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe
 
-__all__ = ["suspect_rows"]
+__all__ = ["row_count", "suspect_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def suspect_rows(
     found: list[dict[str, int]] = []
     probes = 0
     for number, inputs in enumerate(batches):
-        count = _row_count(inputs)
+        count = row_count(inputs)
         if count is None:
             continue
         calls = 0
@@ -61,7 +61,8 @@ def suspect_rows(
     return found, probes
 
 
-def _row_count(inputs: Any) -> int | None:
+def row_count(inputs: Any) -> int | None:
+    """Return the number of rows of a micro-batch, ``None`` where it cannot be divided by rows."""
     if not isinstance(inputs, Mapping):
         return None
     sizes = {len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim() > 0}

@@ -9,6 +9,7 @@ from typing import Any
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.outcome import RunOutcome
 from hf_divguard.hf import control as switches
+from hf_divguard.hf.batch_indices import batches_to_skip, named_rows
 from hf_divguard.hf.callbacks import (
     collect_states,
     read_callback_states,
@@ -28,6 +29,7 @@ from hf_divguard.hf.run_components import RunComponents
 from hf_divguard.hf.run_events import RunEvents
 from hf_divguard.hf.running_loss import RUNNING_LOSS
 from hf_divguard.hf.start_checks import warn_at_start
+from hf_divguard.storage.events import read_events
 from hf_divguard.storage.failpoints import failpoint
 
 __all__ = ["GuardedRun"]
@@ -135,6 +137,16 @@ class GuardedRun(RunComponents):
             warn_of_diverged_weights(self.host.state, self.outcome, self.checkpoints.ledger)
 
     # ---- one step
+
+    def follow_batches(self, loader: Any) -> None:
+        """Follow which rows the batches of training hold; leave suspect ones out of a resumed run, if that is wanted."""
+        if self.comparison is None:
+            return
+        indices = self.comparison.looks.indices
+        if self.options.divguard_skip_suspect_rows and self._resumed_from is not None:
+            named = named_rows(read_events(self._run_dir)) if self.ranks.rank == 0 else []
+            indices.leave_out(self.ranks.broadcast(named), is_main=self.ranks.rank == 0)
+        indices.follow(loader, lambda: batches_to_skip(loader, self.host.args, self.host.state.global_step))
 
     def begin_micro_batch(self, comparison: Comparison) -> None:
         """Before a micro-batch: before the first one of a step, compare weights and roll back if need be."""

@@ -133,6 +133,13 @@ class DivGuardMixin(PublicMethods):
             run.skipping.after_micro_batch(loss)
         return loss
 
+    def get_train_dataloader(self) -> Any:
+        """Return the data loader of training, as the stock Trainer does, and follow which rows its batches hold."""
+        loader = super().get_train_dataloader()
+        if self._run is not None and self._run.is_training:
+            self._run.follow_batches(loader)
+        return loader
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the micro-batches of the coming step, as the stock Trainer does; none in a run that has finished."""
         run = self._run

@@ -338,3 +338,44 @@ def test_after_training_nothing_is_kept_in_memory(make_trainer: MakeTrainer) -> 
     assert trainer._run.snapshots.all() == []
     looks = trainer._run.comparison.looks
     assert (looks._coming, looks._last, looks._between) == (None, None, [])
+
+    (row,) = trainer.divguard_suspect_rows
+    assert row.items() >= {"step": 70, "rank": 0, "micro_batch": 0, "row": 5}.items()
+
+
+class Marked(TokenRows):
+    """Rows of which one has wrong labels; it notes which rows are asked for."""
+
+    def __init__(self, bad: int, rows: int) -> None:
+        super().__init__(rows=rows)
+        self.bad, self.asked = bad, []  # type: ignore[var-annotated]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.asked.append(index)
+        row = dict(super().__getitem__(index))
+        if index == self.bad:
+            row["labels"] = (row["labels"] * 7 + 3) % 16
+        return row
+
+
+def test_a_bad_row_is_named_by_its_number_in_the_dataset_and_left_out_of_a_resumed_run(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    options = {"learning_rate": 1e-2, "per_device_train_batch_size": 8, "save_steps": 40, "max_steps": 90}
+    probe = make_trainer(tmp_path / "order", train_dataset=Marked(-1, 720), **options, **GUARDED)
+    probe.train()
+    bad = probe.train_dataset.asked[69 * 8 + 5]
+    trainer = make_trainer(train_dataset=Marked(bad, 720), **options, **GUARDED)
+    trainer.train()
+    assert [(row["step"], row["dataset_index"]) for row in trainer.divguard_suspect_rows] == [(70, bad)]
+    assert probe.train_dataset.asked == trainer.train_dataset.asked  # following changes nothing
+    for leaves_out in (False, True):
+        again = Marked(bad, 720)
+        resumed = make_trainer(
+            train_dataset=again, **options, **GUARDED, divguard_skip_suspect_rows=leaves_out
+        )
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-40"))
+        assert (bad in again.asked) is not leaves_out
+        assert resumed.state.global_step == 90
+        named = [(row["step"], row["dataset_index"]) for row in resumed.divguard_suspect_rows]
+        assert named == ([] if leaves_out else [(70, bad)])

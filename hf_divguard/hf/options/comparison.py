@@ -28,6 +28,13 @@ class ComparisonOptions:
             "buffers, and with rollback of the optimizer, which is left out where it does not fit."
         },
     )
+    divguard_skip_suspect_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "On a resume, leave the rows of the dataset out that events of the run name as suspect: "
+            "dataset_index in divguard/events.jsonl. The dataset must be the same. Their batches are smaller by them."
+        },
+    )
     divguard_skip_nonfinite: bool = field(
         default=True,
         metadata={
@@ -46,6 +53,7 @@ class ComparisonOptions:
     def _check_values(self) -> None:
         require_choice("divguard_compare", self.divguard_compare, Literal["auto", "off"])
         require_bool("divguard_skip_nonfinite", self.divguard_skip_nonfinite)
+        require_bool("divguard_skip_suspect_rows", self.divguard_skip_suspect_rows)
         require_whole(
             "divguard_max_skipped_in_a_row", self.divguard_max_skipped_in_a_row, "updates", at_least=1
         )
