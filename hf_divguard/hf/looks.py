@@ -90,6 +90,7 @@ class WeightLooks:
         """After training: give the memory of the batches back."""
         self._coming = self._last = None
         self._between = []
+        self._at_end.clear()
 
     def begin_step(self) -> None:
         """Before a step: a part of its cost may be spent on looks."""

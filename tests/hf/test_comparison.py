@@ -304,8 +304,8 @@ def test_a_bad_row_is_named(make_trainer: MakeTrainer) -> None:
     trainer.data_collator = BadRow(step=70, row=5)
     trainer.train()
     assert trainer.state.global_step == 90
-    assert {"step": 70, "rank": 0, "micro_batch": 0, "row": 5} in trainer.divguard_suspect_rows
-    assert len(trainer.divguard_suspect_rows) == 1
+    (row,) = trainer.divguard_suspect_rows
+    assert row.items() >= {"step": 70, "rank": 0, "micro_batch": 0, "row": 5}.items()
 
 
 class NeedsWholeBatch(Trainer):
@@ -338,9 +338,7 @@ def test_after_training_nothing_is_kept_in_memory(make_trainer: MakeTrainer) -> 
     assert trainer._run.snapshots.all() == []
     looks = trainer._run.comparison.looks
     assert (looks._coming, looks._last, looks._between) == (None, None, [])
-
-    (row,) = trainer.divguard_suspect_rows
-    assert row.items() >= {"step": 70, "rank": 0, "micro_batch": 0, "row": 5}.items()
+    assert not looks._at_end
 
 
 class Marked(TokenRows):
