@@ -12,6 +12,15 @@ import sys
 import textwrap
 from typing import Any
 
+import pytest
+import transformers
+
+NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(
+    int(transformers.__version__.partition(".")[0]) < 5,
+    reason="Transformers 4 sets FSDP up by the environment, and accelerate then asks for an accelerator",
+)
+"""For tests of FSDP on CPU."""
+
 
 def _with_replaced(owner: type, method: str, old: str, new: str) -> None:
     """Compile a method again with one replaced piece of its source, which must be there."""

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from tests.hf.engines import runs
+from tests.hf.engines.launch import NEEDS_TRANSFORMERS_5
+
+pytestmark = NEEDS_TRANSFORMERS_5
 
 ENGINES = [
     "fsdp2",

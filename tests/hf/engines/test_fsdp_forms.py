@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.hf.engines import resharded, runs
+from tests.hf.engines.launch import NEEDS_TRANSFORMERS_5
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, NEEDS_TRANSFORMERS_5]
 
 Ranks = list[dict[str, Any]]
 

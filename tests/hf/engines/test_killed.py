@@ -11,8 +11,9 @@ import pytest
 
 from hf_divguard import find_checkpoints
 from tests.hf.engines import killed
+from tests.hf.engines.launch import NEEDS_TRANSFORMERS_5
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, NEEDS_TRANSFORMERS_5]
 
 PATIENCE = 30.0
 
