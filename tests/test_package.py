@@ -120,7 +120,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
-    """Every module, the mark of typed code and the licence; no tests."""
+    """Every module, the files of the page, the mark of typed code and the licence; no tests."""
     [wheel] = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
@@ -130,7 +130,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     here = {
         path.relative_to(PROJECT).as_posix()
         for path in (PROJECT / "hf_divguard").rglob("*")
-        if path.suffix in (".py", ".typed")
+        if path.is_file() and path.suffix != ".pyc"
     }
     assert package == here
     assert any(name.endswith("/LICENSE") for name in files - package)
