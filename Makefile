@@ -14,6 +14,9 @@ OLD_READY := $(OLD_VENV)/.ready
 EXTRAS_VENV := .venv-extras
 EXTRAS_BIN := $(EXTRAS_VENV)/bin
 EXTRAS_READY := $(EXTRAS_VENV)/.ready
+ENGINES_VENV := .venv-engines
+ENGINES_BIN := $(ENGINES_VENV)/bin
+ENGINES_READY := $(ENGINES_VENV)/.ready
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 # More arguments for pytest, e.g. `make test PYTEST="-x -k sidecar"`.
@@ -32,7 +35,7 @@ RELEASE ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-recipes test-trl test-trackers test-gpu test-page \
+.PHONY: help install demo test test-all test-recipes test-engines test-trl test-trackers test-gpu test-page \
 	cov style quality types docs docs-check \
 	notebooks bench bench-kill bench-detection bench-recovery bench-overhead bench-alerts \
 	bench-crash-points bench-kill-engines bench-command-line trace old-transformers compat ci-long build \
@@ -68,6 +71,14 @@ $(EXTRAS_READY): setup.cfg
 	@$(EXTRAS_BIN)/python $(PIP_INSTALL) "$(TORCH)" -e ".[dev,trl,sentence-transformers,trackers,docs,release]"
 	@touch $@
 
+# For the tests of sharded training: DeepSpeed.
+$(ENGINES_READY): setup.cfg
+	@echo "Setting up $(ENGINES_VENV) (some minutes the first time) ..."
+	@test -x $(ENGINES_BIN)/python || $(PYTHON) -m venv $(ENGINES_VENV)
+	@$(ENGINES_BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	@$(ENGINES_BIN)/python $(PIP_INSTALL) "$(TORCH)" -e ".[dev,engines]"
+	@touch $@
+
 # ---- to see it
 
 demo: $(READY) ## Train one model through the same fault, stock and guarded: a table and a picture
@@ -89,6 +100,9 @@ test-trl: $(EXTRAS_READY) ## Run unchanged scripts under `hf-divguard run`: TRL'
 
 test-trackers: $(EXTRAS_READY) ## Read findings back from TensorBoard, MLflow, W&B and Trackio
 	@$(EXTRAS_BIN)/python -m pytest tests/trackers $(PYTEST)
+
+test-engines: $(ENGINES_READY) ## Run the tests of sharded training: FSDP, DeepSpeed, DistributedConfig, restarts
+	@$(ENGINES_BIN)/python -m pytest tests/hf/engines -rs $(WORKERS) $(PYTEST)
 
 test-gpu: $(READY) ## Run the tests that need a graphics card
 	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/python -m pytest tests/gpu $(PYTEST)
@@ -182,14 +196,15 @@ release-check: $(EXTRAS_READY) ## Build the package, check it as PyPI does, and 
 address: ## Write the address of the repository into every file: make address ADDRESS=https://github.com/...
 	@$(PYTHON) docs/project_address.py "$(ADDRESS)"
 
-ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration runs after `make test`, in shortened form
+ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) $(ENGINES_READY) ## What continuous integration runs after `make test`, in shortened form
 	@$(MAKE) --no-print-directory notebooks docs release-check test-page
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py -k "adapter or f1 or nan_gradient or embeddings" $(WORKERS) $(PYTEST)
 	@$(EXTRAS_BIN)/python -m pytest tests/matrix -k "(SFTTrainer and LoRA) or SentenceTransformer" $(WORKERS) $(PYTEST)
+	@$(ENGINES_BIN)/python -m pytest tests/hf/engines -k "zero2 or killed" $(PYTEST)
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)
 
 clean: ## Remove environments, builds and results
-	@rm -rf $(VENV) $(OLD_VENV) $(EXTRAS_VENV) .compat docs/_build docs/reference build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(OLD_VENV) $(EXTRAS_VENV) $(ENGINES_VENV) .compat docs/_build docs/reference build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

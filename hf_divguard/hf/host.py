@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "rewrite_best",
     "rotate_as_host",
     "save_limit",
+    "sharded_model_accepted",
 ]
 
 HAS_ROTATE_METHOD = hasattr(Trainer, "_rotate_checkpoints")
@@ -65,6 +66,38 @@ def save_limit(args: Any, limit: int | None) -> Iterator[None]:
         yield
     finally:
         args.save_total_limit = before
+
+
+@contextlib.contextmanager
+def sharded_model_accepted(
+    given: Sequence[Any], named: Mapping[str, Any], saves_itself: Callable[[Any, Any], bool]
+) -> Iterator[None]:
+    """Let a Trainer be made for a model that the host has sharded, although its optimizer is to be saved.
+
+    The host refuses that, because it can save none. Where checkpoints are saved by us, the
+    optimizer is saved and loaded by us, too. Ends when the host can.
+
+    Args:
+        given: The arguments of the Trainer by position, without the Trainer itself.
+        named: Those by name.
+        saves_itself: Returns, from arguments and callbacks, whether checkpoints are saved by us.
+    """
+    model = named.get("model", given[0] if given else None)
+    args = named.get("args", given[1] if len(given) > 1 else None)
+    is_refused = (
+        getattr(model, "is_distributed_loading_by_transformers", False)
+        and args is not None
+        and not args.save_only_model
+        and saves_itself(args, named.get("callbacks") or ())
+    )
+    if not is_refused:
+        yield
+        return
+    args.save_only_model = True
+    try:
+        yield
+    finally:
+        args.save_only_model = False
 
 
 class Host:

@@ -56,6 +56,7 @@ class Ranks:
 
     _group: Any = None
     _group_belongs_to: Any = None
+    _token = ""
     _count = 0
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -67,9 +68,10 @@ class Ranks:
         if self.world_size > 1:
             if Ranks._group_belongs_to is not dist.group.WORLD:
                 Ranks._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+                Ranks._token = _agreed_token(Ranks._group)
                 Ranks._group_belongs_to = dist.group.WORLD
             Ranks._count += 1
-            self._alarm = Alarm(str(Ranks._count))
+            self._alarm = Alarm(f"{Ranks._token}/{Ranks._count}")
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank.
@@ -302,6 +304,17 @@ class Ranks:
             with contextlib.suppress(OSError):
                 meeting.rmdir()
         return present
+
+
+def _agreed_token(group: Any) -> str:
+    """Return a name for these processes, the same on all of them.
+
+    A launcher that starts ranks again may keep the store of those before, with the error that has
+    ended them.
+    """
+    token = torch.frombuffer(bytearray(uuid.uuid4().bytes), dtype=torch.uint8)
+    dist.broadcast(token, src=0, group=group)
+    return bytes(token.tolist()).hex()
 
 
 def _in_words(error: BaseException) -> str:

@@ -65,16 +65,19 @@ def replace_optimizer_state(host: Host, state: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def rates_kept(host: Host) -> Iterator[None]:
     """Put the rates back as they were, with a schedule that goes by steps, after a state was loaded in here."""
-    optimizer, now = host.optimizer, scheduled_rates(host)
+    now = scheduled_rates(host)
     kept = [
-        {name: group[name] for name in _KEPT_IN_GROUPS if name in group} for group in optimizer.param_groups
+        {name: group[name] for name in _KEPT_IN_GROUPS if name in group}
+        for group in host.optimizer.param_groups
     ]
     yield
     if follows_metrics(host):
         return
-    for group, schedule_owned in zip(optimizer.param_groups, kept, strict=True):
+    # A load may have put other groups in the place of those of before.
+    groups = host.optimizer.param_groups
+    for group, schedule_owned in zip(groups, kept, strict=True):
         group.update(schedule_owned)
-    _set_rates(optimizer, now)
+    _set_rates(host.optimizer, now)
 
 
 def _set_rates(optimizer: Any, rates: list[float]) -> None:

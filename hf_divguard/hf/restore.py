@@ -21,6 +21,7 @@ __all__ = [
     "refuse_unsupported",
     "restore_checkpoint",
     "restore_snapshot",
+    "resume_optimizer_on_all_ranks",
 ]
 
 
@@ -144,6 +145,16 @@ def load_weights_on_all_ranks(host: Host, checkpoint: str, ranks: Ranks) -> None
         return engine_of(host).read(checkpoint, weights_only=True)
 
     _on_all_ranks(host, ranks, read, f"Loading the weights of {checkpoint}")
+
+
+def resume_optimizer_on_all_ranks(host: Host, checkpoint: str, ranks: Ranks) -> None:
+    """Load optimizer and schedule to resume from, on every rank or on none.
+
+    Raises:
+        CheckpointError: On every rank, if one of them cannot.
+    """
+    what = f"Loading the optimizer of {checkpoint}"
+    _on_all_ranks(host, ranks, lambda: engine_of(host).read_to_resume(checkpoint), what)
 
 
 def _on_all_ranks(host: Host, ranks: Ranks, read: Callable[[], Callable[[], None]], what: str) -> None:

@@ -15,7 +15,6 @@ from hf_divguard.hf.callbacks import (
     read_callback_states,
     restore_states,
 )
-from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.journal import JOURNAL
 from hf_divguard.hf.last_weights import load_last_good
@@ -148,10 +147,13 @@ class GuardedRun(RunComponents):
             indices.leave_out(self.ranks.broadcast(named), is_main=self.ranks.rank == 0)
         indices.follow(loader, lambda: batches_to_skip(loader, self.host.args, self.host.state.global_step))
 
-    def begin_micro_batch(self, comparison: Comparison) -> None:
+    def begin_micro_batch(self) -> None:
         """Before a micro-batch: before the first one of a step, compare weights and roll back if need be."""
-        comparison.begin_step()
-        self.rollback_in_step.begin_step()
+        if self.comparison is not None:
+            self.comparison.begin_step()
+            self.rollback_in_step.begin_step()
+        if self.rollback is not None and self.updates_in_backward and self.host.completes_step:
+            self.rollback.rewarming.hold_back(self.host, self.host.state.global_step)
 
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
         """Before a step: take its micro-batches."""

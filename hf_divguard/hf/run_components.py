@@ -13,6 +13,7 @@ from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.comparison_of_run import make_comparison
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.ending import Ending
+from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.evaluation import Evaluations
 from hf_divguard.hf.folder_locks import FolderLocks
 from hf_divguard.hf.host import Host
@@ -60,6 +61,8 @@ class RunComponents:
     checkpoints: Checkpoints
     evaluations: Evaluations
     rollback: Rollback | None
+    updates_in_backward: bool
+    """Whether the backward pass of the last micro-batch of a step makes the update, too."""
     comparison: Comparison | None
     events: RunEvents
     """Brings the events of the host to the run."""
@@ -101,6 +104,7 @@ class RunComponents:
     def _start(self, stack: contextlib.ExitStack) -> None:
         host, options, args = self.host, self.options, self.host.args
         self.ranks = Ranks(args.process_index, args.world_size)
+        self.updates_in_backward = engine_of(host).updates_in_backward
         # Policies are sampled from after each step, which fails with weights that are not finite.
         check_steps = 1 if policy_gradient_class(host.trainer) else options.divguard_check_steps
         self.losses = StepLosses(check_steps, args.world_size)

@@ -47,7 +47,8 @@ class RunEvents(TrainerCallback):
         self._run.skipping.drop_gradients()
         rollback = self._run.rollback
         if rollback is not None:
-            rollback.rewarming.hold_back(self._run.host, state.global_step)
+            if not self._run.updates_in_backward:
+                rollback.rewarming.hold_back(self._run.host, state.global_step)
             if not self._host_measures_gradients and rollback.watches_gradients:
                 self._own_gradient_norm = engine_of(self._run.host).gradient_norm()
         self._run.reporting.recent.note_rate(state.global_step + 1, self._run.host.first_rate)

@@ -36,7 +36,8 @@ class NonFiniteUpdates:
       act as in any step, without what was not finite.
 
     With several ranks the gradient decides, which is the same on all of them. Where a
-    gradient scaler is at work, the scaler leaves out the update.
+    gradient scaler is at work, the scaler leaves out the update; under DeepSpeed its engine does.
+    Then it is only reported here.
 
     Args:
         host: The host.
@@ -56,6 +57,7 @@ class NonFiniteUpdates:
         reason = self._engine.why_nothing_skipped()
         self.is_on = is_wanted and reason is None
         self._leaves_to_scaler = host.scales_losses
+        self._is_done_elsewhere = self._leaves_to_scaler or self._engine.skips_by_itself
         self.total = 0
         """Updates left out in this run, as far as the losses were delivered."""
         self._in_a_row = 0
@@ -83,7 +85,7 @@ class NonFiniteUpdates:
 
     def after_micro_batch(self, loss: torch.Tensor) -> None:
         """Compute the flag when the gradients of a step are complete, and send it to the host."""
-        if not self.is_on or self._leaves_to_scaler:
+        if not self.is_on or self._is_done_elsewhere:
             return
         loss = loss.detach()
         self._loss = loss.clone() if self._loss is None else self._loss + loss

@@ -17,6 +17,7 @@ from hf_divguard.hf.argument_checks import (
 from hf_divguard.hf.arguments import options_of
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors_by_name import make_detector
+from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.exit_code import end_diverged
 from hf_divguard.hf.host import (
     HAS_FINALIZE,
@@ -25,10 +26,14 @@ from hf_divguard.hf.host import (
     SaveInProgress,
     rotate_as_host,
     save_limit,
+    sharded_model_accepted,
 )
 from hf_divguard.hf.public_methods import PublicMethods
+from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import end_metrics
+from hf_divguard.hf.restore import load_weights_on_all_ranks, resume_optimizer_on_all_ranks
 from hf_divguard.hf.run import GuardedRun
+from hf_divguard.hf.run_components import saves_checkpoints_itself
 from hf_divguard.hf.seams import check_host
 from hf_divguard.hf.unguarded import note_guarded
 
@@ -83,7 +88,8 @@ class DivGuardMixin(PublicMethods):
 
     def __init__(self, *args: Any, on_divergence: Hook | None = None, **kwargs: Any) -> None:
         check_host()
-        super().__init__(*args, **kwargs)
+        with sharded_model_accepted(args, kwargs, _saves_itself):
+            super().__init__(*args, **kwargs)
         self._on_divergence = on_divergence
         outcome_of(self.state)
         note_guarded(self.args)
@@ -125,8 +131,8 @@ class DivGuardMixin(PublicMethods):
         callbacks = self.callback_handler.callbacks
         if run is not None and run.is_training and callbacks[-1] is not run.events:
             run.callbacks.put_last(run.events)  # another callback has added one after ours
-        if run is not None and run.is_training and run.comparison is not None:
-            run.begin_micro_batch(run.comparison)
+        if run is not None and run.is_training and (run.comparison or run.updates_in_backward):
+            run.begin_micro_batch()
         loss = super().training_step(*args, **kwargs)
         if run is not None and run.is_training:
             run.losses.micro_batch(loss)
@@ -259,9 +265,33 @@ class DivGuardMixin(PublicMethods):
         else:
             rotate_as_host(self, use_mtime, output_dir)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if model in (None, self.model) and engine_of(Host(self)).loads_weights:
+            load_weights_on_all_ranks(Host(self), resume_from_checkpoint, self._ranks())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not engine_of(Host(self)).save_optimizer(output_dir):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and engine_of(Host(self)).loads_optimizer(checkpoint):
+            resume_optimizer_on_all_ranks(Host(self), checkpoint, self._ranks())
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _ranks(self) -> Ranks:
+        args: Any = self.args
+        return Ranks(args.process_index, args.world_size)
+
     def _load_best_model(self) -> None:
         if self._run is None or self._run.interruption.by is None:
-            super()._load_best_model()
+            best = self.state.best_model_checkpoint
+            if best is not None and engine_of(Host(self)).loads_weights:
+                load_weights_on_all_ranks(Host(self), best, self._ranks())
+            else:
+                super()._load_best_model()
             if self._run is not None:
                 self._run.loaded = self.state.best_model_checkpoint
 
@@ -300,6 +330,12 @@ class DivGuardMixin(PublicMethods):
             if run is not None and run.is_training and run.keeps_all_at_end:
                 return []
             return list(super()._sorted_checkpoints(*args, **kwargs))  # type: ignore[misc, unused-ignore]
+
+
+def _saves_itself(args: Any, callbacks: Any) -> bool:
+    """Return whether checkpoints will be saved by us, before there is a trainer."""
+    options = options_of(args)
+    return options.divguard_detector != "none" or saves_checkpoints_itself(options, callbacks)
 
 
 class DivGuardTrainer(DivGuardMixin, Trainer):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from hf_divguard import DivGuardTrainer
+from hf_divguard import CheckpointSaveError, DivGuardTrainer
+from hf_divguard.hf import ranks
 from tests.hf import scenarios
 from tests.processes import kill_self
 
@@ -83,3 +85,14 @@ def without_its_metric(rank: int, output_dir: str) -> None:
 def slow_rank(rank: int, output_dir: str, seconds: float) -> dict[str, Any]:
     """Save; rank 1 takes longer for its part of it than the others may wait for a rank with an error."""
     return in_save(rank, output_dir, slow_seconds=seconds if rank == 1 else 0.0, on_rank=-1, max_steps=4)
+
+
+def start_again(rank: int) -> list[int]:
+    """End with an error on both ranks; then exchange something as a new start of them, with the store of the first."""
+    dist.init_process_group("gloo")
+    error = ValueError("the first start has failed") if rank == 1 else None
+    try:
+        ranks.Ranks(rank, 2).raise_if_any_failed(error, "Saving", ends_run=True)
+    except CheckpointSaveError:
+        return importlib.reload(ranks).Ranks(rank, 2).gather(rank)
+    raise AssertionError("the first start has not failed")

@@ -121,3 +121,9 @@ def test_a_slow_rank_is_waited_for(run_ranks: RunRanks, tmp_path: Path) -> None:
     for outcome in outcomes:
         assert outcome.check()["step"] == 4
     assert complete_steps(tmp_path / "out") == [2, 4]
+
+
+def test_ranks_that_are_started_again_do_not_hear_the_error_of_the_first_start(run_ranks: RunRanks) -> None:
+    """``torchrun`` keeps its store over a restart."""
+    for outcome in run_ranks(failing_ranks.start_again, 2, timeout=60):
+        assert outcome.check() == [0, 1]

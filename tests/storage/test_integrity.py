@@ -191,11 +191,6 @@ def _layout(folder: Path, names: list[str]) -> None:
 
 
 LAYOUTS = {
-    "DeepSpeed": [
-        "latest",
-        "global_step4/mp_rank_00_model_states.pt",
-        "global_step4/zero_pp_rank_0_mp_rank_00.pt",
-    ],
     "torch.distributed.checkpoint": [".metadata", "__0_0.distcp"],
     "SageMaker": ["optimizer.pt_0_1_2"],
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_divguard.hf.engines.deepspeed import DeepSpeed
+from hf_divguard.hf.engines.distributed_config import DistributedConfig
 from hf_divguard.hf.engines.elsewhere import Elsewhere
 from hf_divguard.hf.engines.engine import Engine, KeptState, Unsupported
 from hf_divguard.hf.engines.fsdp import Fsdp1, Fsdp2
@@ -17,6 +19,8 @@ __all__ = ["ENGINES", "Engine", "KeptState", "Unsupported", "engine_of", "suppor
 ENGINES: tuple[type[Engine], ...] = (
     Fsdp2,
     Fsdp1,
+    DeepSpeed,
+    DistributedConfig,
     Elsewhere,
     Whole,
 )

@@ -9,12 +9,13 @@ from hf_divguard.hf.engines.engine import SAFE_ADVICE, Engine, Unsupported
 if TYPE_CHECKING:
     from hf_divguard.hf.host import Host
 
-__all__ = ["Elsewhere", "parallelism"]
+__all__ = ["NO_RESUME", "Elsewhere", "parallelism"]
 
-_NO_RESUME = (
+NO_RESUME = (
     "Set the action to 'stop'. Transformers cannot resume such a run, so start a new one from the weights of the "
     "checkpoint that the last line of the stopped run names as the last good one"
 )
+"""What to do where a run can neither be rolled back nor resumed."""
 _BY_TYPE = {
     "DEEPSPEED": "DeepSpeed, whose engine owns the optimizer",
     "MEGATRON_LM": "Megatron-LM, which shards weights and optimizer over the ranks",
@@ -45,7 +46,7 @@ def _found(host: Host) -> Unsupported | None:
     if kind != "NO" and not kind.startswith("MULTI_"):
         return Unsupported(_BY_TYPE.get(kind, f"the distributed type {kind}"))
     if any(hasattr(parameter, "device_mesh") for parameter in host.model.parameters()):
-        return Unsupported("parameters that are sharded over the ranks (DTensor)", _NO_RESUME)
+        return Unsupported("parameters that are sharded over the ranks (DTensor)", NO_RESUME)
     return None
 
 
@@ -53,7 +54,7 @@ def parallelism(host: Host) -> Unsupported | None:
     """Return the parallelism that divides layers, sequences or experts, not only whole parameters."""
     trainer: Any = host.trainer
     loaded_in_parts = getattr(trainer, "is_distributed_loading_by_transformers", False)
-    advice = _NO_RESUME if loaded_in_parts else SAFE_ADVICE
+    advice = NO_RESUME if loaded_in_parts else SAFE_ADVICE
     config = getattr(getattr(trainer, "accelerator", None), "parallelism_config", None)
     for name, words in {
         "tp_size": "tensor parallelism",

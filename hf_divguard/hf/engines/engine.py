@@ -66,6 +66,8 @@ class Engine:
     """Name for messages."""
     forwards_together = False
     """Whether a forward pass takes all ranks, so that all have to take the same number of them."""
+    updates_in_backward = False
+    """Whether the backward pass of the last micro-batch of a step makes the update, too."""
 
     puts_together = False
     """Whether what :meth:`read` returns makes ranks wait for each other."""
@@ -77,6 +79,11 @@ class Engine:
     def is_at_work(cls, host: Host) -> bool:
         """Return whether the run of ``host`` trains with this engine."""
         raise NotImplementedError
+
+    @property
+    def skips_by_itself(self) -> bool:
+        """Whether the engine leaves out an update by itself if a gradient is not finite."""
+        return False
 
     # ---- what works
 
@@ -157,13 +164,25 @@ class Engine:
         """
         raise NotImplementedError
 
-    def save_optimizer(self, folder: str) -> bool:
-        """Save the optimizer into ``folder`` in the place of the host, on all ranks; return whether that was done."""
+    @property
+    def loads_weights(self) -> bool:
+        """Whether weights are loaded by :meth:`read` where the host loads them, to resume or at the end: it cannot."""
         return False
 
-    def resume_optimizer(self, checkpoint: str) -> bool:
-        """Load the optimizer to resume from ``checkpoint`` in the place of the host; return whether that was done."""
+    def save_optimizer(self, folder: str) -> bool:
+        """Save optimizer and schedule into ``folder`` in the place of the host; return whether that was done.
+
+        Ranks may wait for each other.
+        """
         return False
+
+    def loads_optimizer(self, checkpoint: str) -> bool:
+        """Return whether the optimizer of ``checkpoint`` has to be loaded in the place of the host, to resume."""
+        return False
+
+    def read_to_resume(self, checkpoint: str) -> Callable[[], None]:
+        """Read optimizer and schedule to resume from, and return what loads them, as :meth:`read` does."""
+        raise NotImplementedError
 
     # ---- gradients and optimizer
 

@@ -20,7 +20,7 @@ from hf_divguard.hf.rates import rates_kept
 if TYPE_CHECKING:
     from hf_divguard.hf.host import Host
 
-__all__ = ["Fsdp1", "Fsdp2", "Sharded"]
+__all__ = ["Fsdp1", "Fsdp2", "Sharded", "reshard"]
 
 _FSDP2 = "Set `version` to 2 in `fsdp_config`"
 _MODEL, _OPTIMIZER = "pytorch_model_fsdp", "optimizer"
@@ -106,6 +106,15 @@ def _copies(tensor: torch.Tensor) -> int:
     return copies
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Shard parameters that FSDP2 has left gathered after a forward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class Fsdp2(Sharded):
     """FSDP2 through accelerate, with sharded and with full state dicts."""
 
@@ -123,11 +132,7 @@ class Fsdp2(Sharded):
 
     def settle(self) -> None:
         """Shard parameters that an evaluation has left gathered."""
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self.host.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.host.model)
 
     def read(self, checkpoint: str, *, weights_only: bool = False) -> Callable[[], None]:
         """Read this rank's shards, or with full state dicts everything on rank 0."""

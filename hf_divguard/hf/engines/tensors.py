@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ __all__ = [
     "bytes_of",
     "empty_on_cpu",
     "held_by_optimizer",
+    "is_adapted",
     "kept_parts",
     "live_parts",
     "local_part",
@@ -38,7 +40,9 @@ def live_parts(host: Host) -> dict[str, torch.Tensor]:
 
 
 def held_by_optimizer(host: Host) -> set[int]:
-    """Return the identities of the parameters that the optimizer holds."""
+    """Return the identities of the parameters that the optimizer holds; of none before there is one."""
+    if host.optimizer is None:
+        return set()
     return {id(each) for group in host.optimizer.param_groups for each in group["params"]}
 
 
@@ -53,14 +57,14 @@ def kept_parts(host: Host) -> dict[str, torch.Tensor]:
 
 
 def to_cpu(value: Any) -> Any:
-    """Return a copy of a nested state with every tensor copied to the CPU; sharded ones stay sharded."""
+    """Return a copy of a nested state in CPU memory; sharded tensors stay sharded, and the copy shares nothing."""
     if isinstance(value, torch.Tensor):
         return _with_part(value, local_part(value).to("cpu", copy=True))
     if isinstance(value, dict):
         return {key: to_cpu(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(to_cpu(entry) for entry in value)
-    return value
+    return copy.deepcopy(value)
 
 
 def empty_on_cpu(value: Any) -> Any:
@@ -95,3 +99,13 @@ def bytes_of(state: Any) -> int:
 def named_shortly(names: list[str]) -> str:
     """Return the first three names, for a sentence."""
     return ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def is_adapted(model: Any) -> bool:
+    """Return whether checkpoints of ``model`` hold adapters (PEFT), not the model."""
+    # A model of Transformers has them too, but there `active_adapters` is a method.
+    return (
+        hasattr(model, "peft_config")
+        and hasattr(model, "load_adapter")
+        and not callable(getattr(model, "active_adapters", None))
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.engines import optimizer_by_name
 from hf_divguard.hf.engines.engine import Engine, KeptState, Unsupported
 from hf_divguard.hf.engines.tensors import (
     held_by_optimizer,
@@ -20,7 +21,7 @@ from hf_divguard.hf.engines.tensors import (
 )
 from hf_divguard.hf.engines.whole_weights import load_weights, weights_kept_on_error
 from hf_divguard.hf.losses import gradient_norm
-from hf_divguard.hf.rates import replace_optimizer_state
+from hf_divguard.hf.rates import rates_kept, replace_optimizer_state
 
 if TYPE_CHECKING:
     from hf_divguard.hf.host import Host
@@ -114,22 +115,35 @@ class Whole(Engine):
 
     def read(self, checkpoint: str, *, weights_only: bool = False) -> Callable[[], None]:
         """Read the optimizer; the weights are read and written tensor by tensor by what is returned."""
-        state = None
-        if not weights_only:
-            path = os.path.join(checkpoint, "optimizer.pt")
-            if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f"{checkpoint} has no optimizer.pt, so training cannot go back to it. Keep `save_only_model=False`."
-                )
-            # To the CPU: `load_state_dict` moves each tensor to the device of its parameter.
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        put_optimizer = None if weights_only else self._read_optimizer(checkpoint)
 
         def put() -> None:
             load_weights(self.host, checkpoint)
-            if state is not None:
-                replace_optimizer_state(self.host, state)
+            if put_optimizer is not None:
+                with rates_kept(self.host):
+                    put_optimizer()
 
         return put
+
+    def _read_optimizer(self, checkpoint: str) -> Callable[[], None]:
+        if optimizer_by_name.has_optimizer(checkpoint):
+            return optimizer_by_name.read_optimizer(self.host, checkpoint)
+        path = os.path.join(checkpoint, "optimizer.pt")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{checkpoint} has no optimizer.pt, so training cannot go back to it. Keep `save_only_model=False`."
+            )
+        # To the CPU: `load_state_dict` moves each tensor to the device of its parameter.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return lambda: self.host.optimizer.load_state_dict(state)
+
+    def loads_optimizer(self, checkpoint: str) -> bool:
+        """Return whether ``checkpoint`` was saved by a run whose model Transformers had sharded."""
+        return optimizer_by_name.has_optimizer(checkpoint)
+
+    def read_to_resume(self, checkpoint: str) -> Callable[[], None]:
+        """Read optimizer and schedule to resume from such a run."""
+        return optimizer_by_name.read_to_resume(self.host, checkpoint)
 
     # ---- gradients
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.engines.tensors import is_adapted
 
 if TYPE_CHECKING:
     from hf_divguard.hf.host import Host
@@ -43,7 +44,7 @@ def load_weights(host: Host, checkpoint: str) -> None:
             cause = error
     written = {tensor.data_ptr() for name, tensor in wanted.items() if tensor._version != counts[name]}
     missing = [name for name, tensor in wanted.items() if tensor.data_ptr() not in written]
-    if (missing or cause is not None) and not _is_adapted(model) and hasattr(model, "from_pretrained"):
+    if (missing or cause is not None) and not is_adapted(model) and hasattr(model, "from_pretrained"):
         try:
             missing, cause = _load_as_from_pretrained(model, checkpoint, wanted), None
         except Exception as error:
@@ -58,20 +59,10 @@ def load_weights(host: Host, checkpoint: str) -> None:
         raise cause
 
 
-def _is_adapted(model: Any) -> bool:
-    """Return whether checkpoints of ``model`` hold adapters (PEFT), not the model."""
-    # A model of Transformers has them too, but there `active_adapters` is a method.
-    return (
-        hasattr(model, "peft_config")
-        and hasattr(model, "load_adapter")
-        and not callable(getattr(model, "active_adapters", None))
-    )
-
-
 def _saved_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Return what a checkpoint has to give back: parameters that are trained, and buffers if the model saves any."""
     wanted = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    if not _is_adapted(model):
+    if not is_adapted(model):
         saved = model.state_dict().keys() - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         wanted |= {name: each for name, each in model.named_buffers() if name in saved}
     return wanted
@@ -105,11 +96,11 @@ def _parameters_kept_in_place(model: Any) -> Iterator[None]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     memory = {name: each.data for name, each in parameters.items()}
     trained = {name: each.requires_grad for name, each in parameters.items()}
-    active = list(model.active_adapters) if _is_adapted(model) else []
+    active = list(model.active_adapters) if is_adapted(model) else []
     try:
         yield
     finally:
-        if _is_adapted(model) and list(model.active_adapters) != active:
+        if is_adapted(model) and list(model.active_adapters) != active:
             model.base_model.set_adapter(active)
         now = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hf_divguard.storage.layouts.deepspeed import DeepSpeedLayout
 from hf_divguard.storage.layouts.distributed_config import DistributedConfigLayout
 from hf_divguard.storage.layouts.fsdp import FsdpLayout
 from hf_divguard.storage.layouts.layout import Layout, Parts
@@ -11,6 +12,7 @@ from hf_divguard.storage.layouts.layout import Layout, Parts
 __all__ = ["LAYOUTS", "Layout", "Parts", "layout_of"]
 
 LAYOUTS: tuple[Layout, ...] = (
+    DeepSpeedLayout(),
     DistributedConfigLayout(),
     FsdpLayout(),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,34 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments, NonFiniteDetector
+from hf_divguard.hf.engines import engine_of
+from hf_divguard.hf.host import Host
 from tests.hf.engines.launch import allow_fsdp_on_cpu, fsdp_options
+from tests.hf.engines.sharded_models import sharded_llama
+from tests.hf.engines.zero import STATES, float32_parts, held_by_zero, is_zero, zero_options
 from tests.hf.faults import NaNBatch, same_state
 from tests.tiny import TokenRows, base_arguments, tiny_model
 
 Options = dict[str, Any]
 
 FAULT = range(11, 13)
+AT_WORK = {
+    "ddp": "one process",
+    "fsdp2": "FSDP2",
+    "fsdp2-full": "FSDP2",
+    "fsdp1": "FSDP1",
+    "distributed-config": "FSDP2 by `DistributedConfig`",
+    **{f"zero{stage}": "DeepSpeed" for stage in (1, 2, 3)},
+}
+"""How the name of the engine begins that has to be at work."""
 
 
 def options_of(engine: str) -> Options:
     """Return the arguments that make a run train under an engine; this process is made ready for it."""
+    if engine in ("ddp", "distributed-config"):
+        return {}
+    if engine.startswith("zero"):
+        return zero_options(int(engine.removeprefix("zero")))
     allow_fsdp_on_cpu()
     kinds: dict[str, Options] = {
         "fsdp2": fsdp_options(),
@@ -30,6 +48,11 @@ def options_of(engine: str) -> Options:
         "fsdp1": fsdp_options(version=1, sync_module_states=False),
     }
     return kinds[engine]
+
+
+def new_model(engine: str, folder: str | Path) -> Any:
+    """Return a model that is the same at every call."""
+    return sharded_llama(folder) if engine == "distributed-config" else tiny_model(dropout=0.1)
 
 
 # ---- what a rank holds
@@ -49,6 +72,8 @@ def local(value: Any) -> Any:
 
 def held(trainer: Any) -> dict[str, Any]:
     """Return this rank's weights and optimizer state, without the learning rates, which go on."""
+    if is_zero(trainer):
+        return held_by_zero(trainer)
     return {
         "weights": local(dict(trainer.model.named_parameters())),
         "optimizer": local(trainer.optimizer.state_dict()["state"]),
@@ -58,9 +83,17 @@ def held(trainer: Any) -> dict[str, Any]:
 def digest(trainer: Any) -> str:
     """Return a digest of what this rank holds of the weights."""
     found = hashlib.sha256()
-    for weight in local(dict(trainer.model.named_parameters())).values():
+    for weight in held(trainer)["weights"].values():
         found.update(weight.float().numpy().tobytes())
     return found.hexdigest()
+
+
+def live_parts(trainer: Any) -> list[torch.Tensor]:
+    """Return this rank's parts of the weights; writing into them changes the model, under DeepSpeed after an update."""
+    if is_zero(trainer):
+        return float32_parts(trainer)
+    weights = [weight.detach() for weight in trainer.model.parameters()]
+    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
 
 
 class Held(TrainerCallback):
@@ -98,7 +131,9 @@ def make_trainer(
     **options: Any,
 ) -> Any:
     """Return a trainer under an engine, whose loss is NaN in the steps of ``fault``."""
-    common: Options = {"max_steps": 16, "save_steps": 4, "logging_steps": 16, "ddp_backend": "gloo"}
+    common: Options = {"max_steps": 16, "save_steps": 4, "logging_steps": 16}
+    if "RANK" in os.environ and not engine.startswith("zero"):
+        common["ddp_backend"] = "gloo"  # under DeepSpeed it would be DistributedDataParallel
     guards: Options = {
         "divguard_check_steps": 1,
         "divguard_cooldown_steps": 2,
@@ -110,7 +145,7 @@ def make_trainer(
     args = (DivGuardTrainingArguments if is_guarded else TrainingArguments)(
         **base_arguments(folder, **common)
     )
-    model = model if model is not None else tiny_model(dropout=0.1)
+    model = model if model is not None else new_model(engine, folder)
     if adapter:
         model = with_adapter(model)
     watching: list[Any] = [NaNBatch(model, fault)] if fault else []
@@ -123,6 +158,8 @@ def make_trainer(
         eval_dataset=TokenRows(rows=8, seed=1),
         callbacks=[*watching, *callbacks],
     )
+    at_work = engine_of(Host(trainer)).name
+    assert at_work.startswith(AT_WORK[engine]), f"{at_work} is at work, not {AT_WORK[engine]}"
     for callback in callbacks:
         callback.trainer = trainer
     return trainer
@@ -174,6 +211,8 @@ def from_disk_and_memory(rank: int, folder: str, engine: str, **options: Any) ->
 class Noise(TrainerCallback):
     """Noise on this rank's part of the weights, before the forward pass of a step."""
 
+    trainer: Any = None
+
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -182,8 +221,7 @@ class Noise(TrainerCallback):
         if state.global_step + 1 == self.step:
             lot = torch.Generator().manual_seed(args.process_index)
             with torch.no_grad():
-                for weight in kwargs["model"].parameters():
-                    part = weight.to_local() if hasattr(weight, "to_local") else weight
+                for part in live_parts(self.trainer):
                     part += 2.0 * torch.randn(part.shape, generator=lot)
 
 
@@ -214,6 +252,8 @@ def healthy(rank: int, folder: str, engine: str, **options: Any) -> dict[str, An
     }
     # An evaluation draws a random number for its data loader, whoever asks for it.
     evaluates: Options = {"eval_strategy": "steps", "eval_steps": 10}
+    if engine == "distributed-config":
+        evaluates["save_only_model"] = True  # the host refuses to save the optimizer
     stock = make_trainer(engine, Path(folder, "stock"), is_guarded=False, **common, **evaluates)
     stock.train()
     asks = DivergenceDetector(ScriptedRule({22: 20, 25: 23}), action="rollback")
@@ -295,6 +335,28 @@ def resume(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any
     return {"same": same_state(held(whole), held(resumed)), "step": resumed.state.global_step}
 
 
+def go_on(rank: int, folder: str, resumes: bool = False, **options: Any) -> dict[str, Any]:
+    """Train, or resume, a model that Transformers has sharded over so many ranks as there are; one rank has it whole."""
+    engine = "distributed-config" if "RANK" in os.environ else "ddp"
+    evaluates: Options = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "eval_on_start": resumes,
+        "logging_steps": 1,
+    }
+    model = sharded_llama(Path(folder, "out"))
+    trainer = make_trainer(engine, Path(folder, "out"), model=model, **evaluates, **options)
+    trainer.train(resume_from_checkpoint="latest" if resumes else None)
+    history = trainer.state.log_history
+    state = next(iter(trainer.optimizer.state.values()))
+    return {
+        "evaluated": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+        "losses": losses(trainer),
+        "updates": int(state["step"]),
+        "step": trainer.state.global_step,
+    }
+
+
 def unreadable(rank: int, folder: str, engine: str, bad_rank: int = 1, **options: Any) -> dict[str, Any]:
     """Roll back while one rank cannot read the newest checkpoint: the bytes of its part are others."""
 
@@ -302,8 +364,9 @@ def unreadable(rank: int, folder: str, engine: str, bad_rank: int = 1, **options
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if rank != bad_rank or state.global_step != 8:
                 return
-            for path in Path(folder, "checkpoint-8").rglob(f"__{bad_rank}_*.distcp"):
-                path.write_bytes(b"\0" * path.stat().st_size)
+            for pattern in (f"__{bad_rank}_*.distcp", STATES.format(rank=bad_rank)):
+                for path in Path(folder, "checkpoint-8").rglob(pattern):
+                    path.write_bytes(b"\0" * path.stat().st_size)
 
     seen = Held()
     trainer = make_trainer(engine, folder, callbacks=(Spoil(), seen), fault=FAULT, **options)
@@ -318,9 +381,6 @@ def unreadable(rank: int, folder: str, engine: str, bad_rank: int = 1, **options
 
 def write_after_evaluation(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any]:
     """Put states back right after a forward pass, which may leave parameters gathered: the next one must see them."""
-    from hf_divguard.hf.engines import engine_of
-    from hf_divguard.hf.host import Host
-
     seen: dict[str, Any] = {}
 
     class Evaluate(TrainerCallback):

@@ -1,19 +1,31 @@
-"""FSDP through accelerate: every rank holds a part of the weights, and all of them go back together."""
+"""Every engine: each rank holds a part of weights or optimizer, and all of them go back together."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from transformers import Trainer
 
 from tests.hf.engines import runs
 from tests.hf.engines.launch import NEEDS_TRANSFORMERS_5
 
 pytestmark = NEEDS_TRANSFORMERS_5
 
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed: `make test-engines` does it",
+)
+NEEDS_SHARDED_MODELS = pytest.mark.skipif(
+    not hasattr(Trainer, "_defer_fsdp_gradient_reduction"),
+    reason="this version of Transformers cannot train a model that it has sharded",
+)
 ENGINES = [
     "fsdp2",
+    pytest.param("distributed-config", marks=NEEDS_SHARDED_MODELS),
+    *(pytest.param(f"zero{stage}", marks=[NEEDS_DEEPSPEED, pytest.mark.slow]) for stage in (1, 2, 3)),
     pytest.param("fsdp2-full", marks=pytest.mark.slow),
     pytest.param("fsdp1", marks=pytest.mark.slow),
 ]
@@ -63,7 +75,7 @@ def test_a_healthy_run_is_the_unguarded_one_to_the_bit(both: Ranks) -> None:
     """With every guard on, and weights compared twice."""
     for rank in both:
         assert rank["healthy"]["same"]
-        assert rank["healthy"]["events"] == []
+        assert {event["event"] for event in rank["healthy"]["events"]} <= {"dismissed"}
         assert rank["healthy"]["passes"] >= 4
         assert rank["healthy"]["best"]
 
