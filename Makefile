@@ -196,11 +196,10 @@ release-check: $(EXTRAS_READY) ## Build the package, check it as PyPI does, and 
 address: ## Write the address of the repository into every file: make address ADDRESS=https://github.com/...
 	@$(PYTHON) docs/project_address.py "$(ADDRESS)"
 
-ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) $(ENGINES_READY) ## What continuous integration runs after `make test`, in shortened form
+ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration runs after `make test`, in shortened form
 	@$(MAKE) --no-print-directory notebooks docs release-check test-page
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py -k "adapter or f1 or nan_gradient or embeddings" $(WORKERS) $(PYTEST)
 	@$(EXTRAS_BIN)/python -m pytest tests/matrix -k "(SFTTrainer and LoRA) or SentenceTransformer" $(WORKERS) $(PYTEST)
-	@$(ENGINES_BIN)/python -m pytest tests/hf/engines -k "zero2 or killed" $(PYTEST)
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)

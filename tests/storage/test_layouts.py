@@ -151,3 +151,48 @@ def test_full_state_dicts_are_archives(checkpoint: Path) -> None:
     verdict = verify_checkpoint(checkpoint)
     assert (verdict.status, verdict.loadable) == ("incomplete", True)
     assert "`optimizer.bin` is not a complete archive" in verdict.reason
+
+
+@pytest.fixture(params=[2, 3])
+def deepspeed_checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, int]:
+    """A checkpoint of DeepSpeed as two ranks save it, and the stage of ZeRO."""
+    stage = request.param
+    folder = tmp_path / "checkpoint-4"
+    state = folder / "global_step4"
+    state.mkdir(parents=True)
+    (folder / "latest").write_text("global_step4")
+    for rank in range(2):
+        torch.save({"optimizer_state_dict": rank}, state / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        weights = (
+            f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        )
+        torch.save({"module": {}}, state / weights)
+        torch.save({"python": 1}, folder / f"rng_state_{rank}.pth")
+    (folder / "trainer_state.json").write_text('{"global_step": 4}')
+    torch.save({"last_epoch": 4}, folder / "scheduler.pt")
+    return folder, stage
+
+
+def test_a_checkpoint_of_deepspeed_without_a_manifest_is_complete(
+    deepspeed_checkpoint: tuple[Path, int],
+) -> None:
+    verdict = verify_checkpoint(deepspeed_checkpoint[0])
+    assert (verdict.status, verdict.resumable) == ("complete", True)
+
+
+def test_a_missing_part_of_a_rank_of_deepspeed_is_named_with_it(
+    deepspeed_checkpoint: tuple[Path, int],
+) -> None:
+    folder, stage = deepspeed_checkpoint
+    parts = {"optim": "the part of rank 1 of the optimizer"}
+    if stage == 3:
+        parts["model"] = "the part of rank 1 of the weights"
+    for kind, what in parts.items():
+        file = folder / "global_step4" / f"zero_pp_rank_1_mp_rank_00_{kind}_states.pt"
+        content = file.read_bytes()
+        file.unlink()
+        verdict = verify_checkpoint(folder)
+        assert not verdict.resumable
+        assert what in verdict.reason
+        file.write_bytes(content)
+    assert verify_checkpoint(folder).resumable
