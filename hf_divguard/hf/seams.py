@@ -29,6 +29,7 @@ SEAMS = (
     "_inner_training_loop",
     "_load_best_model",
     "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
     "_load_rng_state",
     "_load_scaler",
     "_maybe_log_save_evaluate",
@@ -36,7 +37,9 @@ SEAMS = (
     "_push_from_checkpoint",
     "_save",
     "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
     "get_batch_samples",
+    "get_train_dataloader",
     "training_step",
 )
 """Methods of the Trainer that the guards extend or call, in every version that was tested."""
