@@ -265,11 +265,14 @@ class DivGuardMixin(PublicMethods):
         else:
             rotate_as_host(self, use_mtime, output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if model in (None, self.model) and engine_of(Host(self)).loads_weights:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *model: Any, **named: Any) -> None:
+        # Some Trainers, as that of sentence-transformers, take no model: it is passed on only if it came.
+        if {*map(id, (*model, *named.values()))} <= {id(None), id(self.model)} and engine_of(
+            Host(self)
+        ).loads_weights:
             load_weights_on_all_ranks(Host(self), resume_from_checkpoint, self._ranks())
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *model, **named)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not engine_of(Host(self)).save_optimizer(output_dir):

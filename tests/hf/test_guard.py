@@ -28,6 +28,7 @@ from hf_divguard import (
     guard,
 )
 from tests.processes import run_python
+from tests.tiny import TokenRows, base_arguments, tiny_model
 
 
 @dataclass
@@ -62,6 +63,23 @@ class MoreArguments(guard(UserArguments)):  # type: ignore[misc]
 
 def quick(cls: Any, **options: Any) -> Any:
     return cls(**{"output_dir": "out", "use_cpu": True, "report_to": "none", **options})
+
+
+class LoadsItself(Trainer):
+    """A trainer that loads weights in its own way and takes no model for it, as that of sentence-transformers."""
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        super()._load_from_checkpoint(checkpoint_path)
+
+
+def test_a_trainer_that_loads_weights_in_its_own_way_is_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"divguard_detector": "adaptive", "eval_strategy": "no"}
+    for steps, resumes in ((4, False), (8, True)):
+        args = DivGuardTrainingArguments(**base_arguments(tmp_path, save_steps=4, max_steps=steps, **options))
+        trainer = guard(LoadsItself)(tiny_model(), args, train_dataset=TokenRows())
+        trainer.train(resume_from_checkpoint=resumes or None)
+    trainer.load_last_good()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == list(range(1, 9))
 
 
 # ---- what it makes
