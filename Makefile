@@ -199,7 +199,7 @@ address: ## Write the address of the repository into every file: make address AD
 ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration runs after `make test`, in shortened form
 	@$(MAKE) --no-print-directory notebooks docs release-check test-page
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py -k "adapter or f1 or nan_gradient or embeddings" $(WORKERS) $(PYTEST)
-	@$(EXTRAS_BIN)/python -m pytest tests/matrix -k "(SFTTrainer and LoRA) or SentenceTransformer" $(WORKERS) $(PYTEST)
+	@$(EXTRAS_BIN)/python -m pytest tests/matrix $(WORKERS) $(PYTEST)
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)
