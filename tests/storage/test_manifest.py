@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.storage.manifest import (
@@ -258,7 +259,11 @@ def test_a_checkpoint_is_certified_only_if_it_holds_what_the_save_was_to_hold(
         ["german/adapter_model.safetensors"],
         ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
         ["my_model.pt"],
-        ["latest", "global_step20/mp_rank_00_model_states.pt"],
+        [
+            "latest",
+            "global_step20/mp_rank_00_model_states.pt",
+            "global_step20/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        ],
     ],
     ids=lambda names: names[0],
 )
@@ -267,6 +272,10 @@ def test_weights_in_files_of_other_names_are_weights(names: list[str], tmp_path:
     for name in [*names, "trainer_state.json", "rng_state.pth", *(() if foreign else RESUMABLE[1:3])]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"1")
+        if foreign and name.endswith("_states.pt"):
+            torch.save({}, tmp_path / name)
+    if foreign:  # as DeepSpeed writes it: which folder holds the state
+        (tmp_path / "latest").write_text("global_step20")
     build_manifest(tmp_path, **PLACE, weights=True, training_state=True)
     (tmp_path / "trainer_state.json").unlink()
     with pytest.raises(CheckpointSaveError, match=r"`trainer_state.json`"):
