@@ -18,6 +18,9 @@ Row = dict[str, Any]
 WORSE = 1.01
 """A guarded run whose loss is above this times the unguarded one's was harmed by the guard."""
 
+NO_ACTION = ("data", "dismissed", "warned")
+"""Events that only tell of something: the run goes on as it was."""
+
 
 def variants_of(cell: Cell, guarded: tuple[str, ...] = GUARDED) -> tuple[str, ...]:
     """Return the variants of a cell: only faults have updates that an oracle can leave out."""
@@ -99,8 +102,9 @@ def compare(cell: Cell, options: dict[str, Any], cache: Cache, guarded: tuple[st
 def _rolled_back(cell: Cell, outcome: dict[str, Any], stock: dict[str, Any], reference: float) -> Row:
     events = outcome["events"]
     first = cell.bad_steps[0] if cell.bad_steps else 0
-    # An event that only names data is no action.
-    acted = [event["step"] for event in events if event["step"] is not None and event["event"] != "data"]
+    acted = [
+        event["step"] for event in events if event["step"] is not None and event["event"] not in NO_ACTION
+    ]
     after = [step for step in acted if step >= first]
     final = outcome["final"]
     return {
