@@ -19,7 +19,7 @@ WORSE = 1.01
 """A guarded run whose loss is above this times the unguarded one's was harmed by the guard."""
 
 NO_ACTION = ("data", "dismissed", "warned")
-"""Events that only tell of something: the run goes on as it was."""
+"""Events without an action: the run goes on as it was."""
 
 
 def variants_of(cell: Cell, guarded: tuple[str, ...] = GUARDED) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ class BatchIndices:
             )
 
     def follow(self, loader: Any, skips: Callable[[], int]) -> None:
-        """Have the batch sampler of ``loader`` tell what it gives.
+        """Have the batch sampler of ``loader`` report what it gives.
 
         Args:
             loader: The data loader of training, as the host has prepared it.
@@ -101,7 +101,7 @@ class BatchIndices:
 
 
 class _Followed:
-    """A batch sampler that tells what it gives."""
+    """A batch sampler that reports what it gives."""
 
     def __init__(self, sampler: Any, follower: BatchIndices) -> None:
         self._sampler, self._follower = sampler, follower

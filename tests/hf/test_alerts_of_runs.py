@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_divguard import DivGuardTrainingArguments, NonFiniteDetector
-from hf_divguard.alerts.alerts import CHANNELS
+from hf_divguard.alerts.alerts import CHANNELS, channels_of
 from tests.alerts.servers import refusing, serving
 from tests.hf import record_runs
 from tests.hf.faults import QUICK, NaNBatch
@@ -130,7 +130,8 @@ def test_an_alert_without_an_address_is_refused_before_training_on_every_rank(
 
 
 def test_names_may_have_spaces_and_a_comma_too_many(tmp_path: Path) -> None:
-    DivGuardTrainingArguments(str(tmp_path), use_cpu=True, divguard_alerts=" webhook , slack,")
+    args = DivGuardTrainingArguments(str(tmp_path), use_cpu=True, divguard_alerts=" webhook , slack,")
+    assert list(channels_of(args.divguard_alerts)) == ["webhook", "slack"]
 
 
 @pytest.mark.parametrize("value", ["slak", "", "https://hooks.example.org/SECRET", 3])

@@ -139,7 +139,7 @@ class RobustBaseline(Stateful):
     and tails together. Until the window is full, what a falling trend adds to them is left
     out. ``reach`` is the distance from the highest value in the window, or the first ones,
     to the lowest. ``progress`` is how far the level has certainly fallen since the first
-    values, ``initial``; it is never negative. ``is_full`` tells that the window has its full
+    values, ``initial``; it is never negative. ``is_full`` says that the window has its full
     length, which it then keeps, as does all that is taken from it.
 
     Example:

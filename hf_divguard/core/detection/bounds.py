@@ -31,7 +31,7 @@ class RiseBounds(NamedTuple):
 
     Args:
         progress: How far the loss has fallen so far.
-        is_unlearnt: Whether that progress is too small to be told from noise.
+        is_unlearnt: Whether that progress is too small to be distinguished from noise.
         jump: Height of a jump.
         climb: Height of a climb above the best level.
         jump_scale: Unit in which the evidence for a jump is added up.

@@ -1,4 +1,4 @@
-"""The options of reporting: who is told of what was found, and how the process ends."""
+"""The options of reporting: who is notified of a finding, and how the process ends."""
 
 from __future__ import annotations
 
