@@ -15,8 +15,10 @@ __all__ = ["DualTimeScaleDivergenceDetector", "DualWindowDivergenceDetector"]
 logger = logging.getLogger(__name__)
 
 
-def _metric_key(metric_key: str | None, use_eval_loss: bool) -> str:
-    return metric_key or ("eval_loss" if use_eval_loss else "loss")
+def _series(metric_key: str | None, use_eval_loss: bool, greater_is_better: bool | None) -> dict[str, Any]:
+    """Return which series a rule watches, and which direction of it is good."""
+    key = metric_key or ("eval_loss" if use_eval_loss else "loss")
+    return {"metric_key": key, "greater_is_better": _direction(key, greater_is_better)}
 
 
 def _direction(metric_key: str, greater_is_better: bool | None) -> bool:
@@ -99,15 +101,10 @@ class DualTimeScaleDivergenceDetector(DivergenceDetector):
         greater_is_better: bool | None = None,
         name: str | None = None,
     ) -> None:
-        key = _metric_key(metric_key, use_eval_loss)
         rule = DualTimeScaleRule(
-            short_alpha,
-            long_alpha,
-            threshold,
-            metric_key=key,
-            greater_is_better=_direction(key, greater_is_better),
+            short_alpha, long_alpha, threshold, **_series(metric_key, use_eval_loss, greater_is_better)
         )
-        super().__init__(rule, action=action, metric_key=key, name=name)
+        super().__init__(rule, action=action, metric_key=rule.metric_key, name=name)
         self.use_eval_loss = use_eval_loss
 
 
@@ -167,13 +164,8 @@ class DualWindowDivergenceDetector(DivergenceDetector):
         greater_is_better: bool | None = None,
         name: str | None = None,
     ) -> None:
-        key = _metric_key(metric_key, use_eval_loss)
         rule = DualWindowRule(
-            short_window,
-            long_window,
-            threshold,
-            metric_key=key,
-            greater_is_better=_direction(key, greater_is_better),
+            short_window, long_window, threshold, **_series(metric_key, use_eval_loss, greater_is_better)
         )
-        super().__init__(rule, action=action, metric_key=key, name=name)
+        super().__init__(rule, action=action, metric_key=rule.metric_key, name=name)
         self.use_eval_loss = use_eval_loss

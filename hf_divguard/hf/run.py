@@ -93,12 +93,6 @@ class GuardedRun(RunComponents):
         warn_at_start(self.host, self.options, self.detectors.values(), is_resumed=resumed_from is not None)
 
     @property
-    def keeps_all_at_end(self) -> bool:
-        """Whether the host must not delete checkpoints at the end of training."""
-        interrupted = self.interruption.by is not None
-        return self.checkpoints.preserves_best or self.ending.had_come or interrupted
-
-    @property
     def is_over(self) -> bool:
         """Whether the host has nothing more to log, to evaluate or to save at the end of a step or epoch."""
         return self.ending.had_come or self.interruption.is_done

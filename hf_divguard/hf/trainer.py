@@ -321,8 +321,11 @@ class DivGuardMixin(PublicMethods):
         def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
             # With a limit of 1 the host deletes everything but the best checkpoint here.
             run = self._run
-            keeps_all = run is not None and run.keeps_all_at_end
-            with save_limit(self.args, None) if keeps_all else contextlib.nullcontext():
+            with (
+                save_limit(self.args, None)
+                if run is not None and _keeps_all(run)
+                else contextlib.nullcontext()
+            ):
                 return super()._finalize_training(*args, **kwargs)
 
     if HAS_ROTATE_METHOD:
@@ -330,9 +333,14 @@ class DivGuardMixin(PublicMethods):
         def _sorted_checkpoints(self, *args: Any, **kwargs: Any) -> list[str]:
             # The host asks once for the end of training, to delete everything but the best with a limit of 1.
             run = self._run
-            if run is not None and run.is_training and run.keeps_all_at_end:
+            if run is not None and run.is_training and _keeps_all(run):
                 return []
             return list(super()._sorted_checkpoints(*args, **kwargs))  # type: ignore[misc, unused-ignore]
+
+
+def _keeps_all(run: GuardedRun) -> bool:
+    """Return whether the host must not delete checkpoints at the end of training."""
+    return run.checkpoints.preserves_best or run.ending.had_come or run.interruption.by is not None
 
 
 def _saves_itself(args: Any, callbacks: Any) -> bool:

@@ -8,14 +8,15 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from hf_divguard.core.detection.detector import check_setting, non_finite_finding
+from hf_divguard.core.detection.gap import GapRule
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.state import StateError, Stateful, memory
+from hf_divguard.core.state import StateError, memory
 
 __all__ = ["DualTimeScaleRule"]
 
 
 @dataclass
-class DualTimeScaleRule(Stateful):
+class DualTimeScaleRule(GapRule):
     """Compare a fast and a slow exponential moving average of one series.
 
     Both averages start at the first finite value ``x`` and follow
@@ -52,6 +53,7 @@ class DualTimeScaleRule(Stateful):
     """
 
     name: ClassVar[str] = "ema"
+    averages: ClassVar[tuple[str, str]] = ("short_ema", "long_ema")
 
     short_alpha: float = 0.1
     long_alpha: float = 0.01
@@ -65,10 +67,9 @@ class DualTimeScaleRule(Stateful):
     initialized: bool = memory(False)
 
     def __post_init__(self) -> None:
-        self.pending_since: int | None = None
+        super().__post_init__()
         check_setting(self.name, "short_alpha", self.short_alpha, above=0, at_most=1)
         check_setting(self.name, "long_alpha", self.long_alpha, above=0, at_most=1)
-        check_setting(self.name, "threshold", self.threshold, above=0)
         if self.short_alpha <= self.long_alpha:
             warnings.warn(
                 f"`short_alpha={self.short_alpha!r}` should be greater than `long_alpha={self.long_alpha!r}`: the "
@@ -87,33 +88,10 @@ class DualTimeScaleRule(Stateful):
         else:
             self.short_ema = self.short_alpha * value + (1.0 - self.short_alpha) * self.short_ema
             self.long_ema = self.long_alpha * value + (1.0 - self.long_alpha) * self.long_ema
-        gap = self.long_ema - self.short_ema if self.greater_is_better else self.short_ema - self.long_ema
-        # A quarter of the gap is no finding, but reason enough not to delete what is from before it.
-        is_pending = gap >= self.threshold / 4
-        self.pending_since = (self.pending_since or step) if is_pending else None
-        if gap < self.threshold:
-            return None
-        moved, sign = ("fallen", -1.0) if self.greater_is_better else ("risen", 1.0)
-        return Finding(
-            step=step,
-            onset_step=step,
-            kind="drop" if self.greater_is_better else "jump",
-            severity="error",
-            metric=self.metric_key,
-            value=value,
-            limit=self.long_ema + sign * self.threshold,
-            message=(
-                f"`{self.metric_key}` = {value:.4g} at step {step} has {moved}: its short average "
-                f"{self.short_ema:.4g} is {gap:.4g} away from its long average {self.long_ema:.4g} "
-                f"(limit {self.threshold:.4g})."
-            ),
-            evidence={"short_ema": self.short_ema, "long_ema": self.long_ema, "gap": gap},
-        )
+        return self._judge(step, value, self.short_ema, self.long_ema)
 
-    def reset(self) -> None:
-        """Forget everything that was observed."""
-        super().reset()
-        self.pending_since = None
+    def _describe(self, short: float, long: float, gap: float) -> str:
+        return f"its short average {short:.4g} is {gap:.4g} away from its long average {long:.4g}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over both averages exactly as they are.
@@ -127,4 +105,3 @@ class DualTimeScaleRule(Stateful):
             if None in averages:
                 raise StateError(f"`short_ema` and `long_ema` must be finite numbers, got {averages!r}.")
         super().load_state_dict(state_dict)
-        self.pending_since = None

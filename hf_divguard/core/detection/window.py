@@ -9,8 +9,9 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from hf_divguard.core.detection.detector import check_setting, non_finite_finding
+from hf_divguard.core.detection.gap import GapRule
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.state import Stateful, memory
+from hf_divguard.core.state import memory
 
 __all__ = ["DualWindowRule"]
 
@@ -26,7 +27,7 @@ def _in_units(value: float) -> int:
 
 
 @dataclass
-class DualWindowRule(Stateful):
+class DualWindowRule(GapRule):
     """Compare the means of the last few and of the last many values of one series.
 
     Silent until the long window is full. Then fires on every value for which
@@ -58,6 +59,7 @@ class DualWindowRule(Stateful):
     """
 
     name: ClassVar[str] = "window"
+    averages: ClassVar[tuple[str, str]] = ("short_mean", "long_mean")
 
     short_window: int = 10
     long_window: int = 100
@@ -70,10 +72,9 @@ class DualWindowRule(Stateful):
     _long_buffer: deque[float] = memory(deque)
 
     def __post_init__(self) -> None:
-        self.pending_since: int | None = None
+        super().__post_init__()
         check_setting(self.name, "short_window", self.short_window, at_least=1, unit="value")
         check_setting(self.name, "long_window", self.long_window, at_least=1, unit="value")
-        check_setting(self.name, "threshold", self.threshold, above=0)
         if self.short_window >= self.long_window:
             warnings.warn(
                 f"`short_window={self.short_window}` should be smaller than `long_window={self.long_window}`: the "
@@ -96,7 +97,6 @@ class DualWindowRule(Stateful):
     def reset(self) -> None:
         """Forget everything that was observed."""
         super().reset()
-        self.pending_since = None
         self._short_sum = self._long_sum = 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,7 +106,6 @@ class DualWindowRule(Stateful):
             StateError: If a buffer is missing or holds anything but finite numbers.
         """
         super().load_state_dict(state_dict)
-        self.pending_since = None
         self._short_sum = sum(map(_in_units, self._short_buffer))
         self._long_sum = sum(map(_in_units, self._long_buffer))
 
@@ -121,27 +120,12 @@ class DualWindowRule(Stateful):
             return None
         short_mean = self._short_sum / (len(self._short_buffer) * _UNIT)
         long_mean = self._long_sum / (self.long_window * _UNIT)
-        gap = long_mean - short_mean if self.greater_is_better else short_mean - long_mean
-        # A quarter of the gap is no finding, but reason enough not to delete what is from before it.
-        is_pending = gap >= self.threshold / 4
-        self.pending_since = (self.pending_since or step) if is_pending else None
-        if gap < self.threshold:
-            return None
-        moved, sign = ("fallen", -1.0) if self.greater_is_better else ("risen", 1.0)
-        return Finding(
-            step=step,
-            onset_step=step,
-            kind="drop" if self.greater_is_better else "jump",
-            severity="error",
-            metric=self.metric_key,
-            value=value,
-            limit=long_mean + sign * self.threshold,
-            message=(
-                f"`{self.metric_key}` = {value:.4g} at step {step} has {moved}: the mean {short_mean:.4g} of its "
-                f"last {len(self._short_buffer)} values is {gap:.4g} away from the mean {long_mean:.4g} of its last "
-                f"{self.long_window} (limit {self.threshold:.4g})."
-            ),
-            evidence={"short_mean": short_mean, "long_mean": long_mean, "gap": gap},
+        return self._judge(step, value, short_mean, long_mean)
+
+    def _describe(self, short: float, long: float, gap: float) -> str:
+        return (
+            f"the mean {short:.4g} of its last {len(self._short_buffer)} values is {gap:.4g} away from the mean "
+            f"{long:.4g} of its last {self.long_window}"
         )
 
 
