@@ -135,6 +135,10 @@ def score(name: str, value: Any = 0.5) -> dict[str, Any]:
     return {"compute_metrics": lambda prediction: {name: value}}
 
 
+def literal_rouge(prediction: Any) -> dict[str, float]:
+    return {"rouge": 0.5, "rouge_2": 0.25}
+
+
 BEST = {"preserve_best_model": True, "eval_on_save": True}
 ROLLBACK = {"divguard_detector": "adaptive", "divguard_action": "rollback", "max_steps": 8}
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
@@ -151,6 +155,29 @@ METRICS = {
         "training",
         ("no `eval_f1`", "Did you mean 'eval_f1_a'?"),
         KeyError,
+    ),
+    "a metric that the source of compute_metrics does not return": Mistake(
+        with_options(**BEST, best_model_metric="bleu", given={"compute_metrics": literal_rouge}),
+        "trainer",
+        ("`best_model_metric='bleu'`", "no evaluation produces `eval_bleu`", "['rouge', 'rouge_2']", "set"),
+        ValueError,
+    ),
+    "a typo that the source of compute_metrics shows": Mistake(
+        with_options(
+            **BEST,
+            best_model_metric="rouge_l",
+            best_model_greater_is_better=True,
+            given={"compute_metrics": lambda prediction: {"rouge_1": 0.5}},
+        ),
+        "trainer",
+        ("`best_model_metric='rouge_l'`", "no evaluation produces", "Did you mean 'eval_rouge_1'?"),
+        ValueError,
+    ),
+    "accuracy as the host's best metric without compute_metrics": Mistake(
+        with_options(eval_on_save=True, metric_for_best_model="accuracy", greater_is_better=True),
+        "trainer",
+        ("`metric_for_best_model='accuracy'` is to tell", "no `compute_metrics`", "Pass a `compute_metrics`"),
+        ValueError,
     ),
     "accuracy without compute_metrics": Mistake(
         with_options(**BEST, best_model_metric="accuracy"),
@@ -743,7 +770,8 @@ TABLES = {
 ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row in rows.items()}
 
 LATE = {
-    "metrics: a metric that compute_metrics does not return": "an evaluation more would change metrics with a state",
+    "metrics: a metric that compute_metrics does not return": "its source does not show the names, and an evaluation "
+    "more would change metrics with a state",
     "metrics: a metric close to one that is returned": "as above",
     "metrics: a metric that is a text": "as above",
     "metrics: a metric that is always NaN": "the metric of a model that has not been trained may be NaN once",

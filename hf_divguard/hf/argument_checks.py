@@ -6,10 +6,12 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from hf_divguard.core.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER, greater_is_better
+from hf_divguard.core.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER, greater_is_better, with_eval_prefix
+from hf_divguard.hf.options.values import did_you_mean
+from hf_divguard.hf.returned_names import returned_names
 
 __all__ = [
     "check_arguments_can_be_saved",
@@ -200,27 +202,47 @@ def evaluates_as_stock(trainer: Any) -> bool:
     A class of another library may add some by its own evaluation, and a callback by its own
     ``on_evaluate``.
     """
-    kind = type(trainer)
-    methods = [getattr(kind, name) for name in ("evaluate", "evaluation_loop")]
-    methods += [type(each).on_evaluate for each in trainer.callback_handler.callbacks]
-    return all(method.__module__.split(".")[0] in ("transformers", "hf_divguard") for method in methods)
+    names = ("evaluate", "_evaluate", "evaluation_loop")
+    own = [each for each in type(trainer).__mro__ if any(name in vars(each) for name in names)]
+    modules = [each.__module__ for each in own]
+    modules += [type(each).on_evaluate.__module__ for each in trainer.callback_handler.callbacks]
+    return all(module.split(".")[0] in ("transformers", "hf_divguard") for module in modules)
 
 
 def check_ranking_metric_can_come(options: Any, trainer: Any) -> None:
-    """Raise ``ValueError`` if checkpoints are ranked by a metric of ``compute_metrics`` and there is none."""
-    key = options.divguard_ranking_key
-    if (
-        not options.preserve_best_model
-        or getattr(trainer, "compute_metrics", None) is not None
-        or is_in_every_evaluation(key)
-        or not evaluates_as_stock(trainer)
-    ):
+    """Raise ``ValueError`` if checkpoints are ranked, or the best is tracked, by a metric that no evaluation produces.
+
+    That is certain where there is no ``compute_metrics``, or where its source shows all names that it returns, and
+    nothing else adds metrics. Else the first evaluation shows it.
+    """
+    args = trainer.args
+    name = "best_model_metric" if options.preserve_best_model else "metric_for_best_model"
+    asked = getattr(options if options.preserve_best_model else args, name, None)
+    if asked is None or not (options.preserve_best_model or options.eval_on_save):
         return
+    key, compute = with_eval_prefix(asked), getattr(trainer, "compute_metrics", None)
+    returned = None if compute is None else returned_names(compute)
+    known = _keys_of(returned or (), getattr(trainer, "eval_dataset", None))
+    is_open = compute is not None and returned is None
+    if is_open or key in known or is_in_every_evaluation(key) or not evaluates_as_stock(trainer):
+        return
+    there = "the trainer has no `compute_metrics`, so there is only `eval_loss`"
+    if returned is not None:
+        there = f"`compute_metrics` returns {sorted(returned)}"
     raise ValueError(
-        f"`best_model_metric={options.best_model_metric!r}` ranks checkpoints, but no evaluation produces `{key}`: the "
-        "trainer has no `compute_metrics`, so there is only `eval_loss`. Pass a `compute_metrics` that returns "
-        f"{key.removeprefix('eval_')!r}, or set `best_model_metric='loss'`."
+        f"`{name}={asked!r}` {'ranks checkpoints' if options.preserve_best_model else 'is to tell the best one'}, but "
+        f"no evaluation produces `{key}`: {there}.{did_you_mean(key, {*known, 'eval_loss'})} Pass a `compute_metrics` "
+        f"that returns {key.removeprefix('eval_')!r}, or set `{name}={sorted(returned or {'loss'})[0]!r}`."
     )
+
+
+def _keys_of(names: Collection[str], eval_dataset: Any) -> set[str]:
+    """Return the keys under which an evaluation, or those of several sets, has metrics with such names."""
+    sets = eval_dataset if isinstance(eval_dataset, Mapping) else ()
+    prefixes = [f"eval_{each}" for each in sets] or ["eval"]
+    return {
+        name if name.startswith(f"{prefix}_") else f"{prefix}_{name}" for prefix in prefixes for name in names
+    }
 
 
 def check_arguments_can_be_saved(args: Any) -> None:
