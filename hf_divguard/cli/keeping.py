@@ -74,6 +74,7 @@ class Plan:
         needed: Why some stay whatever the rules say, by step.
         delete: The checkpoints to delete, oldest first.
         reasons: Why each of the others stays, by step.
+        last: Steps of the last saves that stay.
     """
 
     keep_last: int
@@ -82,6 +83,7 @@ class Plan:
     needed: dict[int, str] = field(default_factory=dict)
     delete: list[Checkpoint] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
+    last: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -105,11 +107,11 @@ class Plan:
             if each.verdict.status == "incomplete" and newer >= self.keep_last:
                 surplus.add(each.step)
         good = seen.ledger.counting(seen.ledger.records)
-        last = LatestN(self.keep_last).keep(good) if good else set()
+        self.last = LatestN(self.keep_last).keep(good) if good else set()
         places = {each.step: place for place, each in enumerate(seen.best[: self.keep_best], start=1)}
         newest = seen.complete[-1].step if seen.complete else None
         for each in seen.found:
-            reason = self._reason(each, seen, last=last, places=places, newest=newest)
+            reason = self._reason(each, seen, places=places, newest=newest)
             if reason is None and each.step in surplus:
                 self.delete.append(each)
             else:
@@ -117,7 +119,7 @@ class Plan:
         return self
 
     def _reason(
-        self, each: Checkpoint, seen: Survey, *, last: set[int], places: dict[int, int], newest: int | None
+        self, each: Checkpoint, seen: Survey, *, places: dict[int, int], newest: int | None
     ) -> str | None:
         step, status = each.step, each.verdict.status
         words = []
@@ -133,7 +135,7 @@ class Plan:
             words.append(self.needed[step])
         if step == newest:
             words.append("newest complete")
-        elif step in last:
+        elif step in self.last:
             words.append(f"last {self.keep_last}")
         if step in places:
             words.append(f"best {places[step]} of {self.keep_best}" if self.keep_best > 1 else "best")

@@ -256,6 +256,11 @@ def _add_prune(group: Any) -> None:
     )
     parser.add_argument("dir", metavar="DIR", help="output folder of a run")
     _add_keep(parser)
+    parser.add_argument(
+        "--weights-only-older-than",
+        metavar="AGE",
+        help="of those that stay, reduce older ones to their weights: 45m, 12h, 7d. Training cannot be resumed from them",
+    )
     _add_metric(parser)
     parser.add_argument("--yes", action="store_true", help="delete")
 

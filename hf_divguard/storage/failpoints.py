@@ -7,9 +7,10 @@ The moments of storage, in the order of a save: ``sidecar written``, ``checkpoin
 ``manifest written``, ``old checkpoint moved aside``, ``checkpoint published``, ``old checkpoint
 removed``. Of a deletion: ``deletion renamed``, ``checkpoint deleted``. Of a mark: ``note written``
 (after each of two files), then ``checkpoint quarantined``, ``checkpoint marked as suspect`` or
-``suspect cleared``. Of a start: ``unfinished checkpoint removed``, ``old checkpoint restored``. Of the
-events: ``events written``. Of a save, in ``hf``: ``save begun``, ``host wrote``,
-``sealed``. Of a rollback: ``rollback decided``, ``weights restored``, ``rollback recorded``.
+``suspect cleared``. Of a reduction to the weights: ``manifest reduced``. Of a start: ``unfinished
+checkpoint removed``, ``old checkpoint restored``. Of the events: ``events written``. Of a save,
+in ``hf``: ``save begun``, ``host wrote``, ``sealed``. Of a rollback:
+``rollback decided``, ``weights restored``, ``rollback recorded``.
 """
 
 from __future__ import annotations

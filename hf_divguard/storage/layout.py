@@ -11,6 +11,7 @@ __all__ = [
     "ARCHIVE",
     "RNG",
     "SHARD",
+    "TRAINING_STATE",
     "foreign_layout",
     "has_training_state",
     "is_trainer_file",
@@ -29,7 +30,11 @@ _WEIGHTS = (
 SHARD = re.compile(r"(?:model|pytorch_model)-[0-9]+-of-[0-9]+\.(?:safetensors|bin)")
 """Name of one of several files of weights."""
 
-_STATE = r"(?:optimizer|scheduler|scaler)\.pt|rng_state(?:_[0-9]+)?\.pth|training_args\.bin"
+_RESUME = r"(?:optimizer|scheduler|scaler)\.pt|rng_state(?:_[0-9]+)?\.pth"
+_STATE = rf"{_RESUME}|training_args\.bin"
+TRAINING_STATE = re.compile(_RESUME)
+"""Name of a file that only a resume needs."""
+
 ARCHIVE = re.compile(rf"{_STATE}|adapter_model\.bin|pytorch_model(?:-.*)?\.bin")
 """Name of a file that the Trainer writes with ``torch.save``."""
 

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from hf_divguard import verify_checkpoint
 from hf_divguard.storage.deletion import delete_checkpoint
+from hf_divguard.storage.failpoints import watch_failpoints
+from hf_divguard.storage.weights_only import reduce_to_weights
 from tests.cli.conftest import let_age
 from tests.storage.conftest import tree
 from tests.tiny import checkpoint_steps
@@ -171,3 +175,88 @@ def test_rules_that_make_no_sense_are_refused(
     assert answer.code == 2
     assert says in answer.err
     assert tree(run) == before
+
+
+# ---- weights only
+
+
+def test_old_ones_that_stay_are_reduced_to_their_weights(cli: Any, run_of: RunOf) -> None:
+    run = run_of("healthy")
+    rules = ("--keep-last", 1, "--keep-best", 2, "--weights-only-older-than", "12h")
+    before = tree(run)
+    announced = cli("prune", run, *rules, "--json").json
+    assert tree(run) == before
+    reduced = {each["step"] for each in announced["weights_only"]}
+    kept = {each["step"] for each in announced["keep"]}
+    assert reduced
+    assert reduced == kept - {max(kept)}
+    size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    best = cli("best", run, "-n", 2).out
+    answer = cli("prune", run, *rules, "--yes", "--json")
+    assert (answer.code, answer.json["bytes"]) == (0, announced["bytes"])
+    # A manifest that lists fewer files is shorter.
+    after = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    assert 0 <= size - after - announced["bytes"] < 2000
+    for step in reduced:
+        checkpoint = run / f"checkpoint-{step}"
+        assert not [path.name for path in checkpoint.glob("*.pt*")]
+        assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() > 0
+        verdict = verify_checkpoint(checkpoint, checksums=True)
+        assert (verdict.status, verdict.loadable, verdict.resumable) == ("complete", True, False)
+    # The newest one can still be resumed, and the best are still the best.
+    assert cli("best", run, "-n", 2).out == best
+    assert cli("status", run, "--json").json["take"]["step"] == max(kept)
+    assert cli("prune", run, *rules, "--yes", "--json").json["weights_only"] == []
+
+
+def test_the_command_that_reduces_can_be_pasted(cli: Any, run_of: RunOf) -> None:
+    run = run_of("healthy")
+    command = (
+        cli("prune", run, "--keep-last", 1, "--keep-best", 3, "--weights-only-older-than", "0.5d")
+        .out.splitlines()[-1]
+        .split()
+    )
+    answer = cli(*command[1:])
+    assert answer.code == 0
+    assert "reduced" in answer.out
+
+
+def test_what_a_fault_needs_and_young_ones_stay_in_full(cli: Any, run_of: RunOf) -> None:
+    run = run_of("stopped")
+    taken = cli("status", run, "--json").json["take"]["step"]
+    cli("prune", run, "--keep-best", 2, "--weights-only-older-than", "1m", "--yes")
+    assert verify_checkpoint(run / f"checkpoint-{taken}").resumable
+    run = run_of("healthy")
+    assert cli("prune", run, "--weights-only-older-than", "3d", "--json").json["weights_only"] == []
+
+
+def test_without_a_manifest_nothing_is_reduced(cli: Any, run_of: RunOf) -> None:
+    run = run_of("stock")
+    answer = cli("prune", run, "--keep-best", 3, "--weights-only-older-than", "1h", "--json").json
+    assert answer["weights_only"] == []
+    assert "is not reduced to its weights: it has no manifest." in "".join(answer["notes"])
+
+
+@pytest.mark.parametrize("age", ["7", "-1d", "week", "1e3h", "", "0x1d"])
+def test_an_age_that_is_none_is_refused(cli: Any, run_of: RunOf, age: str) -> None:
+    answer = cli("prune", run_of("healthy"), f"--weights-only-older-than={age}")
+    assert answer.code == 2
+    assert f"such as 45m, 12h or 7d, got {age!r}" in answer.err
+
+
+def test_killed_after_the_new_manifest_it_is_complete(run_of: RunOf) -> None:
+    run = run_of("healthy")
+    checkpoint = next(iter(sorted(run.glob("checkpoint-*"))))
+
+    def interrupt(name: str) -> None:
+        if name == "manifest reduced":
+            raise KeyboardInterrupt
+
+    with watch_failpoints(interrupt), pytest.raises(KeyboardInterrupt):
+        reduce_to_weights(checkpoint)
+    verdict = verify_checkpoint(checkpoint)
+    assert (verdict.status, verdict.resumable) == ("complete", False)
+    assert (checkpoint / "optimizer.pt").exists()
+    assert reduce_to_weights(checkpoint) > 0
+    assert not (checkpoint / "optimizer.pt").exists()
+    assert verify_checkpoint(checkpoint).status == "complete"
