@@ -28,6 +28,7 @@ from hf_divguard.hf.host import (
     save_limit,
     sharded_model_accepted,
 )
+from hf_divguard.hf.policy_watch import make_policy_watch
 from hf_divguard.hf.public_methods import PublicMethods
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import end_metrics
@@ -97,9 +98,9 @@ class DivGuardMixin(PublicMethods):
         check_arguments_can_be_saved(self.args)
         check_evaluation_data(self._options, getattr(self, "eval_dataset", None))
         check_ranking_metric_can_come(self._options, self)
-        detector = make_detector(self._options, self)
-        if detector is not None:
-            self.add_callback(detector)
+        for callback in (make_detector(self._options, self), make_policy_watch(self._options, self)):
+            if callback is not None:
+                self.add_callback(callback)
 
     # ---- the host's seams
 
