@@ -1,5 +1,7 @@
 """A training script that a launcher starts, and starts again after a kill: ``python -m tests.hf.engines.elastic``.
 
+With ``--engine=launched-fsdp2`` and such it does not say what it trains under: that comes from the launcher's file.
+
 It has one line for that: ``resume_from_checkpoint="auto"``.
 """
 
@@ -38,6 +40,8 @@ def main() -> None:
     parser.add_argument("--kill_at", type=int, default=0)
     parser.add_argument("--kill_rank", type=int, default=1)
     parser.add_argument("--own_folders", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--nan_at", type=int, default=0)
     parser.add_argument("--engine", default="ddp")
     options = parser.parse_args()
     rank = int(os.environ["RANK"])
@@ -48,7 +52,8 @@ def main() -> None:
         write_the_model_on_each_node()
         output, own = options.folder / f"node{os.environ['GROUP_RANK']}" / "out", {"save_on_each_node": True}
     how = {"max_steps": 12, "save_steps": 3, "logging_steps": 1, "eval_on_save": True, "save_total_limit": 2}
-    trainer = runs.make_trainer(options.engine, output, **how, **own)
+    fault = range(options.nan_at, options.nan_at + 1) if options.nan_at else range(0)
+    trainer = runs.make_trainer(options.engine, output, fault=fault, bf16=options.bf16, **how, **own)
     if options.kill_at and rank == options.kill_rank:
         trainer.add_callback(KillOnce(options.kill_at, options.folder / "killed"))
     trainer.train(resume_from_checkpoint="auto")
@@ -57,6 +62,11 @@ def main() -> None:
         "step": trainer.state.global_step,
         "restarts": int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
         "losses": runs.losses(trainer),
+        "rollbacks": [
+            [event["step"], event["target_step"]]
+            for event in trainer.divguard_events
+            if event["event"] == "rollback"
+        ],
     }
     (options.folder / f"rank{rank}.json").write_text(json.dumps(ended))
 

@@ -17,7 +17,14 @@ from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
 from tests.hf.engines.launch import allow_fsdp_on_cpu, fsdp_options
 from tests.hf.engines.sharded_models import sharded_llama
-from tests.hf.engines.zero import STATES, float32_parts, held_by_zero, is_zero, zero_options
+from tests.hf.engines.zero import (
+    STATES,
+    float32_parts,
+    held_by_zero,
+    is_zero,
+    prepare_zero_on_cpu,
+    zero_options,
+)
 from tests.hf.faults import NaNBatch, same_state
 from tests.tiny import TokenRows, base_arguments, tiny_model
 
@@ -30,6 +37,8 @@ AT_WORK = {
     "fsdp2-full": "FSDP2",
     "fsdp1": "FSDP1",
     "distributed-config": "FSDP2 by `DistributedConfig`",
+    "launched-fsdp2": "FSDP2",
+    "launched-zero2": "DeepSpeed",
     **{f"zero{stage}": "DeepSpeed" for stage in (1, 2, 3)},
 }
 """How the name of the engine begins that has to be at work."""
@@ -39,9 +48,14 @@ def options_of(engine: str) -> Options:
     """Return the arguments that make a run train under an engine; this process is made ready for it."""
     if engine in ("ddp", "distributed-config"):
         return {}
+    if engine == "launched-zero2":
+        prepare_zero_on_cpu()
+        return {}  # `accelerate launch` has said the rest
     if engine.startswith("zero"):
         return zero_options(int(engine.removeprefix("zero")))
     allow_fsdp_on_cpu()
+    if engine == "launched-fsdp2":
+        return {}
     kinds: dict[str, Options] = {
         "fsdp2": fsdp_options(),
         "fsdp2-full": fsdp_options(state_dict="FULL_STATE_DICT"),
@@ -132,7 +146,7 @@ def make_trainer(
 ) -> Any:
     """Return a trainer under an engine, whose loss is NaN in the steps of ``fault``."""
     common: Options = {"max_steps": 16, "save_steps": 4, "logging_steps": 16}
-    if "RANK" in os.environ and not engine.startswith("zero"):
+    if "RANK" in os.environ and "zero" not in engine:
         common["ddp_backend"] = "gloo"  # under DeepSpeed it would be DistributedDataParallel
     guards: Options = {
         "divguard_check_steps": 1,
@@ -170,9 +184,9 @@ def with_adapter(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
-    )
+    is_gpt2 = model.config.model_type == "gpt2"
+    where: Options = {"target_modules": ["c_attn"] if is_gpt2 else ["q_proj"], "fan_in_fan_out": is_gpt2}
+    return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **where))
 
 
 def without_times(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -333,28 +347,6 @@ def resume(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any
     resumed = make_trainer(engine, folder, **options)
     resumed.train(resume_from_checkpoint=str(Path(folder, "checkpoint-8")))
     return {"same": same_state(held(whole), held(resumed)), "step": resumed.state.global_step}
-
-
-def go_on(rank: int, folder: str, resumes: bool = False, **options: Any) -> dict[str, Any]:
-    """Train, or resume, a model that Transformers has sharded over so many ranks as there are; one rank has it whole."""
-    engine = "distributed-config" if "RANK" in os.environ else "ddp"
-    evaluates: Options = {
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "eval_on_start": resumes,
-        "logging_steps": 1,
-    }
-    model = sharded_llama(Path(folder, "out"))
-    trainer = make_trainer(engine, Path(folder, "out"), model=model, **evaluates, **options)
-    trainer.train(resume_from_checkpoint="latest" if resumes else None)
-    history = trainer.state.log_history
-    state = next(iter(trainer.optimizer.state.values()))
-    return {
-        "evaluated": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
-        "losses": losses(trainer),
-        "updates": int(state["step"]),
-        "step": trainer.state.global_step,
-    }
 
 
 def unreadable(rank: int, folder: str, engine: str, bad_rank: int = 1, **options: Any) -> dict[str, Any]:

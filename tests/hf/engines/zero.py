@@ -15,15 +15,21 @@ STATES = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 """Name of the part of a rank in a checkpoint."""
 
 
-def zero_options(stage: int, **more: Any) -> dict[str, Any]:
-    """Return the arguments of a run under ZeRO; this process is made ready for it."""
+def prepare_zero_on_cpu() -> None:
+    """Let DeepSpeed train on CPU in this process."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate would not use DeepSpeed
     import deepspeed
-    from accelerate.state import AcceleratorState
 
     # Without an exchange in shared memory, which DeepSpeed would compile first.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def zero_options(stage: int, **more: Any) -> dict[str, Any]:
+    """Return the arguments of a run under ZeRO; this process is made ready for it."""
+    prepare_zero_on_cpu()
+    from accelerate.state import AcceleratorState
+
     # A process has one plugin of DeepSpeed for all of its trainers.
     AcceleratorState._reset_state(reset_partial_state=False)
     # Stage 1 has the settings of stage 2.
