@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hf_divguard.errors import CheckpointError
+from hf_divguard.hf.engines.elsewhere import parallelism
 from hf_divguard.hf.engines.engine import SAFE_ADVICE, Engine, KeptState, Unsupported
 from hf_divguard.hf.engines.tensors import is_adapted, to_cpu
 from hf_divguard.hf.rates import rates_kept
@@ -60,8 +61,8 @@ class DeepSpeed(Engine):
 
     @classmethod
     def is_at_work(cls, host: Host) -> bool:
-        """Return whether accelerate runs with DeepSpeed."""
-        return host.distributed_type == "DEEPSPEED"
+        """Return whether accelerate runs with DeepSpeed, and no layer or sequence is divided."""
+        return host.distributed_type == "DEEPSPEED" and parallelism(host) is None
 
     def unsupported(self) -> Unsupported | None:
         """Return which setting of DeepSpeed has no rollback."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import threading
@@ -10,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from hf_divguard.storage.failpoints import watch_failpoints
 from tests.hf.engines.runs import digest, make_trainer, without_times
@@ -26,12 +29,30 @@ MOMENTS = (
 """Failpoints that every rank comes to."""
 
 KILLED_AT = "killed_at.txt"
+SHOWS_WHERE_AFTER = 50.0
+"""Seconds after which a rank that still runs writes into its log where it is."""
+
+
+class Began(TrainerCallback):
+    """Notes that all ranks are set up and training begins."""
+
+    noted = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note it."""
+        Began.noted = True
 
 
 def kill(folder: str) -> None:
-    """Note the time and end this process by SIGKILL."""
-    Path(folder, KILLED_AT).write_text(str(time.time()), encoding="utf-8")
+    """Note the time, and whether training has begun, and end this process by SIGKILL."""
+    Path(folder, KILLED_AT).write_text(f"{time.time()} {int(Began.noted)}", encoding="utf-8")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def when_killed(folder: Path) -> tuple[float, bool]:
+    """Return the time of the kill, and whether training had begun."""
+    seconds, began = (folder / KILLED_AT).read_text(encoding="utf-8").split()
+    return float(seconds), began == "1"
 
 
 @contextlib.contextmanager
@@ -76,7 +97,11 @@ def train_or_resume(
         count: At which time of the failpoint.
         **options: More arguments of the run.
     """
-    trainer = make_trainer(engine, folder, fault=range(11, 13), **{"max_steps": 20, **options})
+    faulthandler.dump_traceback_later(SHOWS_WHERE_AFTER)
+    trainer = make_trainer(
+        engine, folder, fault=range(11, 13), callbacks=(Began(),), **{"max_steps": 20, **options}
+    )
     with killed(folder, moment if rank == bad_rank else None, count):
         trainer.train(resume_from_checkpoint="auto")
+    faulthandler.cancel_dump_traceback_later()
     return {"digest": digest(trainer), "events": without_times(trainer.divguard_events)}

@@ -142,9 +142,23 @@ def make_trainer(
     model: Any = None,
     adapter: bool = False,
     fsdp_config: Options | None = None,
+    at_work: str | None = "",
     **options: Any,
 ) -> Any:
-    """Return a trainer under an engine, whose loss is NaN in the steps of ``fault``."""
+    """Return a trainer under an engine, whose loss is NaN in the steps of ``fault``.
+
+    Args:
+        engine: What it trains under.
+        folder: The run folder.
+        callbacks: More callbacks, which get the trainer as an attribute.
+        fault: Steps.
+        is_guarded: Whether it is ours or the stock one.
+        model: The model, instead of a new one.
+        adapter: Whether only an adapter is trained.
+        fsdp_config: More of ``fsdp_config``.
+        at_work: How the name of the engine begins that has to be at work, where it is not as always; ``None`` for any.
+        **options: More arguments of the run.
+    """
     common: Options = {"max_steps": 16, "save_steps": 4, "logging_steps": 16}
     if "RANK" in os.environ and "zero" not in engine:
         common["ddp_backend"] = "gloo"  # under DeepSpeed it would be DistributedDataParallel
@@ -172,8 +186,9 @@ def make_trainer(
         eval_dataset=TokenRows(rows=8, seed=1),
         callbacks=[*watching, *callbacks],
     )
-    at_work = engine_of(Host(trainer)).name
-    assert at_work.startswith(AT_WORK[engine]), f"{at_work} is at work, not {AT_WORK[engine]}"
+    if at_work is not None:
+        name = engine_of(Host(trainer)).name
+        assert name.startswith(at_work or AT_WORK[engine]), f"{name} is at work, not {AT_WORK[engine]}"
     for callback in callbacks:
         callback.trainer = trainer
     return trainer
@@ -347,6 +362,22 @@ def resume(rank: int, folder: str, engine: str, **options: Any) -> dict[str, Any
     resumed = make_trainer(engine, folder, **options)
     resumed.train(resume_from_checkpoint=str(Path(folder, "checkpoint-8")))
     return {"same": same_state(held(whole), held(resumed)), "step": resumed.state.global_step}
+
+
+def divided(rank: int, folder: str, engine: str) -> dict[str, Any]:
+    """Start a run whose sequences are divided over the ranks; return the error."""
+    from accelerate import ParallelismConfig
+
+    sizes = {"sp_size": 2, "sp_backend": "deepspeed"} if engine.startswith("zero") else {"cp_size": 2}
+    trainer = make_trainer(
+        engine, folder, at_work=None, parallelism_config=ParallelismConfig(**sizes), max_steps=1
+    )
+    error = ""
+    try:
+        trainer.train()
+    except ValueError as caught:
+        error = str(caught)
+    return {"error": error, "step": trainer.state.global_step}
 
 
 def unreadable(rank: int, folder: str, engine: str, bad_rank: int = 1, **options: Any) -> dict[str, Any]:

@@ -19,30 +19,21 @@ from tests.processes import ROOT, environment, free_port
 pytestmark = pytest.mark.slow  # each start of torchrun takes some ten seconds
 
 
-def launch(folder: Path, *flags: str, nodes: int = 1, ranks: int = 2) -> list[subprocess.Popen[str]]:
-    """Start one ``torchrun`` for each node, which starts its ranks again once."""
-    where = f"--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{free_port()} --local-addr=127.0.0.1"
-    how = f"--nnodes={nodes} --nproc_per_node={ranks // nodes} --max-restarts=1 --monitor-interval=0.2"
-    words = ["-m", "torch.distributed.run", *where.split(), *how.split(), "-m", "tests.hf.engines.elastic"]
-    folder.mkdir()
-    return [
+def ended_by(folder: Path, commands: list[list[str]], **variables: str) -> list[dict[str, Any]]:
+    """Run the launcher of each node to its end; return how each rank ended."""
+    launchers = [
         subprocess.Popen(
-            [sys.executable, *words, str(folder), *flags],
+            words,
             cwd=ROOT,
             # With the store of the first start, the ranks of the second find the addresses of the first.
-            env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+            env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        for _ in range(nodes)
+        for words in commands
     ]
-
-
-def ended(folder: Path, *flags: str, **size: Any) -> list[dict[str, Any]]:
-    """Run a job to its end; return how each rank ended."""
-    launchers = launch(folder, *flags, **size)
     try:
         logs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
     finally:
@@ -51,6 +42,15 @@ def ended(folder: Path, *flags: str, **size: Any) -> list[dict[str, Any]]:
                 os.killpg(launcher.pid, signal.SIGKILL)
     assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), "\n".join(logs)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def ended(folder: Path, *flags: str, nodes: int = 1) -> list[dict[str, Any]]:
+    """Run a job of two ranks to its end with ``torchrun`` on each node, which starts its ranks again once."""
+    where = f"--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{free_port()} --local-addr=127.0.0.1"
+    how = f"--nnodes={nodes} --nproc_per_node={2 // nodes} --max-restarts=1 --monitor-interval=0.2"
+    words = ["-m", "torch.distributed.run", *where.split(), *how.split(), "-m", "tests.hf.engines.elastic"]
+    folder.mkdir()
+    return ended_by(folder, [[sys.executable, *words, str(folder), *flags]] * nodes)
 
 
 @pytest.fixture(scope="module")

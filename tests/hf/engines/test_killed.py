@@ -42,7 +42,7 @@ def test_the_others_end_and_the_resumed_run_is_the_one_that_was_never_killed(
     if moment in ("rollback saved", "host wrote", "sealed"):
         how["count"] = 1
     outcomes = run_ranks(killed.train_or_resume, 2, folder=tmp_path, engine="fsdp2", **how)
-    waited = time.time() - float((tmp_path / killed.KILLED_AT).read_text())
+    waited = time.time() - killed.when_killed(tmp_path)[0]
     assert outcomes[bad_rank].error == "it ended with -9"
     assert outcomes[1 - bad_rank].error not in (None, "it did not end in time"), outcomes[1 - bad_rank].log
     assert waited < PATIENCE

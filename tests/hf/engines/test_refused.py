@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from hf_divguard.hf.engines import engine_of, supported
 from hf_divguard.hf.restore import refuse_unsupported
+from tests.hf.engines import runs
+from tests.hf.engines.test_every_engine import NEEDS_DEEPSPEED, NEEDS_SHARDED_MODELS
 from tests.hf.fake_host import FakeHost
 
 
@@ -36,6 +39,7 @@ NEW = "start a new one from the weights of the checkpoint that the last line of 
         ({"cp_size": 4}, "context parallelism (`cp_size=4`)", AUTO),
         ({"sp_size": 2}, "sequence parallelism (`sp_size=2`)", AUTO),
         ({"tp_size": 2, "loaded_in_parts": True}, "tensor parallelism (`tp_size=2`)", NEW),
+        ({"sp_size": 2, "kind": "DEEPSPEED"}, "sequence parallelism (`sp_size=2`)", AUTO),
         ({"kind": "MEGATRON_LM"}, "Megatron-LM, which shards weights and optimizer", AUTO),
         ({"kind": "XLA"}, "XLA, where weights and optimizer live on devices of its own", AUTO),
         ({"kind": "ANOTHER"}, "the distributed type ANOTHER", AUTO),
@@ -60,3 +64,20 @@ def test_sizes_of_one_are_no_parallelism(tmp_path: Path) -> None:
     """accelerate names all of them."""
     host = host_of(tmp_path, tp_size=1, cp_size=1, sp_size=1, kind="MULTI_CPU")
     assert engine_of(host).unsupported() is None
+
+
+@NEEDS_SHARDED_MODELS
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", pytest.param("zero2", marks=[NEEDS_DEEPSPEED, pytest.mark.slow])]
+)
+def test_a_trainer_that_divides_sequences_is_refused_before_its_first_step(
+    engine: str, run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Under FSDP2 and DeepSpeed, which work without that; every rank gets the same error."""
+    outcomes = run_ranks(runs.divided, 2, folder=tmp_path, engine=engine)
+    first, second = (outcome.check() for outcome in outcomes)
+    assert first == second
+    name = "context parallelism (`cp_size=2`)" if engine == "fsdp2" else "sequence parallelism (`sp_size=2`)"
+    assert f"`rollback` does not work with {name}" in first["error"]
+    assert AUTO in first["error"]
+    assert first["step"] == 0
