@@ -6,8 +6,9 @@ run can load it: one process, or a whole model on each of several.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,9 +61,22 @@ def read_optimizer(host: Host, checkpoint: str) -> Callable[[], None]:
     ]
 
     def put() -> None:
-        set_optimizer_state_dict(host.model, _bare(host), read, options=options)
+        with _without_empty_groups(_bare(host)):
+            set_optimizer_state_dict(host.model, _bare(host), read, options=options)
 
     return put
+
+
+@contextlib.contextmanager
+def _without_empty_groups(optimizer: Any) -> Iterator[None]:
+    """Take groups without parameters out, which PyTorch cannot load: of adapters no weight is without decay."""
+    empty = {place: group for place, group in enumerate(optimizer.param_groups) if not group["params"]}
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    try:
+        yield
+    finally:
+        for place, group in empty.items():
+            optimizer.param_groups.insert(place, group)
 
 
 def read_to_resume(host: Host, checkpoint: str) -> Callable[[], None]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import textwrap
 from typing import Any
 
 import pytest
 import transformers
+
+from tests.processes import free_port
 
 NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(
     int(transformers.__version__.partition(".")[0]) < 5,
@@ -45,6 +48,12 @@ def allow_fsdp_on_cpu() -> None:
     _with_replaced(AcceleratorState, "__init__", kinds, f"DistributedType.MULTI_CPU, {kinds}")
     device = '"device_id": self.device,'
     _with_replaced(Accelerator, "prepare_model", device, '"device_id": __import__("torch").device("cpu"),')
+
+
+def become_the_only_rank() -> None:
+    """Make this process the only rank of a run that is distributed all the same."""
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", **port)
 
 
 def fsdp_options(version: int = 2, state_dict: str = "SHARDED_STATE_DICT", **config: Any) -> dict[str, Any]:

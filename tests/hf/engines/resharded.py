@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tests.hf.engines.launch import become_the_only_rank
 from tests.hf.engines.runs import losses, make_trainer
 from tests.hf.engines.sharded_models import sharded_llama
-from tests.processes import free_port
 
 STOP = 8
 OUT = "out"
@@ -27,8 +27,7 @@ def train(rank: int, folder: str, engine: str, resumes: bool = False) -> dict[st
     if "RANK" not in os.environ and engine == "distributed-config":
         engine, model = "ddp", sharded_llama(Path(folder, OUT))  # one process has the model as a whole
     elif "RANK" not in os.environ:
-        port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", **port)
+        become_the_only_rank()
     options: dict[str, Any] = {
         "max_steps": 2 * STOP if resumes else STOP,
         "logging_steps": 1,

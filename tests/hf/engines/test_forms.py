@@ -48,6 +48,8 @@ def forms(
 ) -> Ranks:
     """How a rollback in each form went on each rank."""
     what = {f"from_disk_and_memory/{name}": options for name, options in forms_of(request.param).items()}
+    if request.param != "fsdp1":
+        what["resume/adapter"] = {"adapter": True}
     folder = tmp_path_factory.mktemp("forms")
     outcomes = run_ranks(runs.several, 2, folder=folder, engine=request.param, what=what, timeout=500)
     return [outcome.check() for outcome in outcomes]
@@ -67,6 +69,13 @@ def test_every_rank_gets_its_part_back_to_the_bit(forms: Ranks, form: str) -> No
             assert rank[name][source]["same"]
             assert all(rank[name][source]["same"])
             assert rank[name][source]["moved"]
+
+
+def test_a_resumed_run_of_an_adapter_is_the_one_that_was_not_interrupted(forms: Ranks) -> None:
+    """Weights and optimizer of every rank."""
+    if "resume/adapter" not in forms[0]:
+        pytest.skip("adapters are refused under FSDP1")
+    assert all(rank["resume/adapter"]["same"] for rank in forms)
 
 
 def test_fsdp1_with_adapters_is_refused_at_the_start(run_ranks: Callable[..., Any], tmp_path: Path) -> None:
