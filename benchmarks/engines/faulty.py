@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_divguard import DivGuardTrainingArguments
-from tests.hf.engines.runs import live_parts, make_trainer, new_model
+from tests.hf.engines.trainers import live_parts, make_trainer, new_model
 from tests.hf.faults import HighRate, NaNBatch
 from tests.tiny import VOCABULARY, TokenRows
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
 from tests.hf.engines.launch import become_the_only_rank
-from tests.hf.engines.runs import make_trainer
+from tests.hf.engines.trainers import make_trainer
 from tests.tiny import RandomRows, gpt2
 
 VOCABULARY, LENGTH = 256, 8

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tests.hf.engines import runs
+from tests.hf.engines import trainers
 from tests.hf.scenarios import write_the_model_on_each_node
 from tests.processes import kill_self, let_ranks_resume_on_cpu
 
@@ -53,15 +53,15 @@ def main() -> None:
         output, own = options.folder / f"node{os.environ['GROUP_RANK']}" / "out", {"save_on_each_node": True}
     how = {"max_steps": 12, "save_steps": 3, "logging_steps": 1, "eval_on_save": True, "save_total_limit": 2}
     fault = range(options.nan_at, options.nan_at + 1) if options.nan_at else range(0)
-    trainer = runs.make_trainer(options.engine, output, fault=fault, bf16=options.bf16, **how, **own)
+    trainer = trainers.make_trainer(options.engine, output, fault=fault, bf16=options.bf16, **how, **own)
     if options.kill_at and rank == options.kill_rank:
         trainer.add_callback(KillOnce(options.kill_at, options.folder / "killed"))
     trainer.train(resume_from_checkpoint="auto")
     ended = {
-        "weights": runs.digest(trainer),
+        "weights": trainers.digest(trainer),
         "step": trainer.state.global_step,
         "restarts": int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
-        "losses": runs.losses(trainer),
+        "losses": trainers.losses(trainer),
         "rollbacks": [
             [event["step"], event["target_step"]]
             for event in trainer.divguard_events

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_divguard.storage.failpoints import watch_failpoints
-from tests.hf.engines.runs import digest, make_trainer, without_times
+from tests.hf.engines.trainers import digest, make_trainer, without_times
 
 MOMENTS = (
     "save begun",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.hf.engines.launch import become_the_only_rank
-from tests.hf.engines.runs import losses, make_trainer
 from tests.hf.engines.sharded_models import sharded_llama
+from tests.hf.engines.trainers import losses, make_trainer
 
 STOP = 8
 OUT = "out"
