@@ -38,7 +38,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help install demo test test-all test-recipes test-engines test-trl test-trackers test-gpu test-page \
 	cov style quality types docs docs-check \
 	notebooks bench bench-kill bench-detection bench-recovery bench-overhead bench-alerts \
-	bench-crash-points bench-kill-engines bench-command-line trace old-transformers compat ci-long build \
+	bench-crash-points bench-engines bench-kill-engines bench-command-line trace old-transformers compat ci-long build \
 	release-check address clean
 
 help: ## List the targets
@@ -175,8 +175,12 @@ bench-command-line: $(READY) ## Time the commands of hf-divguard on 10,000 check
 trace: $(READY) ## Count the functions and files that one step passes
 	@$(BIN)/python -m benchmarks.trace
 
-bench-kill-engines: $(READY) ## Kill one rank of sharded runs at random moments and resume them (hours)
-	@$(BIN)/python -W ignore -m benchmarks.kill_engines $(BENCH)
+bench-kill-engines: $(ENGINES_READY) ## Kill one rank of sharded runs at random moments and resume them (hours)
+	@$(ENGINES_BIN)/python -W ignore -m benchmarks.kill_engines $(BENCH)
+
+bench-engines: $(ENGINES_READY) ## Put faults into sharded runs, and measure saves and rollbacks by the number of processes
+	@$(ENGINES_BIN)/python -W ignore -m benchmarks.engines.recovery $(BENCH)
+	@$(ENGINES_BIN)/python -W ignore -m benchmarks.engines.cost $(BENCH)
 
 bench-crash-points: $(READY) ## Try every crash point of saving, rotating and resuming
 	@$(BIN)/python benchmarks/crash_points.py $(BENCH)
