@@ -82,7 +82,7 @@ def causes(name: str, seed: int, model: torch.nn.Module) -> list[TrainerCallback
 
 
 def guarded(engine: str, folder: Path, name: str, seed: int) -> Any:
-    """Return the trainer of a run, with all options of the guard at their defaults."""
+    """Return the trainer of a run, with all other options of the guard at their defaults."""
     model = new_model(engine, folder)
     how: dict[str, Any] = {
         "seed": seed,
@@ -95,6 +95,8 @@ def guarded(engine: str, folder: Path, name: str, seed: int) -> Any:
         "per_device_eval_batch_size": 128,
         "divguard_detector": "adaptive",
         "divguard_action": "rollback",
+        # Without this the states in memory are the fewer the slower the machine is.
+        "divguard_snapshot_steps": 5,
     }
     for option in ("divguard_check_steps", "divguard_cooldown_steps", "divguard_skip_nonfinite"):
         how[option] = DivGuardTrainingArguments.__dataclass_fields__[option].default
