@@ -5,7 +5,8 @@
 
 Two sizes of a model show which part of the time of an action grows with the parameters. All ranks
 share the disk and the cores of one machine, so times grow with the ranks where a cluster's would not; bytes do not
-depend on that. The checkpoint is in the page cache when it is read.
+depend on that. Of the times the first is that of the processor of the slowest rank, the second the least by the clock.
+The checkpoint is in the page cache when it is read.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def measured(server: ForkServer, folder: Path, engine: str, ranks: int, size: st
     where = folder / f"{engine}-{ranks}-{size}"
     how = {"folder": where, "engine": engine, "size": size, "repeats": repeats, "timeout": 500}
     seen = [outcome.check() for outcome in server.run(timed.measure, ranks, **how)]
-    seconds = {name: max(rank["seconds"][name] for rank in seen) for name in seen[0]["seconds"]}
+    worked = {name: max(rank["worked"][name] for rank in seen) for name in seen[0]["worked"]}
+    seconds = {f"{name}, clock": max(rank["seconds"][name] for rank in seen) for name in seen[0]["seconds"]}
     return {
         "engine": engine,
         "ranks": ranks,
@@ -56,22 +58,26 @@ def measured(server: ForkServer, folder: Path, engine: str, ranks: int, size: st
         "kept": max(rank["kept_bytes"] for rank in seen),
         "disk": seen[0]["disk_bytes"],
         "largest": seen[0]["largest_file_bytes"],
+        **worked,
         **seconds,
     }
 
 
 def cells(row: Row) -> list[str]:
-    """Return the cells of a row: bytes a parameter, then milliseconds."""
+    """Return the cells of a row: bytes a parameter, then milliseconds of a rank's processor and by the clock."""
     count = row["parameters"]
     per = [f"{row[name] / count:.1f}" for name in ("disk", "kept")]
-    times = [row["save"], row["read"] + row["put"], row["keep"], row["put back"]]
-    return [
-        row["engine"],
-        str(row["ranks"]),
-        f"{count / 1e6:.1f} M",
-        *per,
-        *(f"{1e3 * seconds:.0f}" for seconds in times),
+    times = [
+        (
+            row[f"save{kind}"],
+            row[f"read{kind}"] + row[f"put{kind}"],
+            row[f"keep{kind}"],
+            row[f"put back{kind}"],
+        )
+        for kind in ("", ", clock")
     ]
+    both = [f"{1e3 * worked:.0f} / {1e3 * clock:.0f}" for worked, clock in zip(*times, strict=True)]
+    return [row["engine"], str(row["ranks"]), f"{count / 1e6:.1f} M", *per, *both]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
