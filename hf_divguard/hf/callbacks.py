@@ -25,6 +25,7 @@ __all__ = [
     "RunCallbacks",
     "StandaloneStateKeeper",
     "collect_states",
+    "has_foreign",
     "is_stateful",
     "named_callbacks",
     "read_callback_states",
@@ -38,6 +39,13 @@ def is_stateful(callback: Any) -> bool:
     """Return whether ``callback`` follows PyTorch's ``Stateful`` protocol."""
     return callable(getattr(callback, "state_dict", None)) and callable(
         getattr(callback, "load_state_dict", None)
+    )
+
+
+def has_foreign(callbacks: Iterable[Any]) -> bool:
+    """Return whether a callback is neither the host's nor ours: it may ask for a save on one rank alone."""
+    return any(
+        type(each).__module__.partition(".")[0] not in ("transformers", "hf_divguard") for each in callbacks
     )
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "enforce_abort",
     "mark_run_output",
     "merge_over_ranks",
+    "merge_switches",
     "outcome_of",
     "request_evaluation_before_save",
     "request_log",
@@ -206,6 +207,16 @@ def save_and_end(control: Any) -> None:
 def cancel_end(control: Any) -> None:
     """Let training go on after a callback asked for its end."""
     control.should_training_stop = False
+
+
+_SWITCHES = ("should_log", "should_evaluate", "should_save", "should_training_stop", "should_epoch_stop")
+
+
+def merge_switches(ranks: Ranks, control: Any) -> None:
+    """Make what a callback of one rank asks for at the end of a step take place on all ranks. Called by all of them."""
+    wishes = ranks.any_of([bool(getattr(control, name)) for name in _SWITCHES])
+    for name, wish in zip(_SWITCHES, wishes, strict=True):
+        setattr(control, name, wish)
 
 
 def merge_over_ranks(ranks: Ranks, outcome: RunOutcome, control: Any) -> None:

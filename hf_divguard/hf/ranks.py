@@ -42,6 +42,10 @@ class _Failed:
         self.kind = kind
 
 
+class _Left:
+    """What a rank sends that has reached the end of a block, in the place of its value."""
+
+
 class Ranks:
     """The processes of one training run.
 
@@ -65,6 +69,7 @@ class Ranks:
         self._exchanges = 0
         self._agreed: CheckpointSaveError | None = None
         self._is_together = False
+        self._block = ""
         if self.world_size > 1:
             if Ranks._group_belongs_to is not dist.group.WORLD:
                 Ranks._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -88,6 +93,13 @@ class Ranks:
         for each in values:
             if isinstance(each, _Failed):
                 raise self._agree_on(each.message)
+        left = [rank for rank, each in enumerate(values) if isinstance(each, _Left)]
+        if left and len(left) < len(values):
+            acting = ", ".join(str(rank) for rank in range(len(values)) if rank not in left)
+            raise self._agree_on(
+                f"{self._block} must be asked for on all ranks alike, but only rank {acting} of {len(values)} does so. "
+                "Let the callback that sets `control.should_save` or `control.should_evaluate` set it on every rank."
+            )
         return values
 
     def _arrive(self) -> None:
@@ -179,12 +191,12 @@ class Ranks:
         if self.world_size == 1 or self._is_together:
             yield
             return
-        self._is_together = True
+        self._is_together, self._block = True, what
         try:
             with self._alarm.listening():
                 yield
                 if is_joint():
-                    self.gather(None)
+                    self.gather(_Left())
         except Exception as error:
             if self.is_ending and isinstance(error, CheckpointSaveError):
                 raise
@@ -208,6 +220,14 @@ class Ranks:
         value = torch.tensor(number)
         self._wait(dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return int(value)
+
+    def any_of(self, flags: list[bool]) -> list[bool]:
+        """Return for each flag whether it is set on any rank. Cheap enough for every step."""
+        if self.world_size == 1:
+            return flags
+        values = torch.tensor(flags, dtype=torch.uint8)
+        self._wait(dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
+        return [bool(value) for value in values.tolist()]
 
     def run_on_main(self, decide: Callable[[], T]) -> T:
         """Return what ``decide`` gives on rank 0, on every rank; an error of it is raised on every rank."""

@@ -12,6 +12,7 @@ from hf_divguard.hf import control as switches
 from hf_divguard.hf.batch_indices import batches_to_skip, named_rows
 from hf_divguard.hf.callbacks import (
     collect_states,
+    has_foreign,
     read_callback_states,
     restore_states,
 )
@@ -52,6 +53,7 @@ class GuardedRun(RunComponents):
         self.loaded: str | None = None
         """Checkpoint whose weights the model was given after the run."""
         self._acts_jointly = False
+        self._has_foreign_callbacks = False
 
     @property
     def outcome(self) -> RunOutcome:
@@ -68,6 +70,8 @@ class GuardedRun(RunComponents):
     def begin(self) -> None:
         """At the start of training: give callbacks, evaluations and rollback what the resumed checkpoint knows."""
         state, resumed_from = self.host.state, self._resumed_from
+        if self.checkpoints.is_active:
+            self._has_foreign_callbacks = any(self.ranks.gather(has_foreign(self.host.callbacks)))
         self.losses.start(state.global_step)
         self.ending.begin()
         states: dict[str, Any] | None = None
@@ -155,6 +159,12 @@ class GuardedRun(RunComponents):
             self.comparison.take_batches(batches, num_items)
         self.reporting.recent.note_batches(self.host.state.global_step + 1, batches)
 
+    def agree(self) -> None:
+        """At the end of a step: make what callbacks and signals ask for the same on all ranks."""
+        if self._has_foreign_callbacks:
+            switches.merge_switches(self.ranks, self.host.control)
+        self.interruption.check()
+
     def end_step(
         self,
         host_acts: Callable[[], None],
@@ -220,10 +230,16 @@ class GuardedRun(RunComponents):
         if self.ranks.world_size == 1 or not (due or control.should_log):
             return contextlib.nullcontext()
         return self.ranks.together(
-            f"The evaluation or save of step {step}", lambda: due or self._acts_jointly
+            f"The evaluation or save of step {step}",
+            lambda: due or self._acts_jointly or self._has_foreign_callbacks,
         )
 
     # ---- evaluation
+
+    def begin_evaluation(self) -> None:
+        """Before an evaluation: make sure that all ranks take part where a callback of one may have asked for it."""
+        if self._has_foreign_callbacks:
+            self.ranks.gather(None)
 
     def evaluated(self, step: int, metrics: dict[str, float] | None) -> None:
         """Note the results of an evaluation; make what callbacks asked for at it the same on all ranks."""

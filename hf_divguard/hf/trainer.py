@@ -185,7 +185,7 @@ class DivGuardMixin(PublicMethods):
             return
         if run.is_over:
             return
-        run.interruption.check()
+        run.agree()
         save_was_due = self.control.should_save
         delivered = run.losses.end_step(run.host, run.events.gradient_norm_of_step(grad_norm))
         run.end_step(act, model, tr_loss, losses_delivered=delivered, save_was_due=save_was_due)
@@ -218,6 +218,7 @@ class DivGuardMixin(PublicMethods):
         if outcome_of(self.state).rollback_request is not None:
             # The log of this step has shown a divergence: what is evaluated is the state that is restored.
             return {}
+        run.begin_evaluation()
         with run.evaluations.running():
             metrics = super()._evaluate(trial, *args, **kwargs)
         run.evaluated(step, metrics)

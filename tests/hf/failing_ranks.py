@@ -59,6 +59,26 @@ def in_callback(
     return scenarios.report(trainer)
 
 
+class Asks(TrainerCallback):
+    """Sets a switch of the control in an event of step 3, on rank 0 alone."""
+
+    def __init__(self, event: str, switch: str) -> None:
+        self._switch = switch
+        setattr(self, event, self._ask)
+
+    def _ask(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3 and args.process_index == 0:
+            setattr(control, self._switch, True)
+
+
+def asking(rank: int, output_dir: str, event: str, switch: str, **options: Any) -> dict[str, Any]:
+    """Train with a callback that asks for something on rank 0; on rank 1 it is not even there."""
+    callbacks = [Asks(event, switch)] if rank == 0 else []
+    trainer = scenarios.trainer_of(output_dir, callbacks=callbacks, logging_steps=1, **options)
+    trainer.train()
+    return scenarios.report(trainer)
+
+
 def in_save(
     rank: int,
     output_dir: str,

@@ -43,6 +43,57 @@ def test_an_error_in_a_callback_around_a_save_ends_all_ranks_with_the_same_error
     assert complete_steps(tmp_path / "out") == ([2, 4] if event == "on_save" else [2])
 
 
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate"])
+def test_a_save_that_one_rank_asks_for_takes_place_on_all(
+    event: str, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1} if event == "on_evaluate" else {}
+    outcomes = run_ranks(
+        failing_ranks.asking,
+        2,
+        output_dir=tmp_path / "out",
+        event=event,
+        switch="should_save",
+        max_steps=4,
+        timeout=60,
+        **evaluates,
+    )
+    assert [outcome.check()["step"] for outcome in outcomes] == [4, 4]
+    assert complete_steps(tmp_path / "out") == [2, 3, 4]
+
+
+def test_an_end_that_one_rank_asks_for_takes_place_on_all(run_ranks: RunRanks, tmp_path: Path) -> None:
+    outcomes = run_ranks(
+        failing_ranks.asking,
+        2,
+        output_dir=tmp_path / "out",
+        event="on_step_end",
+        switch="should_training_stop",
+        timeout=60,
+    )
+    assert [outcome.check()["step"] for outcome in outcomes] == [3, 3]
+
+
+@pytest.mark.parametrize("switch", ["should_save", "should_evaluate"])
+def test_what_one_rank_asks_for_at_a_log_ends_all_with_the_same_error(
+    switch: str, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    outcomes = run_ranks(
+        failing_ranks.asking,
+        2,
+        output_dir=tmp_path / "out",
+        event="on_log",
+        switch=switch,
+        eval_on_save=False,
+        divguard_save_mode="staged",
+        timeout=60,
+    )
+    assert "step 3 must be asked for on all ranks alike, but only rank 0 of 2 does so" in same_error_of(
+        outcomes
+    )
+    assert complete_steps(tmp_path / "out") == [2]
+
+
 @pytest.mark.parametrize("on_rank", [0, 1])
 def test_an_error_in_the_hosts_save_ends_all_ranks_with_the_same_error(
     on_rank: int, run_ranks: RunRanks, tmp_path: Path
