@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.machine import machine
 from tests.storage.crash_points import OPERATIONS, Table, explore
 
 Job = tuple[int, bool, int, bool]
@@ -80,7 +82,11 @@ def main() -> int:
             + " |"
         )
     tried = sum(table.tried for each in tables.values() for table in each)
-    print(f"\n{tried:,} states in {time.monotonic() - began:.0f} s, {len(wrong)} wrong.")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"\n{tried:,} states in {time.monotonic() - began:.0f} s, {len(wrong)} wrong. Processor time "
+        f"{used.ru_utime + used.ru_stime:.0f} s. {machine()}"
+    )
     for line in wrong[:20]:
         print(line)
     return 1 if wrong else 0

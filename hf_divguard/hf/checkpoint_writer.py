@@ -34,6 +34,7 @@ from hf_divguard.storage.manifest import (
 )
 from hf_divguard.storage.manifest_check import check_manifest
 from hf_divguard.storage.names import INCOMPLETE_NAME, TEMPORARY_PREFIX, checkpoint_name, checkpoint_step
+from hf_divguard.storage.replacing import aside_of, finish_move, remove_aside, set_aside
 from hf_divguard.storage.sidecar import Sidecar, write_sidecar
 from hf_divguard.storage.staging import (
     discard_staging,
@@ -86,6 +87,8 @@ class CheckpointWriter:
         self._checksums = checksums
         self._flush = flush
         self._last_bytes = 0
+        # In place: whether what stands under the name is being written by us.
+        self._is_writing = False
         self._last_step = _step_in(self.run_dir, resumed_from)
         self._local_ranks = ranks.on_same_file_system(self.run_dir)
         self.leads = ranks.rank == self._local_ranks[0]
@@ -147,11 +150,12 @@ class CheckpointWriter:
         """
         final = self.run_dir / checkpoint_name(step)
         what = f"Saving {final}"
+        self._is_writing = False
         folder = staging_folder(self.run_dir) / checkpoint_name(step) if self.mode == "staged" else final
         if self._is_there(step, final) and self.mode == "in_place" and not replace:
             return False
         try:
-            self._do(what, lambda: self._prepare(folder, final, sidecar), folder)
+            self._do(what, lambda: self._prepare(step, folder, final, sidecar), folder)
             failpoint("save begun")
             stand_in = str(folder.parent) if self.mode == "staged" else None
             self._do(what, lambda: write(stand_in), folder, every_rank=True)
@@ -160,7 +164,7 @@ class CheckpointWriter:
             failpoint("sealed")
             self._do(what, lambda: self._publish(step), folder)
         except CheckpointSaveError as error:
-            self._clean_up(folder)
+            self._clean_up(step, folder)
             raise CheckpointSaveError(
                 f"{error} Complete checkpoints from before are untouched."
             ) from error.__cause__
@@ -197,7 +201,7 @@ class CheckpointWriter:
                 there = False
         return all(self._ranks.gather(there))
 
-    def _prepare(self, folder: Path, final: Path, sidecar: Callable[[], Sidecar]) -> None:
+    def _prepare(self, step: int, folder: Path, final: Path, sidecar: Callable[[], Sidecar]) -> None:
         require_free_space(self.run_dir, self._last_bytes)
         if self.mode == "off":
             return
@@ -210,7 +214,8 @@ class CheckpointWriter:
             folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_if_it_holds_a_marker_alone(final)
             return
-        remove_tree(folder)
+        set_aside(self.run_dir, step, flush=self._flush)
+        self._is_writing = True
         # From here on the folder says of itself that it waits for a manifest.
         folder.mkdir(parents=True)
         write_sidecar(folder, sidecar())
@@ -243,16 +248,21 @@ class CheckpointWriter:
     def _publish(self, step: int) -> None:
         if self.mode == "staged":
             publish(self.run_dir, step, flush=self._flush)
+        elif self.mode == "in_place":
+            remove_aside(self.run_dir, step, flush=self._flush)
 
-    def _clean_up(self, folder: Path) -> None:
+    def _clean_up(self, step: int, folder: Path) -> None:
         """Give back the room of what could not be finished."""
         if not self.leads or self.mode == "off":
             return
         try:
             if self.mode == "staged":
                 discard_staging(self.run_dir)
-            elif folder.is_dir() and not folder.is_symlink():
+                return
+            if self._is_writing:
                 remove_tree(folder)
+            for line in finish_move(aside_of(self.run_dir, step)):
+                logger.info("%s", line)
         except OSError as error:
             logger.warning("The unfinished %s could not be removed (%s); it does not count.", folder, error)
 

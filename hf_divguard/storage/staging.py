@@ -24,6 +24,7 @@ from hf_divguard.storage.names import (
     checkpoint_step,
 )
 from hf_divguard.storage.regular_files import flush_folder, flush_tree
+from hf_divguard.storage.replacing import aside_of, finish_move, move, remove_aside
 
 __all__ = ["discard_staging", "folders_can_be_renamed", "publish", "recover", "staging_folder"]
 
@@ -99,7 +100,7 @@ def publish(run_dir: str | os.PathLike[str], step: int, *, flush: bool = False) 
     run_dir = Path(run_dir)
     staged = staging_folder(run_dir) / checkpoint_name(step)
     final = run_dir / checkpoint_name(step)
-    aside = run_dir / f"{REPLACED_PREFIX}{step}"
+    aside = aside_of(run_dir, step)
     for folder in (staging_folder(run_dir), staged):
         if not _is_folder(folder):
             raise NotADirectoryError(
@@ -112,13 +113,13 @@ def publish(run_dir: str | os.PathLike[str], step: int, *, flush: bool = False) 
         if not _is_folder(final):
             raise NotADirectoryError(errno.ENOTDIR, "Only a real folder can be replaced", os.fspath(final))
         remove_tree(aside)
-        os.rename(final, aside)
+        move(final, aside, flush=flush)
         failpoint("old checkpoint moved aside")
     try:
         os.rename(staged, final)
     except OSError:
         if moved_aside:
-            os.rename(aside, final)
+            move(aside, final, flush=flush)
         raise
     failpoint("checkpoint published")
     if flush:
@@ -126,9 +127,7 @@ def publish(run_dir: str | os.PathLike[str], step: int, *, flush: bool = False) 
         flush_folder(run_dir)
     # The checkpoint is published. What is left of the old one is no reason to fail the save:
     # `recover` removes it at the next start.
-    with contextlib.suppress(OSError):
-        remove_tree(aside)
-        failpoint("old checkpoint removed")
+    remove_aside(run_dir, step)
     with contextlib.suppress(OSError):
         os.rmdir(staging_folder(run_dir))
     return final
@@ -247,32 +246,7 @@ def _finish_moves_and_deletions(run_dir: Path) -> Iterator[str]:
         elif match is not None and match["kind"] == DELETING_PREFIX:
             yield from _remove(run_dir / name, f"what was left of the deleted checkpoint-{match['step']}")
         elif match is not None:
-            yield from _finish_move(run_dir / name, run_dir / checkpoint_name(int(match["step"])))
-
-
-def _finish_move(aside: Path, final: Path) -> Iterator[str]:
-    """Give the checkpoint that was moved aside its name back if it is the better one of the two."""
-    old = verify_with_record(aside, checksums=False)[0].status if _is_folder(aside) else "incomplete"
-    taken = os.path.lexists(final)
-    new = verify_with_record(final, checksums=False)[0].status if taken and _is_folder(final) else "complete"
-    if "unreadable" in (old, new if taken else ""):
-        yield f"The older {final.name} is left as {aside.name}: one of the two cannot be read now."
-        return
-    if old == "incomplete" or (taken and new != "incomplete"):
-        yield from _remove(aside, f"the older {final.name} that was replaced")
-        return
-    try:
-        if taken:
-            unfinished = final.with_name(f"{DELETING_PREFIX}{checkpoint_step(final.name)}")
-            remove_tree(unfinished)
-            os.rename(final, unfinished)
-            yield from _remove(unfinished, f"the unfinished {final.name}")
-        os.rename(aside, final)
-        failpoint("old checkpoint restored")
-    except OSError as error:
-        yield f"The older {final.name} could not get its name back: {error}."
-        return
-    yield f"The older {final.name} has its name back: the save that should replace it did not finish."
+            yield from finish_move(run_dir / name)
 
 
 def _remove(path: Path, what: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ from hf_divguard.storage.ledger import CheckpointLedger
 from hf_divguard.storage.manifest import build_manifest, write_manifest
 from hf_divguard.storage.names import MANIFEST_NAME, SIDECAR_NAME
 from hf_divguard.storage.quarantine import clear_suspect, mark_suspect, quarantine
+from hf_divguard.storage.replacing import remove_aside, set_aside
 from hf_divguard.storage.resume_state import resume_state
 from hf_divguard.storage.sidecar import write_sidecar
 from hf_divguard.storage.staging import publish, recover, staging_folder
@@ -237,7 +238,7 @@ class Run:
         self.ledger.add(step, {2: 0.1}.get(step, 0.5))
         sidecar = self.ledger.sidecar(step, metric_name="eval_loss", greater_is_better=False)
         if not self.staged:
-            delete_checkpoint(folder, self.folder)
+            set_aside(self.folder, step, flush=self.flush)
         folder.mkdir(parents=True)
         if not self.staged:
             write_sidecar(folder, sidecar, flush=self.flush)
@@ -262,7 +263,9 @@ class Run:
             training_state=True,
         )
         write_manifest(folder, manifest, flush=self.flush)
-        if self.staged and publishes:
+        if not self.staged:
+            remove_aside(self.folder, step, flush=self.flush)
+        elif publishes:
             publish(self.folder, step, flush=self.flush)
 
     def rotate(self) -> None:
@@ -338,7 +341,6 @@ def explore(
         operation.act(run)
     known = {op.name for op in recorder.ops if op.kind == "name" and op.folder == ROOT}
     known |= {op.to_name for op in recorder.ops if op.kind == "move" and op.to_folder == ROOT}
-    kept = operation.kept if staged or operation.name != "save a step again" else (2,)
     table, seen = Table(), set()
     for tree in states(recorder.ops, start, recorder.folders, most_lost=most_lost):
         table.tried += 1
@@ -346,7 +348,7 @@ def explore(
             continue
         seen.add(hash(tree))
         table.different += 1
-        problem = problem_of(work / "state", tree, kept, known if stale else set())
+        problem = problem_of(work / "state", tree, operation.kept, known if stale else set(), renames=staged)
         if problem is not None:
             table.wrong.append(f"{operation.name}: {problem} in {[name for name, _ in tree]}")
     shutil.rmtree(run.folder)
@@ -392,7 +394,26 @@ def stale_listing(run: Path, known: set[str]) -> Iterator[None]:
         os.listdir, os.scandir = listdir, scandir
 
 
-def problem_of(folder: Path, tree: Tree, kept: tuple[int, ...], stale: set[str]) -> str | None:
+@contextlib.contextmanager
+def folders_stay(renames: bool) -> Iterator[None]:
+    """Refuse to rename folders, unless the disk ``renames`` them."""
+    rename = os.rename
+
+    def refuse(source: Any, target: Any) -> None:
+        if os.path.isdir(source):
+            raise OSError(18, "Invalid cross-device link")
+        rename(source, target)
+
+    os.rename = rename if renames else refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os.rename = rename
+
+
+def problem_of(
+    folder: Path, tree: Tree, kept: tuple[int, ...], stale: set[str], *, renames: bool
+) -> str | None:
     """Return what a start finds wrong in a run folder that holds ``tree`` and lists ``stale`` names too."""
     folder.mkdir()
     try:
@@ -402,7 +423,7 @@ def problem_of(folder: Path, tree: Tree, kept: tuple[int, ...], stale: set[str])
         for name, data in tree:
             if data is not None:
                 Path(folder, name).write_bytes(data)
-        with stale_listing(folder, stale) if stale else contextlib.nullcontext():
+        with folders_stay(renames), stale_listing(folder, stale) if stale else contextlib.nullcontext():
             return _problem_at_a_start(folder, kept)
     finally:
         shutil.rmtree(folder)
