@@ -116,7 +116,7 @@ def _from_content(content: Any, name: str) -> History:
     if isinstance(content, Mapping):
         return _from_sequences(content)
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        if all(isinstance(entry, Mapping) for entry in content):
+        if all(entry.__class__ is dict or isinstance(entry, Mapping) for entry in content):
             return _from_log(content, name)
         raise HistoryError(
             f"{name} must be a list of log entries (mappings such as {{'loss': 2.5, 'step': 10}}). "
@@ -148,23 +148,38 @@ def _number(value: Any) -> float | None:
         return None
 
 
+def _step_and_numbers(logged: Mapping[str, Any]) -> tuple[float | None, dict[str, float]]:
+    """Return the step of an entry, and what else in it is a number or reads like one."""
+    step = logged.get("step")
+    if step.__class__ is int and -_EXACT < step < _EXACT:
+        values = dict(logged)
+        del values["step"]
+        for raw in values.values():
+            if raw.__class__ is not float:
+                break
+        else:
+            return step, values  # as the Trainer writes most of them
+    values = {
+        key: number
+        for key, raw in logged.items()
+        if (number := raw if raw.__class__ is float else _number(raw)) is not None
+    }
+    return values.pop("step", None), values
+
+
 def _from_log(log: Sequence[Mapping[str, Any]], name: str) -> History:
     entries: list[Entry] = []
     without_step = trained = 0
     for logged in log:
-        values = {
-            key: number
-            for key, raw in logged.items()
-            if (number := raw if raw.__class__ is float else _number(raw)) is not None
-        }
-        step = values.pop("step", None)
+        step, values = _step_and_numbers(logged)
+        is_training = "loss" in values
         if step is None or not math.isfinite(step):
             without_step += 1
             # Evaluations and the closing summary belong to the training entry before them.
-            step = trained + ("loss" in values)
+            step = trained + is_training
         if values:
             entries.append(Entry(int(step), values))
-            trained += "loss" in values
+            trained += is_training
     if not entries:
         raise HistoryError(
             f"{name} holds no log entries, so there is nothing to replay. The Trainer logs every "

@@ -92,24 +92,23 @@ def replay(
     steps_decrease = has_evaluations = False
     observe: Any = rule.observe
     evaluation_losses = _EvaluationLosses()
-    for entry in read.entries:
-        if steps and entry.step < steps[-1] and metric in entry.values:
-            steps_decrease = True
-            getattr(rule, "start_grace", lambda values: None)(0)
-        if metric in entry.values:
-            steps.append(entry.step)
-            value = entry.values[metric]
+    for step, values in read.entries:
+        if metric in values:
+            if steps and step < steps[-1]:
+                steps_decrease = True
+                getattr(rule, "start_grace", lambda values: None)(0)
+            steps.append(step)
             if takes_gradients:
-                found = observe(entry.step, value, entry.values.get("grad_norm"))
+                found = observe(step, values[metric], values.get("grad_norm"))
             else:
-                found = observe(entry.step, value)
+                found = observe(step, values[metric])
             if found:
                 findings.append(found)
         if observe_eval is not None:
-            for key in evaluation_losses[tuple(entry.values)]:
+            for key in evaluation_losses[tuple(values)]:
                 has_evaluations = True
                 if key != metric:
-                    found = observe_eval(entry.step, entry.values[key], metric_key=key)
+                    found = observe_eval(step, values[key], metric_key=key)
                     findings += [found] if found else []
     if not steps and not (has_evaluations and metric == "loss"):
         keys = sorted({key for entry in read.entries for key in entry.values})

@@ -163,7 +163,9 @@ class AdaptiveRule(Stateful):
             gradient = float(grad_norm)
             watch.gradients.see(gradient)
         explosion = watch.gradients.judge(step)
-        rise = watch.observe(step, watch.sign * max(-HUGE, min(HUGE, value)), gradient)
+        rise = watch.observe(
+            step, watch.sign * (value if -HUGE < value < HUGE else math.copysign(HUGE, value)), gradient
+        )
         if finding is None and rise is None and explosion is None:
             return None
         found = [entry for entry in (finding, rise, explosion) if entry is not None]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
+from hf_divguard.core.detection.sorted_window import SortedWindow, median
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = [
@@ -19,8 +18,6 @@ __all__ = [
     "LONGEST_WINDOW",
     "PATIENCE",
     "RobustBaseline",
-    "SortedWindow",
-    "median",
 ]
 
 # Lengths are counted in values. docs/detectors.md gives the source of each number.
@@ -40,81 +37,8 @@ _MEDIAN_ERROR = 1.2533  # spread of a median of n is this over sqrt(n): sqrt(pi 
 _NORMAL_EDGE = 1.2816  # 0.9 quantile
 _EDGE_DIFFERENCE = 1.645 * math.sqrt(2.0)  # 0.9 quantile of |a - b|
 
-# Up to so many changes it is faster to sort them in one by one.
-_FEW_CHANGES = 8
-
 HUGE: Final = 1e300
 """Larger numbers are cut to this, so that differences stay finite."""
-
-
-def median(values: Iterable[float]) -> float:
-    """Return the middle one of ``values`` in order; of an even number the mean of the middle two.
-
-    Example:
-        >>> median([3.0, 1.0, 90.0]), median([1.0, 2.0])
-        (3.0, 1.5)
-    """
-    ordered = sorted(values)
-    half, odd = divmod(len(ordered), 2)
-    return ordered[half] if odd else 0.5 * ordered[half - 1] + 0.5 * ordered[half]
-
-
-class SortedWindow(deque[float]):
-    """The last few values in the order of their arrival, with any quantile at hand.
-
-    Example:
-        >>> window = SortedWindow()
-        >>> for value in (5.0, 1.0, 9.0, 2.0):
-        ...     window.push(value, size=3)
-        >>> list(window), window.quantile(0.5)
-        ([1.0, 9.0, 2.0], 2.0)
-    """
-
-    def __init__(self, values: Iterable[float] = ()) -> None:
-        super().__init__(values)
-        self._sorted = sorted(self)
-        self._added: list[float] = []
-        self._dropped: list[float] = []
-
-    def push(self, value: float, size: int) -> None:
-        """Add a value, then drop the oldest until ``size`` are left."""
-        ordered = self.ordered
-        self.append(value)
-        insort(ordered, value)
-        while len(ordered) > size:
-            del ordered[bisect_left(ordered, self.popleft())]
-
-    def push_unsorted(self, value: float, size: int) -> None:
-        """Do the same where quantiles are seldom asked for: the next one puts the window in order."""
-        self.append(value)
-        self._added.append(value)
-        while len(self) > size:
-            self._dropped.append(self.popleft())
-
-    @property
-    def ordered(self) -> list[float]:
-        """The values from the smallest to the largest."""
-        if self._added:
-            self._put_in_order()
-        return self._sorted
-
-    def _put_in_order(self) -> None:
-        added, dropped = self._added, self._dropped
-        if len(added) > _FEW_CHANGES:
-            self._sorted = sorted(self)
-        else:
-            ordered = self._sorted
-            for value in added:
-                insort(ordered, value)
-            for value in dropped:
-                del ordered[bisect_left(ordered, value)]
-        added.clear()
-        dropped.clear()
-
-    def quantile(self, share: float) -> float:
-        """Return the value below which a ``share`` (under 1) of the window lies; 0 if it is empty."""
-        ordered = self.ordered
-        return ordered[int(share * len(ordered))] if ordered else 0.0
 
 
 def _places(n: int) -> tuple[int, int, int]:
@@ -122,7 +46,7 @@ def _places(n: int) -> tuple[int, int, int]:
     return int(0.5 * n), int((1.0 - EDGE) * n), int(EDGE * n)
 
 
-_FULL_PLACES = _places(LONGEST_WINDOW)
+_MIDDLE, _HIGH, _LOW = _places(LONGEST_WINDOW)
 
 
 @dataclass
@@ -139,7 +63,8 @@ class RobustBaseline(Stateful):
     and tails together. Until the window is full, what a falling trend adds to them is left
     out. ``reach`` is the distance from the highest value in the window, or the first ones,
     to the lowest. ``progress`` is how far the level has certainly fallen since the first
-    values, ``initial``; it is never negative. ``is_full`` says that the window has its full
+    values, ``initial``; it is never negative. ``lowest_count`` is how many values there were when the
+    later of the two lowest came, at least 2. ``is_full`` says that the window has its full
     length, which it then keeps, as does all that is taken from it.
 
     Example:
@@ -173,25 +98,30 @@ class RobustBaseline(Stateful):
         self._start()
 
     def _start(self) -> None:
-        self._knows_noise = True
+        self._knows_noise = self._knows_movement = True
         self._learn_start()
+        self._learn_lowest()
         self._measure()
+
+    def _learn_lowest(self) -> None:
+        self.lowest_count = max([2, *(count for _, count in self.lowest)])
 
     def _learn_start(self) -> None:
         # The mean of the lowest so far: the first value counts most, an early outlier does not.
         self.initial = sum(accumulate(self._first, min)) / max(1, len(self._first))
 
-    def see(self, value: float) -> None:
-        """Count a finite value, whether it is in the normal range or not."""
+    def see(self, value: float) -> bool:
+        """Count a finite value, whether it is in the normal range or not; return whether it is one of the lowest two."""
         self.count += 1
         if len(self._first) < FIRST_VALUES:
             self._first.append(value)
             self._learn_start()
         lowest = self.lowest
-        if len(lowest) < 2:
-            self.lowest = sorted([*lowest, (value, self.count)])
-        elif value < lowest[1][0]:
-            self.lowest = sorted([lowest[0], (value, self.count)])
+        if len(lowest) == 2 and value >= lowest[1][0]:
+            return False
+        self.lowest = sorted([*lowest[:1], (value, self.count)])
+        self._learn_lowest()
+        return True
 
     @property
     def size(self) -> int:
@@ -200,39 +130,71 @@ class RobustBaseline(Stateful):
 
     def accept(self, value: float) -> None:
         """Let a value into the baseline."""
-        is_full = self.is_full
-        size, width = (LONGEST_WINDOW, PATIENCE) if is_full else (self.size, self._level_width())
+        if self.is_full:
+            self._accept_when_full(value)
+            return
+        size, width = self.size, self._level_width()
         self._window.push(value, size)
-        if not is_full:
-            self._follow_trend(value)
+        self._follow_trend(value)
         last, recent = self._last, self._recent
         if len(last) == 2:
             # The distance of a value from the mean of its neighbours: a steady trend adds nothing to it.
             bend = abs(last[1] - 0.5 * last[0] - 0.5 * value)
-            self._differences.push_unsorted(
-                bend if bend < HUGE else HUGE, size if is_full else max(NOISE_WINDOW, size)
-            )
+            self._differences.push_unsorted(bend if bend < HUGE else HUGE, max(NOISE_WINDOW, size))
         last.append(value)
         recent.append(value)
         while len(recent) > width:
             recent.popleft()
-        self._knows_noise = False
-        level = self.level
         if len(recent) >= 3:
-            self.level = level = sorted(recent)[PATIENCE // 2] if is_full else median(recent)
-            self._learn_move(level, len(recent), size)
-        if not is_full:
-            self._learn_noise()  # the widths may change with the next value
-        if level is not None and (self.best is None or level < self.best):
-            # What is certain lies above the level, by the noise.
-            certain = level + _MEDIAN_ERROR * self.noise / math.sqrt(len(recent))
-            if self.best is None or certain < self.best:
-                self.best = certain
-                self._measure()
-                self.spread_at_best, self.movement_at_best = self.spread, self.movement
-                self.noise_at_best = self.noise
-                return
+            self.level = median(recent)
+            self._learn_move(self.level, len(recent), size)
+        self._learn_noise()  # the widths may change with the next value
+        self._learn_movement()
+        if self.level is None or not self._is_best(self.level, len(recent)):
+            self._measure()
+
+    def _accept_when_full(self, value: float) -> None:
+        """Do the same, shorter: all lengths are known, and no trend is left out."""
+        window = self._window
+        window.push(value, LONGEST_WINDOW)
+        last, recent = self._last, self._recent
+        if len(last) == 2:
+            bend = abs(last[1] - 0.5 * last[0] - 0.5 * value)
+            self._differences.push_unsorted(bend if bend < HUGE else HUGE, LONGEST_WINDOW)
+        last.append(value)
+        recent.append(value)
+        while len(recent) > PATIENCE:
+            recent.popleft()
+        self._knows_noise = self._knows_movement = False
+        self.level = level = sorted(recent)[len(recent) // 2]
+        levels = self._levels
+        levels.append(level)
+        while len(levels) > PATIENCE + 1:
+            levels.popleft()
+        if len(levels) > PATIENCE:
+            move = abs(level - levels[0])
+            self._moves.push_unsorted(move if move < HUGE else HUGE, LONGEST_WINDOW)
+        if (self.best is None or level < self.best) and self._is_best(level, PATIENCE):
+            return
+        ordered = window.ordered
+        self.center, self.upper, self.lower = ordered[_MIDDLE], ordered[_HIGH], ordered[_LOW]
+        self.spread = self.upper - self.lower
+        highest = ordered[-1]
+        self.reach = (self.initial if self.initial > highest else highest) - ordered[0]
+
+    def _is_best(self, level: float, width: int) -> bool:
+        """Return whether ``level`` is certainly lower than ever; then all is measured with it."""
+        if self.best is not None and level >= self.best:
+            return False
+        # What is certain lies above the level, by the noise.
+        certain = level + _MEDIAN_ERROR * self.noise / math.sqrt(width)
+        if self.best is not None and certain >= self.best:
+            return False
+        self.best = certain
         self._measure()
+        self.spread_at_best, self.movement_at_best = self.spread, self.movement
+        self.noise_at_best = self.noise
+        return True
 
     def _level_width(self) -> int:
         return max(3, min(PATIENCE, self.count // LEVEL_SHARE))
@@ -256,15 +218,19 @@ class RobustBaseline(Stateful):
             self._moves.push_unsorted(move if move < HUGE else HUGE, size)
 
     def _learn_noise(self) -> None:
-        """Derive the noise, and how far the level moves beyond it, from the values since it was last done."""
+        """Derive the noise from the values since it was last done."""
         self._knows_noise = True
         if self._differences:
             self._noise = self._differences.quantile(0.5) / _MEDIAN_DIFFERENCE
+
+    def _learn_movement(self) -> None:
+        """Derive how far the level moves beyond the noise from the values since it was last done."""
+        self._knows_movement = True
         width = len(self._recent)
         if width < 3 or len(self._levels) <= width:
             return
         move = self._moves.quantile(1.0 - EDGE)
-        by_noise = _EDGE_DIFFERENCE * _MEDIAN_ERROR * self._noise / math.sqrt(width)
+        by_noise = _EDGE_DIFFERENCE * _MEDIAN_ERROR * self.noise / math.sqrt(width)
         self._movement = move * math.sqrt(max(0.0, 1.0 - (by_noise / move) ** 2)) if move > by_noise else 0.0
 
     @property
@@ -277,12 +243,14 @@ class RobustBaseline(Stateful):
     @property
     def movement(self) -> float:
         """How far the level moves, beyond noise, while the values it is taken from are replaced."""
-        if not self._knows_noise:
-            self._learn_noise()
+        if not self._knows_movement:
+            self._learn_movement()
         return self._movement
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as strict JSON values, without settings."""
+        if not self._knows_movement:
+            self._learn_movement()
         if not self._knows_noise:
             self._learn_noise()
         return super().state_dict()
@@ -290,9 +258,8 @@ class RobustBaseline(Stateful):
     def _measure(self) -> None:
         """Derive from the window what is asked for at every value."""
         ordered = self._window.ordered or [0.0]
-        n = len(ordered)
-        self.is_full = n == LONGEST_WINDOW
-        middle, high, low = _FULL_PLACES if self.is_full else _places(n)
+        self.is_full = len(ordered) == LONGEST_WINDOW
+        middle, high, low = _places(len(ordered))
         self.center, self.upper, self.lower = ordered[middle], ordered[high], ordered[low]
         self.spread = self.upper - self.lower
         highest = ordered[-1]

@@ -8,7 +8,15 @@ from typing import NamedTuple
 from hf_divguard.core.detection.baseline import PATIENCE, RobustBaseline
 from hf_divguard.core.detection.surge import SURGE
 
-__all__ = ["CLIMB_SPREADS", "JUMP_SHARE", "LEAST_PATIENCE", "RiseBounds", "climb_bound", "rise_bounds"]
+__all__ = [
+    "CLIMB_SPREADS",
+    "FULL_SHARE",
+    "JUMP_SHARE",
+    "LEAST_PATIENCE",
+    "RiseBounds",
+    "climb_bound",
+    "rise_bounds",
+]
 
 # docs/detectors.md gives the source of each number.
 JUMP_SHARE = 0.22

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import PATIENCE, median
+from hf_divguard.core.detection.baseline import PATIENCE
+from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.detection.surge import FALL, SURGE
 from hf_divguard.core.state import Stateful, memory
 

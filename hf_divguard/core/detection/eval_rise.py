@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import HUGE, median
+from hf_divguard.core.detection.baseline import HUGE
+from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.findings import Finding, Severity
 from hf_divguard.core.state import Stateful, memory
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.sorted_window import median
+from hf_divguard.core.findings import Finding
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["FirstRise"]
@@ -51,9 +52,32 @@ class FirstRise(Stateful):
         return math.log(value / middle) >= LATE_SHARE * math.log(middle / values[0])
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing is judged any more."""
+        return self._is_over
+
+    @property
     def first(self) -> float:
         """The level of the first values."""
         return median(self._values[:LAST_VALUES])
+
+    def finding(self, step: int, value: float, metric_key: str) -> Finding:
+        """Return the finding at the value that was just reported."""
+        first = self.first
+        return Finding(
+            step=step,
+            onset_step=1,
+            kind="climb",
+            severity="error",
+            metric=metric_key,
+            value=value,
+            limit=RISE_FACTOR * first,
+            message=(
+                f"`{metric_key}` = {value:.4g} at step {step} has climbed since the first values, from {first:.4g} to "
+                f"{value / first:.3g} times as much."
+            ),
+            evidence={"before": first, "now": value},
+        )
 
     def end(self) -> None:
         """Judge no more."""

@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from hf_divguard.core.detection.baseline import HUGE, PATIENCE, SortedWindow, median
+from hf_divguard.core.detection.baseline import HUGE, PATIENCE
+from hf_divguard.core.detection.sorted_window import SortedWindow, median
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.state import Stateful, memory
 
@@ -58,12 +59,12 @@ class Gradients(Stateful):
 
     def see(self, norm: float) -> None:
         """Take a finite gradient norm."""
-        self._last.append(min(norm, HUGE))
+        self._last.append(norm if norm < HUGE else HUGE)
         self._seen += 1
 
     def accept(self, norm: float, size: int) -> None:
         """Let the gradient norm of a loss in the normal range into the baseline; keep ``size`` of them."""
-        norm = min(norm, HUGE)
+        norm = norm if norm < HUGE else HUGE
         self._baseline.push_unsorted(norm, size)
         if norm < self._lowest:
             self._lowest = norm
@@ -90,7 +91,8 @@ class Gradients(Stateful):
 
     def judge(self, step: int) -> Finding | None:
         """Return a finding when the gradient norm begins to be 100 times the baseline."""
-        if not self._last or not self.is_large(self._last[-1]):
+        last = self._last
+        if not last or last[-1] < EXPLOSION * self._lowest or not self.is_large(last[-1]):
             # Whether the last few were large is checked again at the next large one.
             if (self._exploding or self._large_since is not None) and (self.pull() or 0.0) < EXPLOSION:
                 self._exploding, self._large_since = False, None

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import CERTAIN_NOISES, HUGE, PATIENCE, RobustBaseline, median
+from hf_divguard.core.detection.baseline import (
+    CERTAIN_NOISES,
+    HUGE,
+    LONGEST_WINDOW,
+    PATIENCE,
+    RobustBaseline,
+)
 from hf_divguard.core.detection.bounds import (
     CLIMB_SPREADS,
+    FULL_SHARE,
     JUMP_SHARE,
     LEAST_PATIENCE,
     RiseBounds,
@@ -15,8 +22,9 @@ from hf_divguard.core.detection.bounds import (
     rise_bounds,
 )
 from hf_divguard.core.detection.cusum import PULL, RiseCusum
-from hf_divguard.core.detection.first_rise import RISE_FACTOR, FirstRise
+from hf_divguard.core.detection.first_rise import FirstRise
 from hf_divguard.core.detection.gradients import Gradients
+from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.detection.surge import FALL, FALL_OF_MEANS, SURGE, Surge
 from hf_divguard.core.findings import Finding, Kind, Severity, rise_in_words
 from hf_divguard.core.state import Stateful, memory
@@ -112,10 +120,9 @@ class LossLevelMonitor(Stateful):
             self._gap = step - self._step
         self._step = step
         level = self.level
-        level.see(value)
-        if level.count in (level.lowest[0][1], level.lowest[-1][1]):
+        if level.see(value):
             self._lowest_step = step
-        has_risen = self.sign > 0 and self._first_rise.observe(value)
+        has_risen = self.sign > 0 and not self._first_rise.is_over and self._first_rise.observe(value)
         if level.count <= SILENT_VALUES:
             self._accept(step, value, gradient, math.inf)
             return None
@@ -127,7 +134,12 @@ class LossLevelMonitor(Stateful):
         if self._is_calm(value):
             self._jump.rest(step)
             self._climb.rest(step)
-            self._accept(step, value, gradient, math.inf)
+            self._calm_step = step
+            level.accept(value)
+            if gradient is not None:
+                self.gradients.accept(gradient, LONGEST_WINDOW)
+            if self._recovered or self._surge.highest:
+                self._fade()
             return None
         bounds = rise_bounds(level, self._recovered, gap=self._gap, sensitivity=self.sensitivity)
         center, best = level.center, level.best_or_center
@@ -137,7 +149,7 @@ class LossLevelMonitor(Stateful):
         finding = self._level_finding(kind, step, value, bounds) if kind and not self._is_open else note
         # Of single steps the first few may do so: only entries that are means are judged.
         if has_risen and self._gap > 1 and kind is None and not self._is_open:
-            kind, finding = "climb", self._first_rise_finding(step, value)
+            kind, finding = "climb", self._first_rise.finding(step, value, self.metric_key)
         self._is_open = self._is_open or kind is not None
         if self._jump.score == 0.0:
             if self._climb.score == 0.0 and not kind:
@@ -151,26 +163,21 @@ class LossLevelMonitor(Stateful):
         Saves most of the work for most values. What it compares with is never above the bounds
         that would be compared with otherwise, so that the findings are the same.
         """
-        level, best = self.level, self.level.best
-        if (
-            self._is_open
-            or self._jump.score
-            or self._climb.score
-            or self._surge.length
-            or value > level.upper
-        ):
+        level = self.level
+        if self._is_open or self._jump.score or self._climb.score or self._surge.length:
             return False
-        if best is None or level.level is None or not level.is_full:
+        best, median_now = level.best, level.level
+        # A value below the upper edge of a full window is no surge: the reach is larger than that.
+        if not level.is_full or value > level.upper or best is None or median_now is None:
             return False
-        size = abs(level.center)
-        if level.count >= PLATEAU_RATIO * max(2, level.lowest[0][1], level.lowest[1][1]):
+        if level.count >= PLATEAU_RATIO * level.lowest_count:
             return False
-        if value - level.center > max(level.reach, size):
-            return False
+        # A value at most as high as a bound keeps the level, a median, at most as high as the bound.
+        highest = value if value > median_now else median_now
+        if highest <= best + 0.25 * FULL_SHARE * level.progress / self.sensitivity:
+            return True
         climb = climb_bound(level) / self.sensitivity
-        # A value at most as high as this keeps the level, a median, at most as high as this.
-        near = best + 0.25 * climb
-        return value <= near and level.level <= near and value - best <= climb
+        return highest <= best + 0.25 * climb and value - best <= climb
 
     def _judge_jump(self, step: int, value: float, bounds: RiseBounds, center: float) -> Kind | None:
         rise, was_rising = self._jump, self._jump.score > 0.0
@@ -259,11 +266,14 @@ class LossLevelMonitor(Stateful):
             self.gradients.accept(gradient, level.size)
         if level.level is not None and level.level <= calm:
             self._calm_step = step
-        # What recovered raises the bar for as long again as the run had lasted, and then ever less.
         if self._recovered or self._surge.highest:
-            fading = 0.5 ** (1.0 / level.count)
-            self._recovered *= fading
-            self._surge.highest *= fading
+            self._fade()
+
+    def _fade(self) -> None:
+        """Lower the bar that recovered rises have raised: for as long again as the run had lasted, and ever less."""
+        fading = 0.5 ** (1.0 / self.level.count)
+        self._recovered *= fading
+        self._surge.highest *= fading
 
     # ---- findings
 
@@ -309,21 +319,6 @@ class LossLevelMonitor(Stateful):
         )
         named: Kind = "drop" if sign < 0 and kind != "plateau" else kind
         return self._finding(named, "error", (step, onset), (value, limit), message, evidence)
-
-    def _first_rise_finding(self, step: int, value: float) -> Finding:
-        first = self._first_rise.first
-        message = (
-            f"`{self.metric_key}` = {value:.4g} at step {step} has climbed since the first values, from {first:.4g} to "
-            f"{value / first:.3g} times as much."
-        )
-        return self._finding(
-            "climb",
-            "error",
-            (step, 1),
-            (value, RISE_FACTOR * first),
-            message,
-            {"before": first, "now": value},
-        )
 
     def _finding(
         self,

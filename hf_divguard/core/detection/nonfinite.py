@@ -7,8 +7,9 @@ from collections import deque
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
-from hf_divguard.core.detection.baseline import PATIENCE, median
+from hf_divguard.core.detection.baseline import PATIENCE
 from hf_divguard.core.detection.detector import check_setting, non_finite_finding
+from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.findings import Finding, Kind, Severity
 from hf_divguard.core.metrics import greater_is_better as direction_of
 from hf_divguard.core.state import Stateful, memory
@@ -117,9 +118,11 @@ class NonFiniteRule(Stateful):
         if self._step is not None and step > self._step:
             self._gap = step - self._step
         self._step = step
+        if value and math.isfinite(value) and (grad_norm is None or math.isfinite(grad_norm)):
+            self._take_good(step, value, grad_norm)
+            return None
         finding = self._judge(step, value, grad_norm)
         if finding is None:
-            # Up to here the loss was good; so was the update of this step, if its gradient is known to be.
             self._good_before = step if grad_norm is None else step + 1
             self._open = ""
             return None
@@ -128,6 +131,23 @@ class NonFiniteRule(Stateful):
             return None if seen_before else finding
         seen_before, self._open = self._open == "error", "error"
         return None if seen_before else finding
+
+    def _take_good(self, step: int, value: float, grad_norm: float | None) -> None:
+        """Do what the judgement comes to of a finite loss other than zero whose gradient is not known to be bad."""
+        self._same = self._same + 1 if value == self._previous else 1
+        self._previous = value
+        self._harmless = self._bad_gradients = 0
+        if self._zeros:
+            self._reaches_zero, self._zeros = (
+                True,
+                0,
+            )  # a loss that is zero now and then reaches zero by itself
+        self._before_zero.append(value)
+        if abs(value) > self._largest:
+            self._largest = abs(value)
+        # Up to here the loss was good; so was the update of this step, if its gradient is known to be.
+        self._good_before = step if grad_norm is None else step + 1
+        self._open = ""
 
     def observe_eval(self, step: int, value: float, *, metric_key: str = "eval_loss") -> Finding | None:
         """Feed one evaluation loss; a non-finite one is an error, once per incident and ``metric_key``."""
@@ -212,14 +232,6 @@ class NonFiniteRule(Stateful):
         )
 
     def _judge_zeros(self, step: int, value: float) -> Finding | None:
-        if value != 0.0:
-            # A loss that is zero now and then reaches zero by itself.
-            self._reaches_zero = self._reaches_zero or self._zeros > 0
-            self._zeros = 0
-            self._before_zero.append(value)
-            if abs(value) > self._largest:
-                self._largest = abs(value)
-            return None
         self._zeros += 1
         if self._zeros == 1 or self._zeros_since is None:
             self._zeros_since = min(step, step if self._good_before is None else self._good_before)

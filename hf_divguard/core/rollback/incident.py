@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.findings import Cause
 from hf_divguard.core.rollback.comparison import (
     MOST_PAIRS,

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["LossRange", "Usual"]

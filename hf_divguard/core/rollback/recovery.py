@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import EDGE, PATIENCE, median
+from hf_divguard.core.detection.baseline import EDGE, PATIENCE
+from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["RecoveryCheck"]

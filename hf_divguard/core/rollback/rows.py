@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from hf_divguard.core.detection.baseline import median
+from hf_divguard.core.detection.sorted_window import median
 
 __all__ = ["MOST_PROBES", "find_rows"]
 

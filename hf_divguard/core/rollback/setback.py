@@ -6,7 +6,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.baseline import EDGE, median
+from hf_divguard.core.detection.baseline import EDGE
+from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.findings import Finding, rise_in_words
 from hf_divguard.core.state import Stateful, memory
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_divguard.core.detection import gradients, level
 from hf_divguard.core.detection.adaptive import AdaptiveRule
-from hf_divguard.core.detection.baseline import SortedWindow
+from hf_divguard.core.detection.sorted_window import SortedWindow
 from tests import curves
 
 Rows = list[tuple[int, float, float | None]]
