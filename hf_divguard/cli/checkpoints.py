@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_divguard.cli.condition import Condition, condition_of
 from hf_divguard.cli.exits import CANNOT_ANSWER, NO, OK, USAGE, CommandError
-from hf_divguard.cli.folders import DiskUsage, age_of, disk_usage, open_folder, run_folder, saved_at
+from hf_divguard.cli.folders import age_of, open_folder, run_folder, saved_at
 from hf_divguard.cli.keeping import Plan, Survey, survey
 from hf_divguard.cli.needed import needed_steps
 from hf_divguard.cli.output import (
@@ -71,11 +71,10 @@ def kept_rows(
 ) -> list[dict[str, Any]]:
     """Return what is known of each checkpoint, and why it is kept by these rules."""
     plan = Plan(keep_last, keep_best, every, needed_steps(seen, condition)).make(seen)
-    usage = disk_usage(each.path for each in seen.found)
-    return [_row(each, seen, plan, usage) for each in seen.found]
+    return [_row(each, seen, plan) for each in seen.found]
 
 
-def _row(each: Checkpoint, seen: Survey, plan: Plan, usage: DiskUsage) -> dict[str, Any]:
+def _row(each: Checkpoint, seen: Survey, plan: Plan) -> dict[str, Any]:
     saved = saved_at(each.path)
     return {
         "path": each.path,
@@ -83,7 +82,7 @@ def _row(each: Checkpoint, seen: Survey, plan: Plan, usage: DiskUsage) -> dict[s
         "metric": seen.metrics.get(each.step),
         "saved_at": saved,
         "age_seconds": age_of(saved),
-        "bytes": usage.size_of(each.path),
+        "bytes": seen.usage.size_of(each.path),
         "verdict": each.verdict.status,
         "reason": each.verdict.reason,
         "resumable": each.verdict.resumable,

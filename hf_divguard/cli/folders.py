@@ -6,8 +6,6 @@ import difflib
 import os
 import stat
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_divguard.cli.exits import CommandError
@@ -17,9 +15,7 @@ from hf_divguard.storage.regular_files import error_words
 from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 
 __all__ = [
-    "DiskUsage",
     "age_of",
-    "disk_usage",
     "is_run_folder",
     "open_folder",
     "run_folder",
@@ -119,67 +115,3 @@ def saved_at(checkpoint: str) -> float | None:
 def age_of(moment: float | None) -> float | None:
     """Return how long ago ``moment`` was, in seconds; 0 for one that lies in the future."""
     return None if moment is None else max(0.0, time.time() - moment)
-
-
-# ---- size
-
-
-@dataclass
-class DiskUsage:
-    """The files below some folders, each file once.
-
-    Args:
-        sizes: Bytes of the files of each folder that have one name only.
-        links: The other names: folder, file, number of its names, bytes.
-        is_complete: Whether all folders could be read.
-    """
-
-    sizes: dict[str, int] = field(default_factory=dict)
-    links: list[tuple[str, tuple[int, int], int, int]] = field(default_factory=list)
-    is_complete: bool = True
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(self.sizes.values()) + sum({file: size for _, file, _, size in self.links}.values())
-
-    def freed_by(self, folders: Iterable[str]) -> int:
-        """Return the bytes that are freed if ``folders`` are deleted: not those with a name elsewhere."""
-        gone = set(folders)
-        names: dict[tuple[int, int], list[int]] = {}
-        for folder, file, count, size in self.links:
-            if folder in gone:
-                names.setdefault(file, [0, count, size])[0] += 1
-        shared = sum(size for seen, count, size in names.values() if seen >= count)
-        return sum(self.sizes.get(folder, 0) for folder in gone) + shared
-
-    def size_of(self, folder: str) -> int:
-        """Return the bytes of the files in ``folder``."""
-        return self.sizes.get(folder, 0) + sum(size for other, _, _, size in self.links if other == folder)
-
-
-def disk_usage(folders: Iterable[str]) -> DiskUsage:
-    """Return what the files in ``folders`` take on the disk. Symbolic links count nothing."""
-    usage = DiskUsage()
-    for top in folders:
-        size = 0
-        waiting = [] if os.path.islink(top) else [top]
-        while waiting:
-            folder = waiting.pop()
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        status = entry.stat(follow_symlinks=False)
-                        if stat.S_ISDIR(status.st_mode):
-                            waiting.append(entry.path)
-                        elif stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-                            size += status.st_size
-                        elif stat.S_ISREG(status.st_mode):
-                            file = (status.st_dev, status.st_ino)
-                            usage.links.append((top, file, status.st_nlink, status.st_size))
-            except (FileNotFoundError, NotADirectoryError):
-                continue  # deleted by the run meanwhile
-            except OSError:
-                usage.is_complete = False
-        usage.sizes[top] = size
-    return usage

@@ -10,8 +10,9 @@ from functools import cached_property
 from hf_divguard.cli.exits import USAGE, CommandError
 from hf_divguard.core.retention import LatestN
 from hf_divguard.storage.checkpoints import ledger_of, ranked, ranking
+from hf_divguard.storage.disk_usage import DiskUsage
 from hf_divguard.storage.ledger import CheckpointLedger
-from hf_divguard.storage.survey import Checkpoint, find_checkpoints
+from hf_divguard.storage.survey import Checkpoint, find_with_usage
 
 __all__ = ["Plan", "Survey", "survey"]
 
@@ -30,6 +31,7 @@ class Survey:
         metric_key: Key of the metric that ranks.
         greater_is_better: Its direction; ``None`` if it is not known, and nothing is ranked.
         best: Those that can be ranked, best first.
+        usage: What the checkpoints take on the disk.
     """
 
     run_dir: str
@@ -38,6 +40,7 @@ class Survey:
     metric_key: str
     greater_is_better: bool | None
     best: list[Checkpoint]
+    usage: DiskUsage
 
     @cached_property
     def complete(self) -> list[Checkpoint]:
@@ -53,14 +56,14 @@ class Survey:
 
 def survey(run_dir: str, metric: str | None, greater: bool | None) -> Survey:
     """Look at the checkpoints of ``run_dir``."""
-    found = find_checkpoints(run_dir)
+    found, usage = find_with_usage(run_dir)
     try:
         key, direction = ranking(metric, greater, found)
     except ValueError:
         key, direction = metric or "", None
     ledger = ledger_of(run_dir, found, key)
     best = [] if direction is None else ranked(ledger, found, direction)
-    return Survey(run_dir, found, ledger, key, direction, best)
+    return Survey(run_dir, found, ledger, key, direction, best, usage)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_divguard.cli.condition import condition_of
 from hf_divguard.cli.exits import NO, OK, USAGE, CommandError
-from hf_divguard.cli.folders import disk_usage, run_folder
+from hf_divguard.cli.folders import run_folder
 from hf_divguard.cli.keeping import Plan, Survey, survey
 from hf_divguard.cli.needed import needed_steps
 from hf_divguard.cli.output import print_json, printable, size_in_words, table
@@ -38,12 +38,11 @@ def run_prune(options: Any) -> int:
     plan = Plan(options.keep_last, options.keep_best, options.every, needed).make(seen)
     in_full = {*needed, *plan.last, *([seen.complete[-1].step] if seen.complete else [])}
     reduction = Reduction(older_than).make(seen, set(plan.reasons), in_full)
-    usage = disk_usage(each.path for each in plan.delete)
     errors: dict[int, str] = {}
     if options.yes:
         errors = _change(plan.delete, lambda path: delete_checkpoint(path, seen.run_dir))
         errors |= _change(reduction.reduce, reduce_to_weights)
-    freed = usage.freed_by(each.path for each in plan.delete if each.step not in errors)
+    freed = seen.usage.freed_by(each.path for each in plan.delete if each.step not in errors)
     freed += sum(size for step, size in reduction.freed.items() if step not in errors)
     done = _Done(options, seen, plan, reduction, freed, errors)
     if options.json:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_divguard.cli.condition import Condition, condition_of
 from hf_divguard.cli.exits import DIVERGED, FAILED, OK, STOPPED
-from hf_divguard.cli.folders import age_of, disk_usage, run_folder, saved_at
+from hf_divguard.cli.folders import age_of, run_folder, saved_at
 from hf_divguard.cli.keeping import Plan, Survey, survey
 from hf_divguard.cli.needed import needed_steps
 from hf_divguard.cli.output import coloured, duration_in_words, print_json, printable, size_in_words
@@ -34,7 +34,7 @@ def run_status(options: Any) -> int:
 
 
 def _disk(seen: Survey, condition: Condition) -> dict[str, Any]:
-    everything = disk_usage(each.path for each in seen.found)
+    everything = seen.usage
     content: dict[str, Any] = {
         "checkpoints": len(seen.found),
         "bytes": everything.size,

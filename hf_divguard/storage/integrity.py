@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
@@ -52,9 +52,12 @@ def verify_checkpoint(path: str | os.PathLike[str], *, checksums: bool | None = 
 
 
 def verify_with_record(
-    path: str | os.PathLike[str], *, checksums: bool | None = None
+    path: str | os.PathLike[str], *, checksums: bool | None = None, sizes: Mapping[str, int] | None = None
 ) -> tuple[Verdict, Manifest | Sidecar | None]:
-    """Return the verdict with the manifest that it rests on, or the sidecar where there is no manifest."""
+    """Return the verdict with the manifest that it rests on, or the sidecar where there is no manifest.
+
+    ``sizes`` are those of regular files directly in the folder, by name, if they have just been looked at.
+    """
     shown = repr(os.fspath(path))
     folder = os.path.abspath(path)
     record: Manifest | Sidecar | None = None
@@ -64,7 +67,7 @@ def verify_with_record(
             return Verdict("incomplete", f"{shown} is a file, not a folder.", (problem,)), None
         found = _read_records(folder)
         record = found.manifest or found.sidecar
-        return _judge(folder, found, checksums), record
+        return _judge(folder, found, checksums, sizes), record
     except (FileNotFoundError, NotADirectoryError):
         what = "The link {} leads nowhere." if os.path.islink(path) else "There is no folder {}."
         return Verdict("incomplete", what.format(shown), ("the folder is missing",)), record
@@ -110,8 +113,8 @@ def _read(reader: Callable[[str], _R], folder: str) -> tuple[_R | None, RecordEr
         )
 
 
-def _judge(folder: str, found: _Records, checksums: bool | None) -> Verdict:
-    verdict = _judge_files(folder, found, checksums)
+def _judge(folder: str, found: _Records, checksums: bool | None, sizes: Mapping[str, int] | None) -> Verdict:
+    verdict = _judge_files(folder, found, checksums, sizes)
     record = found.manifest or found.sidecar
     if record is None:
         return verdict
@@ -130,7 +133,9 @@ def _sentence(start: str, note: Quarantine) -> str:
     return f"{start}{onset}. {note['reason']}"
 
 
-def _judge_files(folder: str, found: _Records, checksums: bool | None) -> Verdict:
+def _judge_files(
+    folder: str, found: _Records, checksums: bool | None, sizes: Mapping[str, int] | None
+) -> Verdict:
     if found.manifest_error is not None:
         problem = str(found.manifest_error)
         return Verdict("unknown" if found.manifest_error.newer else "incomplete", problem, (problem,))
@@ -148,7 +153,7 @@ def _judge_files(folder: str, found: _Records, checksums: bool | None) -> Verdic
         problem = f"`{INCOMPLETE_NAME}` says that its save did not finish"
         return Verdict("incomplete", problem + ".", (problem,), has_manifest=found.manifest is not None)
     if found.manifest is not None:
-        return _judge_by_manifest(folder, found.manifest, checksums)
+        return _judge_by_manifest(folder, found.manifest, checksums, sizes)
     if found.sidecar is not None and found.sidecar.manifest_expected:
         problem = f"`{MANIFEST_NAME}` is missing: the save or the deletion of this checkpoint did not finish"
         return Verdict("incomplete", problem + ".", (problem,))
@@ -163,8 +168,10 @@ def _kinds_of(names: tuple[str, ...]) -> tuple[str | None, list[str], bool]:
     return layout, weight_files(names), has_training_state(names)
 
 
-def _judge_by_manifest(folder: str, manifest: Manifest, checksums: bool | None) -> Verdict:
-    problems = check_manifest(folder, manifest, checksums=checksums)
+def _judge_by_manifest(
+    folder: str, manifest: Manifest, checksums: bool | None, sizes: Mapping[str, int] | None
+) -> Verdict:
+    problems = check_manifest(folder, manifest, checksums=checksums, sizes=sizes)
     layout, weights, has_state = _kinds_of(tuple(manifest.files))
     loadable = (bool(weights) or layout is not None) and problems.keys().isdisjoint(weights)
     resumable = loadable and (layout is not None or has_state)

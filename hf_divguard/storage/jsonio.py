@@ -82,12 +82,7 @@ def parse_json(data: bytes, *, what: str, allow_nan: bool = False) -> Any:
             gc.disable()  # it would look again and again at all that has been parsed, which holds no cycles
         if allow_nan:
             return json.loads(text)
-        return json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-        )
+        return _STRICT.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{what} must be complete JSON: {error.msg} at byte {error.pos} of {len(data)}."
@@ -119,6 +114,11 @@ def _finite_float(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError("a number is too large for a float.")
     return value
+
+
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+)
 
 
 def _json_type(value: object) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from hf_divguard.errors import CheckpointSaveError
@@ -214,6 +215,7 @@ def missing_rng_files(names: Iterable[str], world_size: int, ranks: Sequence[int
     return [name for name in expected if name not in present]
 
 
+@lru_cache(maxsize=4096)
 def name_problem(name: str) -> str | None:
     """Return why ``name`` must not stand in a manifest, ``None`` for a good one."""
     if _PLAIN_NAME.fullmatch(name) and name != MANIFEST_NAME:

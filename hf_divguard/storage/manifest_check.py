@@ -15,7 +15,11 @@ __all__ = ["check_manifest"]
 
 
 def check_manifest(
-    folder: str | os.PathLike[str], manifest: Manifest, *, checksums: bool | None = None
+    folder: str | os.PathLike[str],
+    manifest: Manifest,
+    *,
+    checksums: bool | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """Compare the files in ``folder`` with ``manifest``; return what is wrong, by file, in words.
 
@@ -24,6 +28,8 @@ def check_manifest(
         manifest: What it should hold. Files that it does not name are not looked at.
         checksums: Whether to read the files and compare their checksums. ``None`` does so where
             the manifest has one; ``True`` too; ``False`` compares sizes alone.
+        sizes: The sizes of regular files directly in ``folder``, if somebody has just looked at
+            them. A file whose size is not there, or is another one, is looked at again.
 
     Returns:
         One part of a sentence per problem; empty if all is as it should be.
@@ -44,7 +50,10 @@ def check_manifest(
         "is missing, also from the manifest",
     )
     real_folders: dict[str, bool] = {"": True}
+    known: Mapping[str, int] = sizes or {}
     for name, entry in manifest.files.items():
+        if known.get(name) == entry.size:
+            continue
         if (problem := _file_problem(folder, name, entry, real_folders)) is not None:
             problems[name] = problem
     if checksums is not False:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hf_divguard.storage.disk_usage import DiskUsage
 from hf_divguard.storage.integrity import verify_with_record
 from hf_divguard.storage.names import checkpoint_folders
 from hf_divguard.storage.sidecar import Sidecar, SidecarError, read_sidecar
 from hf_divguard.storage.verdict import Verdict
 
-__all__ = ["Checkpoint", "find_checkpoints", "look_at", "newest_sidecar"]
+__all__ = ["Checkpoint", "find_checkpoints", "find_with_usage", "look_at", "newest_sidecar"]
 
 _PAUSE_SECONDS = 0.2
 
@@ -63,22 +64,47 @@ def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Checkpoint]:
         >>> find_checkpoints("no-such-folder")
         []
     """
+    return _in_order_of_saving(_find(output_dir, None))
+
+
+def find_with_usage(output_dir: str | os.PathLike[str]) -> tuple[list[Checkpoint], DiskUsage]:
+    """Return what ``find_checkpoints`` does, and what the checkpoints take on the disk: each file is looked at once."""
+    usage = DiskUsage()
+    return _in_order_of_saving(_find(output_dir, usage)), usage
+
+
+def _find(output_dir: str | os.PathLike[str], usage: DiskUsage | None) -> list[Checkpoint]:
     folders = checkpoint_folders(output_dir)
-    found = {step: look_at(path, step) for step, path in folders.items()}
+    found = {
+        step: look_at(path, step, None if usage is None else usage.look_at(os.fspath(path)))
+        for step, path in folders.items()
+    }
     unreadable = [step for step, each in found.items() if each.verdict.status == "unreadable"]
     if unreadable:
         # Most such errors pass at once.
         time.sleep(_PAUSE_SECONDS)
         found.update((step, look_at(folders[step], step)) for step in unreadable)
-    there = [
-        each for each in found.values() if each.verdict.status != "incomplete" or os.path.lexists(each.path)
+    gone = [
+        step
+        for step, each in found.items()
+        if each.verdict.status == "incomplete" and not os.path.lexists(each.path)
     ]
-    return _in_order_of_saving(there)
+    for step in gone:
+        each = found.pop(step)
+        if usage is not None:
+            usage.forget(each.path)
+    return list(found.values())
 
 
-def look_at(path: str | os.PathLike[str], step: int) -> Checkpoint:
-    """Return what is known of the checkpoint of ``step`` in the folder ``path``; sizes are compared alone."""
-    verdict, record = verify_with_record(path, checksums=False)
+def look_at(path: str | os.PathLike[str], step: int, sizes: Mapping[str, int] | None = None) -> Checkpoint:
+    """Return what is known of the checkpoint of ``step`` in the folder ``path``; sizes are compared alone.
+
+    Args:
+        path: The folder.
+        step: Its step.
+        sizes: The sizes of regular files directly in it, if somebody has just looked at them.
+    """
+    verdict, record = verify_with_record(path, checksums=False, sizes=sizes)
     shown = os.fspath(path)
     if record is None or record.step != step:
         return Checkpoint(shown, step, verdict)

@@ -138,10 +138,8 @@ class NonFiniteRule(Stateful):
         self._previous = value
         self._harmless = self._bad_gradients = 0
         if self._zeros:
-            self._reaches_zero, self._zeros = (
-                True,
-                0,
-            )  # a loss that is zero now and then reaches zero by itself
+            # A loss that is zero now and then reaches zero by itself.
+            self._reaches_zero, self._zeros = True, 0
         self._before_zero.append(value)
         if abs(value) > self._largest:
             self._largest = abs(value)
