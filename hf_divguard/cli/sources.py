@@ -11,6 +11,7 @@ from typing import Any
 from hf_divguard.cli.event_files import read_event_files
 from hf_divguard.cli.exits import CommandError
 from hf_divguard.cli.folders import open_folder, runs_below, saved_at
+from hf_divguard.cli.plain_text import MAX_BYTES, plain_text
 from hf_divguard.cli.source import Source, source_of_rows, sources_of_runs
 from hf_divguard.cli.tables import is_json_lines, read_json_lines, read_parquet, read_table, rows_of_json
 from hf_divguard.cli.tracker_files import read_trackio, read_wandb
@@ -23,7 +24,6 @@ from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
 
 __all__ = ["find_sources", "read_source"]
 
-_MAX_BYTES = 512 << 20
 _LFS = b"version https://git-lfs.github.com/spec/"
 _EVENTS = ".tfevents."
 _MOST_FOLDERS = 20_000
@@ -78,7 +78,7 @@ def read_source(path: str, metric: str) -> list[Source]:
             return [_from_state(path)]
         return [source_of_rows(path, *read_event_files(_event_files(path)), metric)]
     name = os.path.basename(path)
-    suffix = Path(path).suffix.lower()
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
     if os.path.isfile(path):
         if _EVENTS in name:
             return [source_of_rows(path, *read_event_files([path]), metric)]
@@ -90,7 +90,7 @@ def read_source(path: str, metric: str) -> list[Source]:
             return read_parquet(path, metric)
     data = _bytes_of(path)
     if suffix in (".csv", ".tsv"):
-        return read_table(path, data, metric, delimiter="\t" if suffix == ".tsv" else ",")
+        return read_table(path, data, metric)
     if suffix in (".jsonl", ".ndjson") or is_json_lines(data):
         return read_json_lines(path, data, metric)
     content = _parsed(path, data)
@@ -100,7 +100,7 @@ def read_source(path: str, metric: str) -> list[Source]:
 
 def _bytes_of(path: str) -> bytes:
     try:
-        data = read_bytes(path, max_bytes=_MAX_BYTES)
+        data = plain_text(read_bytes(path, max_bytes=MAX_BYTES))
     except FileNotFoundError:
         raise CommandError(_missing(path)) from None
     except (OSError, ValueError) as error:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from hf_divguard.cli.exits import CommandError
 from hf_divguard.cli.source import Source, source_of_rows, sources_of_runs
+
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+(?:[eE][+-]?[0-9]+)?")
 
 __all__ = ["is_json_lines", "read_json_lines", "read_parquet", "read_table", "rows_of_json"]
 
@@ -50,13 +53,20 @@ def read_json_lines(path: str, data: bytes, metric: str) -> list[Source]:
     return sources_of_runs(path, rows, notes, metric)
 
 
-def read_table(path: str, data: bytes, metric: str, *, delimiter: str) -> list[Source]:
-    """Return the history of each run in a CSV file: columns ``<run> - <key>`` belong to a run each."""
+def read_table(path: str, data: bytes, metric: str) -> list[Source]:
+    """Return the history of each run in a CSV file: columns ``<run> - <key>`` belong to a run each.
+
+    Cells are separated by what its heading has most of: commas, semicolons or tabs. Unless
+    those are commas, a comma stands for a decimal point.
+    """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error) as error:
         raise CommandError(f"`{path}` cannot be read as CSV: {error}.") from None
+    if delimiter != ",":
+        rows = [{key: _with_point(cell) for key, cell in row.items()} for row in rows]
     columns = [name for name in (rows[0] if rows else {}) if isinstance(name, str)]
     if not rows or not columns:
         raise CommandError(f"`{path}` has no rows below its heading.")
@@ -72,6 +82,12 @@ def read_table(path: str, data: bytes, metric: str, *, delimiter: str) -> list[S
         logged = [row for row in renamed if len(row) > len(shared)]
         sources.append(source_of_rows(f"{path} [{run}]", logged, [], metric))
     return sources
+
+
+def _with_point(cell: Any) -> Any:
+    """Return a number that is written with a decimal comma with a point."""
+    is_number = isinstance(cell, str) and _DECIMAL_COMMA.fullmatch(cell.strip())
+    return cell.replace(",", ".") if is_number else cell
 
 
 def read_parquet(path: str, metric: str) -> list[Source]:

@@ -117,11 +117,17 @@ def _labelled(path: str, label: str | None, onset: int | None, metric: str) -> I
     for place in find_sources(path):
         _tell(f"reading {printable(place)}")
         try:
-            sources = read_source(place, metric)
+            judged = [
+                (each, replay(each.history, metric_key=metric).errors) for each in read_source(place, metric)
+            ]
         except HistoryError as error:
-            raise CommandError(str(error)) from error
-        for source in sources:
-            lasting = first_lasting(source.history, replay(source.history, metric_key=metric).errors, metric)
+            raise CommandError(str(error).replace("The history", f"`{place}`", 1)) from error
+        for source, errors in judged:
+            if not source.history.series(metric):
+                raise CommandError(
+                    f"`{source.path}` holds no `{metric}`, only evaluations. Name one with --metric."
+                )
+            lasting = first_lasting(source.history, errors, metric)
             found = None if lasting is None else lasting.onset_step
             is_bad = label == "bad" if label else found is not None
             start = onset if onset is not None else found

@@ -59,7 +59,8 @@ def parse_json(data: bytes, *, what: str, allow_nan: bool = False) -> Any:
         data: The text, in UTF-8.
         what: What is parsed, for the messages.
         allow_nan: Read as Python writes it: the tokens ``NaN`` and ``Infinity`` are accepted,
-            which ``trainer_state.json`` may hold, and a key that is given twice.
+            which ``trainer_state.json`` may hold, and a key that is given twice. So is a byte
+            order mark, which editors put before the text.
 
     Raises:
         ValueError: If ``data`` is not that, or is nested too deeply for Python.
@@ -73,7 +74,7 @@ def parse_json(data: bytes, *, what: str, allow_nan: bool = False) -> Any:
         ValueError: text must not be nested so deeply.
     """
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig" if allow_nan else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} must be UTF-8 text, found other bytes at {error.start}.") from None
     collects = gc.isenabled() and len(data) > _MANY_BYTES
