@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from hf_divguard.errors import CheckpointSaveError
 from hf_divguard.storage.integrity import verify_checkpoint
-from hf_divguard.storage.layouts import layout_of
 from hf_divguard.storage.manifest import build_manifest
 
 TENSORS = {f"layer.{number}.weight": torch.arange(50.0) + number for number in range(3)}
@@ -125,18 +124,19 @@ def test_the_list_of_the_shards_is_not_unpickled(checkpoint: Path, tmp_path: Pat
     assert not (tmp_path / "it ran").exists()
 
 
-def test_shards_of_ranks_on_another_disk_are_not_missing(checkpoint: Path) -> None:
-    """On the disk of rank 1 there is neither the list nor the shards of rank 0."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_without_those_of_ranks_on_another_disk_are_no_checkpoint(checkpoint: Path, rank: int) -> None:
+    """PyTorch writes the list of the shards once, and every rank needs it: neither disk can be resumed from."""
     for name in ("pytorch_model_fsdp_0", "optimizer_0"):
-        (checkpoint / name / SHARD).rename(checkpoint / name / "__1_0.distcp")
-        (checkpoint / name / ".metadata").unlink()
-    layout, sizes = (
-        layout_of(["optimizer_0/x"]),
-        {"pytorch_model_fsdp_0/__1_0.distcp": 1, "optimizer_0/__1_0.distcp": 1},
-    )
-    assert layout is not None
-    assert layout.parts(checkpoint, sizes, [1]).problems == {}
-    assert len(layout.parts(checkpoint, sizes, None).problems) == 2
+        if rank == 1:
+            (checkpoint / name / SHARD).rename(checkpoint / name / "__1_0.distcp")
+            (checkpoint / name / ".metadata").unlink()
+        else:
+            (checkpoint / name / SHARD).unlink()
+    (checkpoint / "rng_state.pth").rename(checkpoint / f"rng_state_{rank}.pth")
+    assert verify_checkpoint(checkpoint).status == "incomplete"
+    with pytest.raises(CheckpointSaveError, match=r"shard of rank 0|list of the shards that all ranks write"):
+        build_manifest(checkpoint, **{**PLACE, "world_size": 2}, ranks=(rank,), weights=True)
 
 
 def test_full_state_dicts_are_archives(checkpoint: Path) -> None:

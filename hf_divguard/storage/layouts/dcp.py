@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from hf_divguard.storage.regular_files import LimitExceeded, open_regular_file
 __all__ = ["add_folder"]
 
 _METADATA = ".metadata"
-_SHARD = re.compile(r"__([0-9]{1,9})_[0-9]{1,9}\.distcp")
+_SHARD = re.compile(r"__[0-9]{1,9}_[0-9]{1,9}\.distcp")
 # Python reads so many in a few seconds. A model of 70 billion parameters on 1,000 ranks needs some ten megabytes.
 _MAX_BYTES = 64 << 20
 _PLACE = ("relative_path", "offset", "length")
@@ -25,25 +25,25 @@ def add_folder(
     folder: Path,
     name: str,
     sizes: Mapping[str, int],
-    ranks: Sequence[int] | None,
     files: set[str],
 ) -> None:
     """Judge the shards in the sub-folder ``name`` of a checkpoint, and add what is wrong to ``found``.
+
+    A folder that holds the shards of some ranks only is not complete: the list of all of them is written once, and
+    every rank needs it to read its own.
 
     Args:
         found: Gets the problems.
         folder: The checkpoint.
         name: The sub-folder.
         sizes: All files of the checkpoint with their sizes.
-        ranks: The processes whose shards stand here; ``None`` for all.
         files: Gets the files that have to be there.
     """
     files |= {each for each in sizes if each.startswith(f"{name}/")}
     listed = f"{name}/{_METADATA}"
     files.add(listed)
     if listed not in sizes:
-        if ranks is None or 0 in ranks:
-            found.problems[listed] = "is missing, the list of the shards"
+        found.problems[listed] = "is missing, the list of the shards that all ranks write into one folder"
         return
     try:
         needed = _needed(folder / listed)
@@ -53,8 +53,8 @@ def add_folder(
         found.problems[listed] = str(error)
         return
     for base, size in needed.items():
-        shard, match = f"{name}/{base}", _SHARD.fullmatch(base)
-        if match is None or (ranks is not None and int(match[1]) not in ranks):
+        shard = f"{name}/{base}"
+        if _SHARD.fullmatch(base) is None:
             continue
         files.add(shard)
         if shard not in sizes:

@@ -27,5 +27,5 @@ class DistributedConfigLayout:
     def parts(self, folder: Path, sizes: Mapping[str, int], ranks: Sequence[int] | None) -> Parts:
         """Judge the files of the optimizer; the weights are judged as those of one process."""
         found = Parts(weights=set(weight_files(sizes)))
-        add_folder(found, folder, OPTIMIZER_FOLDER, sizes, ranks, found.optimizer)
+        add_folder(found, folder, OPTIMIZER_FOLDER, sizes, found.optimizer)
         return found

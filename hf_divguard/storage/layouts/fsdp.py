@@ -32,7 +32,7 @@ class FsdpLayout:
         for pattern, files in ((_WEIGHTS, found.weights), (_OPTIMIZER, found.optimizer)):
             matches = [match for name in sizes if (match := pattern.fullmatch(name)) is not None]
             for sub_folder in sorted({match[1] for match in matches if match[1]}):
-                add_folder(found, folder, sub_folder, sizes, ranks, files)
+                add_folder(found, folder, sub_folder, sizes, files)
             for name in sorted(match[2] for match in matches if match[2]):
                 files.add(name)
                 try:
