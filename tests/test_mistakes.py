@@ -278,6 +278,22 @@ SAVING = {
         ("`eval_on_save=True`", "no `eval_dataset`", "Pass one"),
         ValueError,
     ),
+    "an arbiter without an evaluation set": Mistake(
+        with_options(divguard_eval_arbiter=True, given={"eval_dataset": None}),
+        "trainer",
+        ("`divguard_eval_arbiter=True`", "no `eval_dataset`", "Pass one"),
+        ValueError,
+    ),
+    "an arbiter without comparisons": Mistake(
+        with_options(**ROLLBACK, divguard_eval_arbiter=True, divguard_compare="off"),
+        "start",
+        ("`divguard_eval_arbiter` has no effect", "`divguard_compare` is 'off'", "Set"),
+    ),
+    "an arbiter without a detector that acts": Mistake(
+        with_options(divguard_eval_arbiter=True),
+        "start",
+        ("`divguard_eval_arbiter` has no effect", "no detector acts", "Set `divguard_action`"),
+    ),
     "an empty evaluation set": Mistake(
         with_options(**BEST, given={"eval_dataset": TokenRows(rows=0)}),
         "trainer",

@@ -170,14 +170,19 @@ def check_evaluation_data(options: Any, eval_dataset: Any) -> None:
             "`eval_on_save=True` evaluates before every save, but there is no `eval_dataset`. Pass one to the "
             "trainer, or set `eval_on_save=False`."
         )
-    if options.eval_on_save or options.preserve_best_model:
+    if options.divguard_eval_arbiter and eval_dataset is None:
+        raise ValueError(
+            "`divguard_eval_arbiter=True` lets the evaluation set decide on data that stay bad, but there is no "
+            "`eval_dataset`. Pass one to the trainer, or set `divguard_eval_arbiter=False`."
+        )
+    if options.eval_on_save or options.preserve_best_model or options.divguard_eval_arbiter:
         sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
         empty = next(
             (name for name, rows in sets.items() if hasattr(rows, "__len__") and len(rows) == 0), None
         )
         if empty is not None:
             raise ValueError(
-                f"`eval_dataset`{f' {empty!r}' if empty else ''} must have rows for checkpoints to be evaluated, but it "
+                f"`eval_dataset`{f' {empty!r}' if empty else ''} must have rows for weights to be evaluated, but it "
                 "is empty. Look at the split or the filter that made it."
             )
     if options.preserve_best_model and isinstance(eval_dataset, Mapping):

@@ -8,7 +8,10 @@ from typing import Any
 from hf_divguard.core.detection.detector import StepValues
 from hf_divguard.core.outcome import Action, RunOutcome
 from hf_divguard.core.rollback.incident import Incident
-from hf_divguard.core.rollback.words import why
+from hf_divguard.core.rollback.ruling import Ruling
+from hf_divguard.core.rollback.words import evaluated_finding, why
+from hf_divguard.hf.arbiter import Arbiter
+from hf_divguard.hf.bad_batches import BadBatches
 from hf_divguard.hf.consequences import Consequences
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.host import Host
@@ -35,6 +38,7 @@ class Comparison:
         snapshots: The kept states.
         action: What follows on damaged weights that no detector has reported; ``None`` for nothing.
         margin_steps: How much older than needed a restored state has to be.
+        arbiter_action: What follows if the evaluation set decides for kept weights; ``None`` if it is not asked.
     """
 
     def __init__(
@@ -46,13 +50,17 @@ class Comparison:
         *,
         action: Action | None,
         margin_steps: int,
+        arbiter_action: Action | None = None,
     ) -> None:
         self._host, self._ranks = host, ranks
         self.incident = Incident(watches_small=action == "rollback")
         self.looks = WeightLooks(host, ranks, snapshots, self.incident)
+        self.bad_batches = BadBatches(host, ranks, self.looks, self.incident, snapshots)
         self._consequences = Consequences(
             host, ranks, journal, self.incident, action=action, margin_steps=margin_steps
         )
+        self._arbiter = Arbiter(host, ranks, snapshots, self.incident) if arbiter_action else None
+        self._arbiter_action = arbiter_action
         self._is_first_micro_batch = False
         self._last_step = -1
         self._may_differ = False
@@ -97,6 +105,7 @@ class Comparison:
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
         """Take the micro-batches of the coming step."""
         self.looks.take_batches(batches, num_items)
+        self.bad_batches.take_batches(batches, num_items)
         self._is_first_micro_batch = True
 
     def on_raw_losses(self, values: list[StepValues], args: Any, state: Any, control: Any) -> None:
@@ -109,7 +118,14 @@ class Comparison:
         if step <= self._last_step or self.looks.reason is not None:
             return
         self._last_step = step
+        was_open = self.incident.is_open
         self.incident.observe(step, loss, grad_norm)
+        self.bad_batches.observe(step, loss, opens=self.incident.is_open and not was_open)
+
+    def forget_batches(self) -> None:
+        """After training: give the memory of the batches back."""
+        self.looks.forget_batches()
+        self.bad_batches.forget()
 
     def begin_step(self) -> None:
         """Before the first micro-batch of a step: look, if there is a reason to."""
@@ -136,6 +152,23 @@ class Comparison:
         Args:
             is_last: Whether no step follows: then the batches of the last one have to do.
         """
+        self._look(is_last)
+        if self._arbiter is not None and self._arbiter_action is not None:
+            self._arbiter.follow()
+            self._ask_evaluation(self._arbiter, self._arbiter_action, is_last)
+
+    def _ask_evaluation(self, arbiter: Arbiter, action: Action, is_last: bool) -> None:
+        if not arbiter.is_due(is_last=is_last, stops=action != "rollback"):
+            return
+        if any(self._ranks.gather(self._consequences.is_decided)):
+            return
+        since, ruling = arbiter.since, arbiter.ask()
+        if ruling.act == "act" and since is not None:
+            finding = evaluated_finding(ruling, self._host.state.global_step, since)
+            self._consequences.act_on(finding, action, ruling.good_step, is_last)
+            arbiter.forget()
+
+    def _look(self, is_last: bool) -> None:
         step, deferred = self._host.state.global_step, self._outcome.deferred
         if self._ignores_level:
             self.incident.close()
@@ -151,13 +184,16 @@ class Comparison:
             self.incident.ask(step)
         elif is_last and self.looks.reason is None:
             self.incident.observe_level(step, is_last=True)
-        if not self.incident.is_open or not (is_last or self.incident.is_due(step)):
+        if not self.incident.is_open:
+            self._search_rows(step)
             return
-        is_new = self.incident.since == step and self.incident.cause is None and deferred is None
+        if not (is_last or self.incident.is_due(step)):
+            return
+        is_new = self.incident.cause is None and deferred is None
         asked = None if deferred is None else deferred[0]
         ruling = self.looks.look(step, asked, is_last)
         if is_new and ruling is not None and ruling.act == "dismiss":
-            ruling = self.looks.look_back(ruling, step, asked)
+            ruling = self.bad_batches.search(ruling, asked)
         if ruling is None and self.incident.is_slow and deferred is None:
             self.incident.dismiss()
         elif ruling is None:
@@ -165,9 +201,16 @@ class Comparison:
         elif ruling.act == "act" or (is_last and ruling.cause == "weights" and self.incident.cause != "data"):
             self._consequences.act(ruling, step, is_last)
         elif ruling.act == "dismiss" or is_last:
-            self._consequences.note_data(ruling, step, self.looks.rows)
+            self._consequences.note_data(ruling, step, self.bad_batches.rows, since=self.incident.since)
             if deferred is not None:
                 self._consequences.dismiss(deferred[0], why(ruling))
+
+    def _search_rows(self, step: int) -> None:
+        """Look into a batch with a loss above the usual range that calls for no look at the weights."""
+        since = self.bad_batches.worst
+        if since is not None:
+            ruling = self.bad_batches.search(Ruling("dismiss"), None)
+            self._consequences.note_data(ruling, step, self.bad_batches.rows, since=since)
 
     def _without_comparison(self) -> None:
         """Nothing is kept or known: the curve alone decides, as it does without comparisons."""

@@ -36,4 +36,12 @@ def make_comparison(
         return snapshots, None
     sensitive = [each for each in by_level if isinstance(each, AdaptiveDivergenceDetector)]
     action = next((each.action for each in sensitive if each.takes_raw_losses), None)
-    return snapshots, Comparison(host, ranks, journal, snapshots, action=action, margin_steps=margin)
+    return snapshots, Comparison(
+        host,
+        ranks,
+        journal,
+        snapshots,
+        action=action,
+        margin_steps=margin,
+        arbiter_action=by_level[0].action if options.divguard_eval_arbiter else None,
+    )

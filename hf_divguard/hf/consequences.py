@@ -77,12 +77,22 @@ class Consequences:
                 message=f"{deferred[0].message} {finding.message}",
                 evidence={**deferred[0].evidence, **finding.evidence},
             )
+        self.act_on(finding, action, ruling.good_step, is_last)
+
+    def act_on(self, finding: Finding, action: Action, good_step: int, is_last: bool) -> None:
+        """Roll back to ``good_step`` or before, or stop: now if training ends here, else at the end of the step."""
         if action == "rollback":
-            finding = replace(finding, onset_step=ruling.good_step + 2 + self._margin_steps)
+            finding = replace(finding, onset_step=good_step + 2 + self._margin_steps)
         if action == "rollback" or is_last:
             self.perform(finding, action)
         else:
             self._ready = (finding, action)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether something follows in this step anyway."""
+        decided = self._ready is not None or self._outcome.finding is not None
+        return decided or self._outcome.rollback_request is not None
 
     def perform(self, finding: Finding, action: Action) -> None:
         """Have a detector's finding acted on."""
@@ -116,22 +126,27 @@ class Consequences:
         if self._ranks.rank == 0:
             logger.warning("%s Nothing is undone: %s. Training goes on.", finding.message, reason)
 
-    def note_data(self, ruling: Ruling, step: int, rows: list[dict[str, int]]) -> None:
-        """Report once an incident that the data are the cause of."""
-        if ruling.cause != "data" or ruling.verdict is None or self._noted == self._incident.since:
+    def note_data(self, ruling: Ruling, step: int, rows: list[dict[str, int]], *, since: int) -> None:
+        """Report once what the data are the cause of.
+
+        Args:
+            ruling: What was found.
+            step: Present step.
+            rows: All rows that have stood out so far.
+            since: First step with a high loss.
+        """
+        if ruling.cause != "data" or ruling.verdict is None or self._noted == since:
             return
-        self._noted = self._incident.since
+        self._noted = since
         self._journal.add(
             {
                 "event": "data",
                 "step": step,
-                "onset_step": self._incident.since,
+                "onset_step": since,
                 "cause": "data",
-                "rows": [row for row in rows if row["step"] >= self._incident.since],
+                "rows": [row for row in rows if row["step"] >= since],
                 **rounded(ruling),
             }
         )
         if self._outcome.deferred is None and self._ranks.rank == 0:
-            logger.warning(
-                "`loss` is high since step %d: %s. Training goes on.", self._incident.since, why(ruling)
-            )
+            logger.warning("`loss` is high since step %d: %s. Training goes on.", since, why(ruling))

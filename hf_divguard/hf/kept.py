@@ -8,7 +8,6 @@ import time
 from collections import deque
 from typing import Any
 
-from hf_divguard.core.rollback.thinning import next_to_drop
 from hf_divguard.hf.engines.tensors import bytes_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.ranks import Ranks
@@ -43,6 +42,7 @@ class KeptStates(Snapshots):
     def __init__(self, ranks: Ranks, *, with_optimizer: bool, limit_bytes: float) -> None:
         super().__init__(_EVERY, check_steps=1, margin_steps=0, with_optimizer=with_optimizer)
         self._ranks, self._limit_bytes = ranks, limit_bytes
+        self._reach = _REACH
         self._next = 0
         self._last_take: tuple[float, int] | None = None
         self._durations: deque[float] = deque(maxlen=3)
@@ -63,9 +63,7 @@ class KeptStates(Snapshots):
         if not self._fits(self._ranks.largest(weights + optimizer), self._ranks.largest(weights)):
             return
         self._recent.append(snapshot)
-        if len(self._recent) > _KEEP:
-            dropped = next_to_drop([kept.step for kept in self._recent], _REACH)
-            self._recent = [kept for kept in self._recent if kept.step != dropped]
+        self._make_room(_KEEP)
         self._next = step + self._interval(began, time.perf_counter() - began, step)
 
     def _fits(self, complete: int, weights: int) -> bool:

@@ -12,15 +12,13 @@ from typing import Any
 import torch
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.rollback.comparison import Budget, Pair, explains, judge
+from hf_divguard.core.rollback.comparison import Budget, Pair, explains
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.ruling import Ruling
-from hf_divguard.hf.batch_indices import BatchIndices
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe_on_all_ranks, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import scheduled_rates
-from hf_divguard.hf.rows import row_count, suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
 
 __all__ = ["WeightLooks"]
@@ -36,8 +34,6 @@ _BETWEEN = 3
 _LEARNT = 0.8
 # Steps at the end of training whose first micro-batches are kept, for a last look.
 _LAST_STEPS = 8
-# Spreads above the usual loss from which one batch is reported although no row of it stands out.
-_STANDS_OUT = 8.0
 # Above so many times the rate of then the schedule has raised it.
 _SAME_RATE = 1.05
 
@@ -61,15 +57,8 @@ class WeightLooks:
         self.reason = why_not_comparable(host)
         """Why nothing can be compared; ``None`` where it can."""
         self._coming: Step | None = None
-        self._last: Step | None = None
         self._between: list[Step] = []
         self._at_end: deque[Step] = deque(maxlen=_LAST_STEPS)
-        self.rows: list[dict[str, int]] = []
-        """Rows that stood out in batches with a high loss: step, rank, micro-batch, position, and index if known."""
-        self.indices = BatchIndices()
-        """Which rows of the dataset are in the batches."""
-        self._rows_coming: list[list[int] | None] = []
-        self._rows_last: list[list[int] | None] = []
         self.passes = 0
         """Forward passes that looks have taken so far."""
         self.seconds = 0.0
@@ -77,18 +66,13 @@ class WeightLooks:
 
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
         """Take the micro-batches of the coming step."""
-        self._last = self._coming
         self._coming = (batches, num_items)
-        self._rows_last, self._rows_coming = (
-            self._rows_coming,
-            self.indices.take([row_count(each) for each in batches]),
-        )
         if self._host.state.global_step >= self._host.state.max_steps - _LAST_STEPS:
             self._at_end.append((batches[:1], num_items))
 
     def forget_batches(self) -> None:
         """After training: give the memory of the batches back."""
-        self._coming = self._last = None
+        self._coming = None
         self._between = []
         self._at_end.clear()
 
@@ -111,7 +95,7 @@ class WeightLooks:
             is_last: Whether no step follows; then the budget does not count.
         """
         assert self._coming is not None
-        kept = self._usable(asked)
+        kept = self.usable(asked)
         if not kept or not self._incident.range.is_known or self.reason is not None:
             return None
         steps = [(self._coming[0][:_MOST_BATCHES], self._coming[1])]
@@ -134,55 +118,7 @@ class WeightLooks:
             logger.warning("Kept and present weights are no longer compared in this run: %s.", self.reason)
         return ruling
 
-    def look_back(self, ruling: Ruling, step: int, asked: Finding | None) -> Ruling:
-        """Return the ruling on a step out of the range: a bad batch, if kept weights find it bad too.
-
-        The batch is that of the step where ``ruling`` says that nothing is wrong after it, and
-        the coming one where that is bad.
-        """
-        kept = self._usable(asked)
-        is_coming = ruling.cause == "data"
-        looked_at = self._coming if is_coming else self._last
-        if not kept or looked_at is None:
-            return ruling
-        looked_at = (looked_at[0][:_MOST_BATCHES], looked_at[1])
-        if not self.budget.take(len(kept) * len(looked_at[0])):
-            return ruling
-        # A state from within an instability finds every batch bad: the best of them says how bad a batch is.
-        losses = {state.step: self._losses([looked_at], state.tensors) for state in kept}
-        best = min(losses, key=lambda kept_step: _mean(losses[kept_step]))
-        usual, ruled = self._incident.range.usual, ruling
-        if ruling.cause != "data":
-            verdict = judge([Pair(loss, loss) for loss in losses[best]], usual)
-            if verdict.cause != "data":
-                return ruling
-            ruled, step = Ruling("dismiss", "data", 0, verdict), step - 1
-        indices = self._rows_coming if is_coming else self._rows_last
-        found = self._name_rows(step + 1, looked_at[0], indices, self._snapshots.of(best).tensors)
-        stands_out = found or _mean(losses[best]) > usual.level + _STANDS_OUT * usual.spread
-        return ruled if stands_out else ruling
-
-    def _name_rows(
-        self,
-        step: int,
-        batches: list[Any],
-        indices: list[list[int] | None],
-        tensors: Mapping[str, torch.Tensor],
-    ) -> bool:
-        """Note the rows of a bad batch that stand out; return whether there are any."""
-        found, probes = suspect_rows(self._host, batches, tensors)
-        for row in found:
-            known = indices[row["micro_batch"]]
-            if known is not None:
-                row["dataset_index"] = known[row["row"]]
-        self.passes += probes
-        self.budget.take_anyway(probes)
-        by_rank = self._ranks.gather(found)
-        for rank, rows in enumerate(by_rank):
-            self.rows += [{"step": step, "rank": rank, **row} for row in rows]
-        return any(by_rank)
-
-    def _usable(self, asked: Finding | None) -> list[Any]:
+    def usable(self, asked: Finding | None) -> list[Any]:
         """Return the kept states that are worth a comparison: from before what the curve has found."""
         # What was kept before the data changed for good knows other data.
         since = self._incident.new_data_until
@@ -201,10 +137,10 @@ class WeightLooks:
 
     def _compare(self, step: int, steps: list[Step], kept: list[Any], *, is_asked: bool) -> Ruling:
         incident = self._incident
-        present = self._losses(steps, None)
+        present = self.losses(steps, None)
         losses: dict[int, list[float]] = {}
         for state in reversed(kept):
-            losses[state.step] = self._losses(steps, state.tensors)
+            losses[state.step] = self.losses(steps, state.tensors)
             # Small damage is judged by all states; else one that does as well as can be expected is enough.
             if incident.cause == "data" or (
                 not incident.is_slow
@@ -221,7 +157,7 @@ class WeightLooks:
             return Ruling("dismiss", "data", 0, ruling.verdict)
         return ruling
 
-    def _losses(self, steps: list[Step], tensors: Mapping[str, torch.Tensor] | None) -> list[float]:
+    def losses(self, steps: list[Step], tensors: Mapping[str, torch.Tensor] | None) -> list[float]:
         """Return the losses of the micro-batches of all ranks."""
         losses: list[float] = []
         for batches, num_items in steps:
@@ -238,14 +174,8 @@ class WeightLooks:
         tensors = self._snapshots.of(good_step).tensors
         if not self._between:
             return False
-        pairs = list(map(Pair, self._losses(self._between, None), self._losses(self._between, tensors)))
+        pairs = list(map(Pair, self.losses(self._between, None), self.losses(self._between, tensors)))
         usual = self._incident.range.usual
         there = sum(pair.present for pair in pairs) / len(pairs)
         before = sum(pair.kept for pair in pairs) / len(pairs)
         return there < _LEARNT * usual.first and before > there + usual.spread
-
-
-def _mean(losses: list[float]) -> float:
-    """Return the mean, infinity where it is not a number."""
-    mean = sum(losses) / len(losses)
-    return mean if math.isfinite(mean) else math.inf

@@ -15,7 +15,7 @@ from hf_divguard.hf.host import Host
 from hf_divguard.hf.policy_gradients import policy_gradient_class
 from hf_divguard.hf.ranks import Ranks
 
-__all__ = ["probe", "probe_on_all_ranks", "why_not_comparable"]
+__all__ = ["probe", "probe_on_all_ranks", "random_states_kept", "why_not_comparable"]
 
 
 def why_not_comparable(host: Host) -> str | None:
@@ -45,7 +45,7 @@ def probe(
     losses = []
     with (
         _modes_kept(host.model),
-        _random_states_kept(),
+        random_states_kept(),
         host.metrics_kept(),
         engine_of(host).swapped(tensors or {}),
         torch.no_grad(),
@@ -89,7 +89,8 @@ def _modes_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states_kept() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
+    """Put the states of the random number generators back at the end."""
     states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
     on_device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     try:

@@ -62,7 +62,7 @@ class PublicMethods(_Host):
         ``dataset_index`` is their number in the training dataset, where the sampler gives one.
         """
         comparison = self._run.comparison if self._run is not None else None
-        return list(comparison.looks.rows) if comparison is not None else []
+        return list(comparison.bad_batches.rows) if comparison is not None else []
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the stock Trainer does, resuming only from complete checkpoints.

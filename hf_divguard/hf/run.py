@@ -139,7 +139,7 @@ class GuardedRun(RunComponents):
         """Follow which rows the batches of training hold; leave suspect ones out of a resumed run, if that is wanted."""
         if self.comparison is None:
             return
-        indices = self.comparison.looks.indices
+        indices = self.comparison.bad_batches.indices
         if self.options.divguard_skip_suspect_rows and self._resumed_from is not None:
             named = named_rows(read_events(self._run_dir)) if self.ranks.rank == 0 else []
             indices.leave_out(self.ranks.broadcast(named), is_main=self.ranks.rank == 0)

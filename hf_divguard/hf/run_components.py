@@ -135,7 +135,7 @@ class RunComponents:
         stack.callback(self.snapshots.clear)
         if self.comparison is not None:
             self.losses.subscribe(self.comparison)
-            stack.callback(self.comparison.looks.forget_batches)
+            stack.callback(self.comparison.forget_batches)
         self.reporting = self._make_reporting()
         stack.callback(self.reporting.close)
         if self.detectors and options.divguard_incidents > 0:
@@ -170,7 +170,7 @@ class RunComponents:
             self.ranks,
             self.journal,
             hooks=hooks_of(self.host.callbacks, self._on_divergence),
-            rows=lambda: self.comparison.looks.rows if self.comparison is not None else [],
+            rows=lambda: self.comparison.bad_batches.rows if self.comparison is not None else [],
             run_dir=self.checkpoints.ledger.run_dir,
         )
 

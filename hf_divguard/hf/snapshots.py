@@ -58,6 +58,8 @@ class Snapshots:
         self._keep = 3 if 2 * every >= self._reach else 4
         self._start: Snapshot | None = None
         self._recent: list[Snapshot] = []
+        self.pinned: int | None = None
+        """Step of a state that makes room for no other."""
 
     def is_due(self, step: int) -> bool:
         """Return whether ``step`` gets a snapshot."""
@@ -72,8 +74,12 @@ class Snapshots:
             self._start = snapshot
         else:
             self._recent.append(snapshot)
-        if len(self._recent) > self._keep:
-            dropped = next_to_drop([kept.step for kept in self._recent], self._reach)
+        self._make_room(self._keep)
+
+    def _make_room(self, keep: int) -> None:
+        if len(self._recent) > keep:
+            free = [kept.step for kept in self._recent if kept.step != self.pinned]
+            dropped = next_to_drop(free, self._reach)
             self._recent = [kept for kept in self._recent if kept.step != dropped]
 
     def copy_of_now(self, host: Host, step: int, callbacks: dict[str, Any]) -> Snapshot:

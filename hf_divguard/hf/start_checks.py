@@ -44,6 +44,13 @@ def warn_at_start(
             "`divguard_detector`, for example to 'adaptive'.",
             options.divguard_check_steps,
         )
+    acts = any(each.action != "warn" for each in detectors)
+    if options.divguard_eval_arbiter and not (acts and options.divguard_compare == "auto"):
+        logger.warning(
+            "`divguard_eval_arbiter` has no effect: %s. Set `divguard_action` to 'rollback' or 'stop', with a "
+            "`divguard_detector` and `divguard_compare='auto'`.",
+            "no detector acts" if not acts else "`divguard_compare` is 'off', so no weights are kept",
+        )
     if any(each.action == "rollback" for each in detectors):
         _advise_rollback(host, options, is_resumed=is_resumed)
         return

@@ -298,14 +298,23 @@ class BadRow:
         return batch
 
 
-def test_a_bad_row_is_named(make_trainer: MakeTrainer) -> None:
-    """By the position in its batch; nothing is undone for it."""
-    trainer = make_trainer(train_dataset=TokenRows(rows=64), **BAD_ROW_OPTIONS, **GUARDED)
-    trainer.data_collator = BadRow(step=70, row=5)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    "options", [GUARDED, {**GUARDED, "logging_nan_inf_filter": False, "divguard_check_steps": 7}]
+)
+def test_a_bad_row_is_named(make_trainer: MakeTrainer, micro_batches: int, options: dict[str, Any]) -> None:
+    """By the position in its batch, also when its loss is seen some steps later; nothing is undone for it."""
+    trainer = make_trainer(
+        train_dataset=TokenRows(rows=64),
+        gradient_accumulation_steps=micro_batches,
+        **{**BAD_ROW_OPTIONS, "logging_steps": 100},
+        **options,
+    )
+    trainer.data_collator = BadRow(step=70 * micro_batches, row=5)
     trainer.train()
     assert trainer.state.global_step == 90
     (row,) = trainer.divguard_suspect_rows
-    assert row.items() >= {"step": 70, "rank": 0, "micro_batch": 0, "row": 5}.items()
+    assert row.items() >= {"step": 70, "rank": 0, "micro_batch": micro_batches - 1, "row": 5}.items()
 
 
 class NeedsWholeBatch(Trainer):
@@ -337,7 +346,8 @@ def test_after_training_nothing_is_kept_in_memory(make_trainer: MakeTrainer) -> 
     trainer.train()
     assert trainer._run.snapshots.all() == []
     looks = trainer._run.comparison.looks
-    assert (looks._coming, looks._last, looks._between) == (None, None, [])
+    assert (looks._coming, looks._between) == (None, [])
+    assert not trainer._run.comparison.bad_batches._steps
     assert not looks._at_end
 
 

@@ -220,6 +220,11 @@ class Incident(Stateful):
             return self._later(step, "unknown", verdict)
         return self._calm(step, verdict)
 
+    @property
+    def has_bad_data(self) -> bool:
+        """Whether so many looks have seen bad data that they do not pass at once."""
+        return self.is_open and self.cause == "data" and self._looks >= _FEWEST_LOOKS_AT_DATA
+
     def has_compared_older(self, kept_step: int) -> bool:
         """Return whether older states than this one were compared: as long as the incident lasts they are."""
         return any(each < kept_step for each in self._pairs)

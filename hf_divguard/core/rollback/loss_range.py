@@ -109,15 +109,23 @@ class LossRange(Stateful):
             self._first.append(loss)
         is_out = False
         if self.is_known:
-            usual = self.usual
-            # A spread of 0, as of a loss that repeats itself, makes nothing suspicious.
-            width = max(usual.spread, 0.01 * abs(usual.level))
-            self._above = self._above + 1 if loss > usual.level + _TRIGGER_TWICE * width else 0
-            is_out = loss > usual.level + _TRIGGER_ONCE * width or self._above >= 2
+            self._above = self._above + 1 if self.is_above(loss) else 0
+            is_out = self.is_above(loss, _TRIGGER_ONCE) or self._above >= 2
         if not is_out and learns:
             self._losses.append(loss)
         self._quiet = max(0, self._quiet - 1)
         return self._norm_is_large(grad_norm) or is_out
+
+    def is_above(self, loss: float, spreads: float = _TRIGGER_TWICE) -> bool:
+        """Return whether a loss lies above the usual range; one in a thousand healthy ones does by chance.
+
+        Args:
+            loss: The loss of a step.
+            spreads: Spreads above the usual level from which it does.
+        """
+        usual = self.usual
+        # A spread of 0, as of a loss that repeats itself, makes nothing suspicious.
+        return not loss <= usual.level + spreads * max(usual.spread, 0.01 * abs(usual.level))
 
     def take_slow_rise(self, *, is_last: bool = False) -> list[float]:
         """Return the last losses if they lie above those before as a whole, and take them out of the range.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from hf_divguard.core.detection.sorted_window import median
 
-__all__ = ["MOST_PROBES", "find_rows"]
+__all__ = ["MOST_PROBES", "find_rows", "or_infinity"]
 
 MOST_PROBES = 16
 _GROUPS = 8
@@ -41,7 +41,7 @@ def find_rows(count: int, loss: Loss, *, most_probes: int = MOST_PROBES) -> list
         []
     """
     groups = _divide(range(count), count if count <= most_probes else _GROUPS)
-    if len(groups) < 4:
+    if len(groups) < 4 or len(groups) > most_probes:
         return []
     left = most_probes - len(groups)
     losses = [loss(group) for group in groups]
@@ -55,30 +55,39 @@ def find_rows(count: int, loss: Loss, *, most_probes: int = MOST_PROBES) -> list
     if not high or 4 * len(high) > len(groups):
         return []
     usual = median(value for value, limit in zip(losses, limits, strict=True) if value <= limit)
-    found: list[int] = []
-    for value, group in sorted(high, key=lambda each: -each[0] if math.isfinite(each[0]) else -math.inf):
+    found: dict[int, float] = {}
+    for value, group in sorted(high, key=lambda each: -or_infinity(each[0])):
         rows, used = _narrow(list(group), value, loss, usual, left)
         left -= used
-        found += rows
-    return sorted(found)
+        found |= rows
+    # Beside a row that is far worse, what lies somewhat above the others says nothing.
+    bar = usual + _SHARE * (max(map(or_infinity, found.values()), default=usual) - usual)
+    return sorted(row for row, value in found.items() if or_infinity(value) >= bar)
 
 
-def _narrow(group: list[int], value: float, loss: Loss, usual: float, left: int) -> tuple[list[int], int]:
-    """Return the worst row of a group that stands out, if the probes suffice, and how many were used."""
+def or_infinity(loss: float) -> float:
+    """Return a loss, infinity where it is not a number, so that it can be compared."""
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _narrow(
+    group: list[int], value: float, loss: Loss, usual: float, left: int
+) -> tuple[dict[int, float], int]:
+    """Return the worst row of a group that stands out with its loss, if the probes suffice, and how many were used."""
     used = 0
     while len(group) > 1:
         parts = _divide(group, len(group) if len(group) <= left - used else 2)
         if used + len(parts) > left:
-            return [], used
+            return {}, used
         losses = [loss(part) for part in parts]
         used += len(parts)
         worst = max(
             range(len(parts)), key=lambda place: losses[place] if losses[place] == losses[place] else math.inf
         )
         if losses[worst] <= usual * (1.0 + _SHARE):
-            return [], used
+            return {}, used
         group, value = list(parts[worst]), losses[worst]
-    return ([], used) if value <= _ROW_FACTOR * usual else (group, used)
+    return ({} if value <= _ROW_FACTOR * usual else {group[0]: value}), used
 
 
 def _limit(others: list[float], spreads: float) -> float:

@@ -7,7 +7,7 @@ import math
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.ruling import Ruling
 
-__all__ = ["damage_finding", "rounded", "why"]
+__all__ = ["damage_finding", "evaluated_finding", "rounded", "why"]
 
 
 def rounded(ruling: Ruling) -> dict[str, float]:
@@ -50,6 +50,34 @@ def damage_finding(ruling: Ruling, step: int, since: int) -> Finding:
         metric="loss",
         value=present,
         limit=numbers.get("kept_loss"),
+        message=message,
+        evidence={"kept_step": ruling.good_step, **numbers},
+        cause=ruling.cause,
+    )
+
+
+def evaluated_finding(ruling: Ruling, step: int, since: int) -> Finding:
+    """Return the finding that kept weights do better on the evaluation set than those that bad data have left.
+
+    Args:
+        ruling: What the comparison has shown.
+        step: Present step.
+        since: Step since which the data are unlike those of before.
+    """
+    numbers = rounded(ruling)
+    present, kept = numbers.get("present_loss", math.nan), numbers.get("kept_loss", math.nan)
+    message = (
+        f"The data have been unlike those of before since step {since}, and on the evaluation set the weights of step "
+        f"{ruling.good_step} have a loss of {kept:.4g}, those of step {step} one of {present:.4g}."
+    )
+    return Finding(
+        step=step,
+        onset_step=min(since, step),
+        kind="damage",
+        severity="error",
+        metric="loss",
+        value=present,
+        limit=kept,
         message=message,
         evidence={"kept_step": ruling.good_step, **numbers},
         cause=ruling.cause,

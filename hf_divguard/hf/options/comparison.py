@@ -28,6 +28,14 @@ class ComparisonOptions:
             "buffers, and with rollback of the optimizer, which is left out where it does not fit."
         },
     )
+    divguard_eval_arbiter: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the evaluation set decide on data that stay bad: with rollback at the end of training, with "
+            "stop or abort after some looks, it is acted on if kept weights do clearly better on up to 16 batches. "
+            "Off by default, because new data may rightly make an old evaluation set worse."
+        },
+    )
     divguard_skip_suspect_rows: bool = field(
         default=False,
         metadata={
@@ -53,6 +61,7 @@ class ComparisonOptions:
     def _check_values(self) -> None:
         require_choice("divguard_compare", self.divguard_compare, Literal["auto", "off"])
         require_bool("divguard_skip_nonfinite", self.divguard_skip_nonfinite)
+        require_bool("divguard_eval_arbiter", self.divguard_eval_arbiter)
         require_bool("divguard_skip_suspect_rows", self.divguard_skip_suspect_rows)
         require_whole(
             "divguard_max_skipped_in_a_row", self.divguard_max_skipped_in_a_row, "updates", at_least=1

@@ -53,3 +53,12 @@ def test_a_row_whose_loss_is_not_a_number_is_found() -> None:
     rows = healthy(64, 1)
     rows[11] = float("nan")
     assert find_rows(64, losses_of(rows, [])) == [11]
+
+
+@pytest.mark.parametrize("worst", [1e6, float("nan")])
+def test_beside_a_far_worse_row_none_is_named_that_lies_somewhat_above_the_others(worst: float) -> None:
+    rows = healthy(16, 1)
+    rows[3], rows[9] = 8.0, worst
+    assert find_rows(16, losses_of(rows, [])) == [9]
+    rows[9] = 9.0
+    assert find_rows(16, losses_of(rows, [])) == [3, 9]

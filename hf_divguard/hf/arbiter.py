@@ -1,0 +1,130 @@
+"""The evaluation set decides on data that stay bad (`divguard_eval_arbiter`)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from hf_divguard.core.rollback.comparison import Pair, judge
+from hf_divguard.core.rollback.incident import Incident
+from hf_divguard.core.rollback.loss_range import Usual
+from hf_divguard.core.rollback.ruling import Ruling
+from hf_divguard.hf.evaluation_batches import evaluation_batches
+from hf_divguard.hf.host import Host
+from hf_divguard.hf.probes import probe_on_all_ranks, random_states_kept
+from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.snapshots import Snapshots
+
+__all__ = ["Arbiter"]
+
+logger = logging.getLogger(__name__)
+
+# Batches of each rank: enough for a difference of a few percent.
+_MOST_BATCHES = 16
+# The noise of a difference that is assumed before there are many batches, as part of the loss.
+_PRIOR_NOISE = 0.1
+
+
+class Arbiter:
+    """Keeps a state from before bad data, and compares it with the present one on the evaluation set.
+
+    Data that stay bad and data that are new look alike to the loss of training: present weights
+    follow both. All ranks call each method at the same step.
+
+    Args:
+        host: The host.
+        ranks: The processes of the run.
+        snapshots: The kept states.
+        incident: What the looks so far add up to.
+    """
+
+    def __init__(self, host: Host, ranks: Ranks, snapshots: Snapshots, incident: Incident) -> None:
+        self._host, self._ranks, self._snapshots, self._incident = host, ranks, snapshots, incident
+        self._batches: list[Any] | None = None
+        self._looked_at: int | None = None
+        self._followed: int | None = None
+        self.since: int | None = None
+        """Step since which the data are bad; ``None`` if they are not."""
+
+    def follow(self) -> None:
+        """After a look: keep the newest state from before data that are bad, until they have passed."""
+        incident = self._incident
+        if incident.is_open and incident.cause == "data" and incident.since != self._followed:
+            self._followed = incident.since
+            sound = [kept.step for kept in self._snapshots.all() if incident.is_sound(kept.step)]
+            if sound and (self.since is None or self._knows_more(max(sound))):
+                self.since, self._snapshots.pinned = incident.since, max(sound)
+        elif self.since is not None and not incident.is_open and incident.new_data_until < self.since:
+            self.forget()
+
+    def _knows_more(self, kept_step: int) -> bool:
+        """Return whether a state does better on the evaluation set than the one that is kept since earlier data."""
+        before = [kept for kept in self._snapshots.all() if kept.step == self._snapshots.pinned]
+        return not before or self._mean_loss(kept_step) < self._mean_loss(before[0].step)
+
+    def _mean_loss(self, kept_step: int) -> float:
+        losses = self._losses(self._snapshots.of(kept_step).tensors)
+        return sum(losses) / len(losses)
+
+    def forget(self) -> None:
+        """Keep nothing for the arbiter: the data are as before, or the weights are."""
+        self.since, self._snapshots.pinned = None, None
+
+    def is_due(self, *, is_last: bool, stops: bool) -> bool:
+        """Return whether to ask the evaluation set.
+
+        Args:
+            is_last: Whether training ends here.
+            stops: Whether the action ends training: a rollback within bad data would be undone by them.
+        """
+        if self.since is None or not any(
+            kept.step == self._snapshots.pinned for kept in self._snapshots.all()
+        ):
+            return False
+        step = self._host.state.global_step
+        return is_last or (stops and self._incident.has_bad_data and self._looked_at != step)
+
+    def ask(self) -> Ruling:
+        """Return whether the kept state does clearly better on the evaluation set than the present one."""
+        self._looked_at = self._host.state.global_step
+        good = self._snapshots.pinned
+        assert good is not None
+        try:
+            present, kept = self._losses(None), self._losses(self._snapshots.of(good).tensors)
+        except Exception as error:
+            if self._ranks.is_ending:
+                raise
+            self.forget()
+            if self._ranks.rank == 0:
+                logger.warning(
+                    "The evaluation set decides on nothing in this run: its loss could not be computed (%s: %s).",
+                    type(error).__name__,
+                    error,
+                )
+            return Ruling("none")
+        level = sum(kept) / len(kept)
+        verdict = judge(list(map(Pair, present, kept)), Usual(level, _PRIOR_NOISE * abs(level), level))
+        return Ruling("act" if verdict.cause == "weights" else "none", "data", good, verdict)
+
+    def _losses(self, tensors: Any) -> list[float]:
+        if self._batches is None:
+            self._batches = self._take_batches()
+        losses: list[float] = []
+        for batch in self._batches:
+            losses += probe_on_all_ranks(self._host, self._ranks, [batch], None, tensors)
+        return losses
+
+    def _take_batches(self) -> list[Any]:
+        """Return as many batches as every rank has."""
+        batches: list[Any] = []
+        caught: Exception | None = None
+        try:
+            with random_states_kept():
+                batches = evaluation_batches(self._host.trainer, _MOST_BATCHES)
+        except Exception as error:
+            caught = error
+        self._ranks.raise_if_any_failed(caught, "Reading the evaluation set")
+        count = min(self._ranks.gather(len(batches)))
+        if count == 0:
+            raise ValueError("the evaluation set gives no batch")
+        return batches[:count]
