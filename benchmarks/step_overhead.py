@@ -1,6 +1,7 @@
 """What guarding costs per training step: time against the stock Trainer on a tiny model.
 
     python -m benchmarks.step_overhead [--short] [--repeats N] [--blocks N] [--output docs/overhead.md]
+    python -m benchmarks.step_overhead --compared --repeats 6 --blocks 8   # the comparison, steps of 50 ms
 
 Two runs of the same model, one of the stock Trainer and one of the setting that is measured, take
 turns in this process: ten steps of the one, ten steps of the other. Other load of the machine affects
@@ -63,7 +64,11 @@ class Setting:
     stock_options: dict[str, Any]
     stock_is_guarded: bool = False
     callbacks: Callable[[], list[Any]] = list
+    size: str = "small"
 
+
+SIZES = {"small": (64, 2, 32), "large": (192, 4, 64)}
+"""Width, layers and tokens of a row. A step of the larger model takes some 50 ms."""
 
 SETTINGS = [
     Setting("stock against stock (control)", False, {}, {}),
@@ -76,6 +81,25 @@ SETTINGS = [
         {"save_strategy": "steps", "save_steps": 100_000},
     ),
 ]
+
+COMPARED = [
+    Setting("stock against stock (control)", False, {}, {}, size="large"),
+    Setting(
+        "comparison on, `stop`: kept weights",
+        True,
+        {"divguard_detector": "adaptive", "divguard_action": "stop"},
+        {},
+        size="large",
+    ),
+    Setting(
+        "comparison on, `rollback`: kept weights and optimizer",
+        True,
+        {"divguard_detector": "adaptive", "divguard_action": "rollback", "divguard_snapshot_steps": 0},
+        {},
+        size="large",
+    ),
+]
+"""The comparison of weights, on a larger model; `--compared` measures these."""
 
 
 class Turns(TrainerCallback):
@@ -104,8 +128,9 @@ class Turns(TrainerCallback):
 
 
 def make_trainer(
-    guarded: bool, options: dict[str, Any], steps: int, folder: str, callbacks: list[Any]
+    guarded: bool, options: dict[str, Any], steps: int, folder: str, callbacks: list[Any], size: str = "small"
 ) -> Any:
+    width, layers, length = SIZES[size]
     common = {
         "max_steps": steps,
         "per_device_train_batch_size": 8,
@@ -116,10 +141,10 @@ def make_trainer(
     }
     arguments = base_arguments(folder, **{**common, **options})
     trainer = (DivGuardTrainer if guarded else Trainer)(
-        model=gpt2(vocabulary=64, length=32, width=64, layers=2, heads=2, dropout=0.1),
+        model=gpt2(vocabulary=64, length=length, width=width, layers=layers, heads=2, dropout=0.1),
         args=(DivGuardTrainingArguments if guarded else TrainingArguments)(**arguments),
-        train_dataset=RandomRows(512, 32, vocabulary=64),
-        eval_dataset=RandomRows(16, 32, vocabulary=64),
+        train_dataset=RandomRows(512, length, vocabulary=64),
+        eval_dataset=RandomRows(16, length, vocabulary=64),
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -140,6 +165,7 @@ def race(setting: Setting, blocks: int, measured_first: bool) -> tuple[float, fl
                 steps,
                 os.path.join(folder, str(measured)),
                 [turns[measured], *setting.callbacks()],
+                setting.size,
             )
             for measured in (measured_first, not measured_first)
         }
@@ -161,6 +187,7 @@ def race(setting: Setting, blocks: int, measured_first: bool) -> tuple[float, fl
             thread.join()
     if errors:
         raise errors[0]
+    note_kept(trainers[True])
 
     def ratio(kind: str) -> float:
         ours, stock = (getattr(turns[measured], kind)[WARM_UP_BLOCKS:] for measured in (True, False))
@@ -169,6 +196,16 @@ def race(setting: Setting, blocks: int, measured_first: bool) -> tuple[float, fl
     STOCK_MS.append(statistics.median(turns[False].cpu) / BLOCK * 1e3)
     return ratio("cpu"), ratio("wall")
 
+
+def note_kept(trainer: Any) -> None:
+    """Note how many forward passes looks took in the last race, in how many steps."""
+    run = getattr(trainer, "_run", None)
+    if run is not None and run.comparison is not None:
+        PASSES.append((run.comparison.looks.passes, trainer.state.global_step))
+
+
+PASSES: list[tuple[int, int]] = []
+"""Forward passes of looks, and steps, of each race with comparisons."""
 
 STOCK_MS: list[float] = []
 """CPU milliseconds of a stock step, one entry per race."""
@@ -267,6 +304,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12, help="races per setting")
     parser.add_argument("--blocks", type=int, default=20, help="turns of ten steps in each race")
     parser.add_argument("--short", action="store_true", help="two short races each, to see that it runs")
+    parser.add_argument(
+        "--compared", action="store_true", help="print the cost of comparing, on a larger model"
+    )
     parser.add_argument("--output", type=Path, help="write the page here as well")
     options = parser.parse_args()
     repeats, blocks = (2, 4) if options.short else (options.repeats, options.blocks)
@@ -274,11 +314,18 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("hf_divguard").setLevel(logging.ERROR)
-    race(SETTINGS[-1], 1, measured_first=True)  # imports and first calls are in no measurement
+    settings = COMPARED if options.compared else SETTINGS
+    race(settings[-1], 1, measured_first=True)  # imports and first calls are in no measurement
     STOCK_MS.clear()
+    PASSES.clear()
     results = [
-        measure(setting, repeats, blocks, lambda line: print(line, flush=True)) for setting in SETTINGS
+        measure(setting, repeats, blocks, lambda line: print(line, flush=True)) for setting in settings
     ]
+    if options.compared:
+        passes, steps = (sum(column) for column in zip(*PASSES, strict=True))
+        print(f"A stock step takes {statistics.median(STOCK_MS):.1f} ms of CPU time.")
+        print(f"Looks took {passes} forward passes in {steps} steps.")
+        return
     text = page(results, repeats, blocks)
     print(text)
     if options.output:

@@ -47,10 +47,11 @@ def find_rows(count: int, loss: Loss, *, most_probes: int = MOST_PROBES) -> list
     losses = [loss(group) for group in groups]
     spreads = _SPREADS_OF_ROWS if len(groups) == count else _SPREADS
     limits = [_limit([*losses[:place], *losses[place + 1 :]], spreads) for place in range(len(losses))]
+    bar = _bar(losses)
     high = [
         (value, group)
         for value, group, limit in zip(losses, groups, limits, strict=True)
-        if not value <= limit
+        if not value <= limit and or_infinity(value) >= bar
     ]
     if not high or 4 * len(high) > len(groups):
         return []
@@ -60,9 +61,15 @@ def find_rows(count: int, loss: Loss, *, most_probes: int = MOST_PROBES) -> list
         rows, used = _narrow(list(group), value, loss, usual, left)
         left -= used
         found |= rows
-    # Beside a row that is far worse, what lies somewhat above the others says nothing.
-    bar = usual + _SHARE * (max(map(or_infinity, found.values()), default=usual) - usual)
+    bar = _bar([usual, *found.values()])
     return sorted(row for row, value in found.items() if or_infinity(value) >= bar)
+
+
+def _bar(losses: Sequence[float]) -> float:
+    """Return what counts beside the worst loss: what lies only somewhat above the others says nothing."""
+    lowest = min(map(or_infinity, losses))
+    worst = max(map(or_infinity, losses))
+    return worst if lowest == worst else lowest + _SHARE * (worst - lowest)
 
 
 def or_infinity(loss: float) -> float:

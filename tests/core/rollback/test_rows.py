@@ -62,3 +62,13 @@ def test_beside_a_far_worse_row_none_is_named_that_lies_somewhat_above_the_other
     assert find_rows(16, losses_of(rows, [])) == [9]
     rows[9] = 9.0
     assert find_rows(16, losses_of(rows, [])) == [3, 9]
+
+
+@pytest.mark.parametrize("worst", [1e6, float("nan")])
+def test_rows_that_differ_much_do_not_hide_one_that_is_far_worse(worst: float) -> None:
+    """Squared errors: many of them are far above their middle."""
+    for seed in range(30):
+        lot = random.Random(seed)
+        rows = [lot.gauss(0.0, 1.0) ** 2 for _ in range(16)]
+        rows[9] = worst
+        assert find_rows(16, losses_of(rows, [])) == [9]
