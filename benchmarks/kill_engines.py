@@ -69,7 +69,7 @@ def main() -> None:
 def run(server: ForkServer, folder: Path, engine: str, **how: Any) -> list[Any]:
     """Train or resume on all ranks."""
     folder.mkdir(parents=True, exist_ok=True)
-    return server.run(killed.train_or_resume, RANKS, folder=folder, engine=engine, timeout=100.0, **how)
+    return server.run(killed.train_or_resume, RANKS, folder=folder, engine=engine, timeout=240.0, **how)
 
 
 def one_run(
@@ -126,7 +126,7 @@ def compare(outcomes: list[Any], reference: list[Any], counts: Counts, which: st
     errors = [each.error for each in outcomes if each.error is not None]
     if errors:
         counts.failed_resumes += 1
-        counts.notes.append(f"{which}: {errors[0][:300]}")
+        counts.notes.append(f"{which}: {errors[0][:300]}: {outcomes[0].log[-2500:]}")
     elif [each.value for each in outcomes] != reference:
         counts.other_results += 1
         counts.notes.append(f"{which}: it ended in another way")
