@@ -9,9 +9,8 @@ from typing import Any, Literal
 from benchmarks.recovery.faults import FAULTS, TIMES, Fault, bad_steps
 from benchmarks.recovery.healthy import HEALTHY
 from benchmarks.recovery.models import TASKS, Task
-from benchmarks.recovery.switches import SWITCHES, Schedule, steady
+from benchmarks.recovery.switches import STEPS, SWITCHES, Schedule, steady
 
-STEPS = 240
 Group = Literal["fault", "switch", "healthy"]
 
 

@@ -1,4 +1,4 @@
-"""The faults: eighteen kinds, each at six times. They know nothing of the guard that is judged.
+"""The faults: 22 kinds, each at six times. They know nothing of the guard that is judged.
 
 A fault acts through a callback at the beginning of a step, through hooks on the model and its parameters, or on the
 batch in the data collator. It goes by the optimizer step of the run, which never goes backwards under a rollback.
@@ -71,6 +71,10 @@ FAULTS = {
         Fault("random_labels", "random labels", "design", 20, "batch", "data"),
         Fault("duplicated_batch", "the same batch again and again", "design", 20, "batch", "data"),
         Fault("optimizer_wiped", "state of the optimizer set to zero", "design", 1, "state"),
+        Fault("mixed_up_labels", "labels of other rows", "design", 15, "batch", "data"),
+        Fault("blank_inputs", "inputs that are all the same", "design", 12, "batch", "data"),
+        Fault("momentum_x50", "first moments x50", "design", 1, "state"),
+        Fault("second_moments_lost", "second moments x1e-4", "design", 1, "state"),
         Fault("rate_x100", "learning rate x100", "judge", 5, "rate", plain=True),
         Fault("inf_gradient", "one infinite gradient", "judge", 1, "gradients", None, plain=True),
         Fault("nan_weight", "NaN in one weight", "judge", 1, "state", None, plain=True),
@@ -229,6 +233,18 @@ def _corrupted(model: Any, optimizer: Any, generator: torch.Generator) -> None:
             value.copy_(5.0 * size * torch.randn(value.shape, generator=generator))
 
 
+def _momentum(model: Any, optimizer: Any, generator: torch.Generator) -> None:
+    for name, value in _moments(optimizer):
+        if "sq" not in name:
+            value *= 50.0
+
+
+def _second_moments(model: Any, optimizer: Any, generator: torch.Generator) -> None:
+    for name, value in _moments(optimizer):
+        if "sq" in name:
+            value *= 1e-4
+
+
 STATE_FAULTS: dict[str, Callable[[Any, Any, torch.Generator], None]] = {
     "weight_noise": _noise,
     "weights_zeroed": _zeros,
@@ -237,6 +253,8 @@ STATE_FAULTS: dict[str, Callable[[Any, Any, torch.Generator], None]] = {
     "decay": _decay,
     "optimizer_wiped": _wiped,
     "optimizer_corrupted": _corrupted,
+    "momentum_x50": _momentum,
+    "second_moments_lost": _second_moments,
 }
 
 
@@ -267,6 +285,13 @@ class BatchFault:
             self.first = batch if self.first is None else self.first
             return {name: value.clone() for name, value in self.first.items()}
         labels = batch["labels"]
+        if self.fault.name == "mixed_up_labels":
+            return {**batch, "labels": _of_other_rows(labels)}
+        if self.fault.name == "blank_inputs":
+            return {
+                **batch,
+                **{name: _blank(batch[name]) for name in ("pixel_values", "input_ids") if name in batch},
+            }
         if self.fault.name == "shifted_labels":
             wrong = (labels + 1) % self.labels
         else:
@@ -281,3 +306,14 @@ class BatchFault:
             return {"pixel_values": 3.0 * torch.randn(batch["pixel_values"].shape, generator=self.generator)}
         shape = batch["input_ids"].shape
         return {"input_ids": torch.randint(0, self.labels, shape, generator=self.generator)}
+
+
+def _of_other_rows(labels: torch.Tensor) -> torch.Tensor:
+    """Return the labels of the next row at the places of this one, so that each row keeps the labels it counts."""
+    others = labels.roll(1, 0)
+    fits = (labels != IGNORED) & (others != IGNORED)
+    return torch.where(fits, others, labels)
+
+
+def _blank(inputs: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(inputs, 3) if inputs.dtype == torch.long else torch.zeros_like(inputs)

@@ -1,4 +1,4 @@
-"""The models: seven kinds, all tiny and made from configs, with four optimizers. Nothing is downloaded."""
+"""The models: nine, all tiny and made from configs, with four optimizers. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -112,6 +114,22 @@ def encoder() -> Any:
             max_position_embeddings=LONG,
             hidden_dropout_prob=0.05,
             attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def small_encoder() -> Any:
+    """A small DistilBERT with more dropout."""
+    return DistilBertForMaskedLM(
+        DistilBertConfig(
+            vocab_size=TOKENS,
+            dim=32,
+            hidden_dim=64,
+            n_layers=1,
+            n_heads=2,
+            max_position_embeddings=LONG,
+            dropout=0.1,
+            attention_dropout=0.0,
         )
     )
 
@@ -286,10 +304,19 @@ TASKS = {
             VOCABULARY,
             {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "optim": "adamw_torch"},
         ),
+        Task(
+            "distil",
+            "DistilBERT with masked LM, AdamW, cosine",
+            small_encoder,
+            masked_pool,
+            VOCABULARY,
+            {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "optim": "adamw_torch"},
+            batch=24,
+        ),
     )
 }
 
-MODELS_OF_HALF = {"design": ("decoder", "vit", "lora"), "judge": ("mlm", "t5", "accum")}
+MODELS_OF_HALF = {"design": ("decoder", "vit", "lora", "distil"), "judge": ("mlm", "t5", "accum")}
 """Models of the fault and switch cells. Healthy runs name their own."""
 
 

@@ -13,6 +13,7 @@ from hf_divguard.hf.evaluation_batches import evaluation_batches
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe_on_all_ranks, random_states_kept
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.recent_batches import StepBatches
 from hf_divguard.hf.snapshots import Snapshots
 
 __all__ = ["Arbiter"]
@@ -111,7 +112,7 @@ class Arbiter:
             self._batches = self._take_batches()
         losses: list[float] = []
         for batch in self._batches:
-            losses += probe_on_all_ranks(self._host, self._ranks, [batch], None, tensors)
+            losses += probe_on_all_ranks(self._host, self._ranks, StepBatches(0, [batch], None, 1), tensors)
         return losses
 
     def _take_batches(self) -> list[Any]:

@@ -18,6 +18,7 @@ from hf_divguard.hf.batch_indices import BatchIndices
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.looks import WeightLooks
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.recent_batches import StepBatches
 from hf_divguard.hf.rows import row_count, suspect_rows
 from hf_divguard.hf.snapshots import Snapshots
 
@@ -38,6 +39,7 @@ class _Step:
     batches: list[Any]
     num_items: Any
     rows: list[list[int] | None]
+    count: int
 
 
 class BadBatches:
@@ -66,7 +68,9 @@ class BadBatches:
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
         """Take the micro-batches of the coming step, and keep those whose losses are not known yet."""
         rows = self.indices.take([row_count(each) for each in batches])
-        self._steps.append(_Step(self._host.state.global_step + 1, list(batches), num_items, rows))
+        self._steps.append(
+            _Step(self._host.state.global_step + 1, list(batches), num_items, rows, len(batches))
+        )
         while len(self._steps) > _FEWEST and self._keeps_too_many():
             self._steps.popleft()
 
@@ -112,8 +116,8 @@ class BadBatches:
         looked_at = replace(looked_at, batches=looked_at.batches[:MOST_PROBES])
         if not self._looks.budget.take(len(kept) * len(looked_at.batches)):
             return ruling
-        step = (looked_at.batches, looked_at.num_items)
-        losses = {state.step: self._looks.losses([step], state.tensors) for state in kept}
+        of_step = StepBatches(looked_at.step, looked_at.batches, looked_at.num_items, looked_at.count)
+        losses = {state.step: self._looks.losses([of_step], state.tensors) for state in kept}
         best = min(losses, key=lambda kept_step: _mean(losses[kept_step]))
         usual, ruled = self._incident.range, ruling
         mean = _mean(losses[best])

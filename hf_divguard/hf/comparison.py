@@ -62,7 +62,7 @@ class Comparison:
         self._arbiter = Arbiter(host, ranks, snapshots, self.incident) if arbiter_action else None
         self._arbiter_action = arbiter_action
         self._is_first_micro_batch = False
-        self._last_step = -1
+        self._last_step = self._ended_at = -1
         self._may_differ = False
 
     # ---- memory
@@ -99,6 +99,12 @@ class Comparison:
     def suspects(self) -> bool:
         """Whether the present state should not be kept, because something is being looked into."""
         return self._outcome.deferred is not None or self.incident.is_suspicious
+
+    @property
+    def vouches(self) -> bool:
+        """Whether the looks after a rollback have found the restored state good."""
+        incident = self.incident
+        return self.looks.reason is None and incident.range.is_known and not incident.is_suspicious
 
     # ---- one step
 
@@ -182,8 +188,11 @@ class Comparison:
             return
         if deferred is not None:
             self.incident.ask(step)
+        elif is_last and step == self._ended_at:
+            return  # the last batches have been looked at
         elif is_last and self.looks.reason is None:
             self.incident.observe_level(step, is_last=True)
+        self._ended_at = step if is_last else -1
         if not self.incident.is_open:
             self._search_rows(step)
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +13,13 @@ import torch
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.comparison import Budget, Pair, explains
 from hf_divguard.core.rollback.incident import Incident
+from hf_divguard.core.rollback.learnt import has_learnt_since
 from hf_divguard.core.rollback.ruling import Ruling
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe_on_all_ranks, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.rates import scheduled_rates
+from hf_divguard.hf.recent_batches import RecentBatches, StepBatches
 from hf_divguard.hf.snapshots import Snapshots
 
 __all__ = ["WeightLooks"]
@@ -29,16 +30,12 @@ logger = logging.getLogger(__name__)
 _MOST_BATCHES = 4
 _INCIDENT_SHARE = 0.1
 _RESERVE = 80.0
-# Batches from within an incident that are kept, to see whether the data there can be learnt.
-_BETWEEN = 3
-_LEARNT = 0.8
-# Steps at the end of training whose first micro-batches are kept, for a last look.
-_LAST_STEPS = 8
+# Batches on which it is seen what was learnt since a state was kept.
+_MOST_SINCE = 6
+# Steps at the end of training whose first micro-batches a last look takes.
+_LAST_STEPS = 12
 # Above so many times the rate of then the schedule has raised it.
 _SAME_RATE = 1.05
-
-Step = tuple[list[Any], Any]
-"""Micro-batches of a step, and the number of items in all of them."""
 
 
 class WeightLooks:
@@ -56,9 +53,8 @@ class WeightLooks:
         self.budget = Budget(_INCIDENT_SHARE, _RESERVE)
         self.reason = why_not_comparable(host)
         """Why nothing can be compared; ``None`` where it can."""
-        self._coming: Step | None = None
-        self._between: list[Step] = []
-        self._at_end: deque[Step] = deque(maxlen=_LAST_STEPS)
+        self._coming: StepBatches | None = None
+        self._recent = RecentBatches(ranks)
         self.passes = 0
         """Forward passes that looks have taken so far."""
         self.seconds = 0.0
@@ -66,20 +62,18 @@ class WeightLooks:
 
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
         """Take the micro-batches of the coming step."""
-        self._coming = (batches, num_items)
-        if self._host.state.global_step >= self._host.state.max_steps - _LAST_STEPS:
-            self._at_end.append((batches[:1], num_items))
+        self._coming = StepBatches(self._host.state.global_step + 1, batches, num_items, len(batches))
+        self._recent.take(self._coming)
 
     def forget_batches(self) -> None:
         """After training: give the memory of the batches back."""
         self._coming = None
-        self._between = []
-        self._at_end.clear()
+        self._recent.forget()
 
     def begin_step(self) -> None:
         """Before a step: a part of its cost may be spent on looks."""
         if self._coming is not None:
-            self.budget.earn(len(self._coming[0]))
+            self.budget.earn(self._coming.count)
 
     def explain_off(self) -> None:
         """At the start of training: say where nothing can be compared."""
@@ -98,14 +92,14 @@ class WeightLooks:
         kept = self.usable(asked)
         if not kept or not self._incident.range.is_known or self.reason is not None:
             return None
-        steps = [(self._coming[0][:_MOST_BATCHES], self._coming[1])]
+        steps = [self._coming.at_most(_MOST_BATCHES)]
         if is_last and self._incident.is_slow:
-            steps = list(self._at_end)
-        if not self.budget.take(2 * sum(len(batches) for batches, _ in steps)) and not is_last:
+            steps = self._recent.newest(_LAST_STEPS, since=max(state.step for state in kept))
+        if not self.budget.take(2 * sum(len(each.batches) for each in steps)) and not is_last:
             return Ruling("none")
         began = time.perf_counter()
         try:
-            ruling = self._compare(step, steps, kept, is_asked=asked is not None)
+            ruling = self._compare(step, steps, kept, is_asked=asked is not None, is_last=is_last)
         except Exception as error:
             if self._ranks.is_ending:
                 raise
@@ -135,7 +129,9 @@ class WeightLooks:
         then = state.schedule.get("_last_lr") or [math.inf]
         return max(scheduled_rates(self._host)) <= _SAME_RATE * max(then)
 
-    def _compare(self, step: int, steps: list[Step], kept: list[Any], *, is_asked: bool) -> Ruling:
+    def _compare(
+        self, step: int, steps: list[StepBatches], kept: list[Any], *, is_asked: bool, is_last: bool
+    ) -> Ruling:
         incident = self._incident
         present = self.losses(steps, None)
         losses: dict[int, list[float]] = {}
@@ -144,38 +140,36 @@ class WeightLooks:
             # Small damage is judged by all states; else one that does as well as can be expected is enough.
             if incident.cause == "data" or (
                 not incident.is_slow
-                and not incident.has_compared_older(state.step)
+                and not incident.pairs.has_older(state.step)
                 and explains(present, losses[state.step], incident.range.usual)
             ):
                 break
-        self.budget.take_anyway((len(losses) - 1) * sum(len(batches) for batches, _ in steps))
-        ruling = incident.rule(step, present, losses, is_asked=is_asked, looks=len(steps))
-        if ruling.act == "dismiss" and ruling.cause == "data":
-            self._between = [*self._between, (steps[0][0][:1], steps[0][1])][-_BETWEEN:]
-        if ruling.act == "act" and ruling.cause == "data" and self._was_learnt(ruling.good_step):
-            incident.take_as_usual(step)
-            return Ruling("dismiss", "data", 0, ruling.verdict)
+        self.budget.take_anyway((len(losses) - 1) * sum(len(each.batches) for each in steps))
+        ruling = incident.rule(step, present, losses, is_asked=is_asked, looks=len(steps), is_last=is_last)
+        # A rollback that the fault has outlasted was examined before it was made.
+        goes_back = ruling.act == "act" or (is_last and ruling.cause == "weights")
+        if goes_back and incident.restores == 0 and self._was_learnt(ruling.good_step):
+            return incident.overrule(step, ruling)
         return ruling
 
-    def losses(self, steps: list[Step], tensors: Mapping[str, torch.Tensor] | None) -> list[float]:
+    def losses(self, steps: list[StepBatches], tensors: Mapping[str, torch.Tensor] | None) -> list[float]:
         """Return the losses of the micro-batches of all ranks."""
         losses: list[float] = []
-        for batches, num_items in steps:
-            self.passes += len(batches)
-            losses += probe_on_all_ranks(self._host, self._ranks, batches, num_items, tensors)
+        for of_step in steps:
+            self.passes += len(of_step.batches)
+            losses += probe_on_all_ranks(self._host, self._ranks, of_step, tensors)
         return losses
 
     def _was_learnt(self, good_step: int) -> bool:
-        """Return whether the present weights have learnt the data of the incident, which the kept ones do not know.
-
-        Then a return to the data of before looks as if a data fault had passed. Data that nobody
-        can learn leave the loss where it was at the start of training.
-        """
-        tensors = self._snapshots.of(good_step).tensors
-        if not self._between:
-            return False
-        pairs = list(map(Pair, self.losses(self._between, None), self.losses(self._between, tensors)))
-        usual = self._incident.range.usual
-        there = sum(pair.present for pair in pairs) / len(pairs)
-        before = sum(pair.kept for pair in pairs) / len(pairs)
-        return there < _LEARNT * usual.first and before > there + usual.spread
+        """Return whether the present weights have learnt since what the kept ones do not know."""
+        since = self._recent.since(good_step, _MOST_SINCE)
+        self.budget.take_anyway(2 * len(since))
+        kept = self.losses(since, self._snapshots.of(good_step).tensors)
+        pairs = list(map(Pair, self.losses(since, None), kept))
+        incident = self._incident
+        return has_learnt_since(
+            pairs,
+            incident.range.usual,
+            is_after_data=incident.cause == "data",
+            is_small=incident.is_slow,
+        )

@@ -14,6 +14,7 @@ from hf_divguard.hf.engines import engine_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.policy_gradients import policy_gradient_class
 from hf_divguard.hf.ranks import Ranks
+from hf_divguard.hf.recent_batches import StepBatches
 
 __all__ = ["probe", "probe_on_all_ranks", "random_states_kept", "why_not_comparable"]
 
@@ -29,7 +30,11 @@ def why_not_comparable(host: Host) -> str | None:
 
 
 def probe(
-    host: Host, batches: list[Any], num_items: Any, tensors: Mapping[str, torch.Tensor] | None
+    host: Host,
+    batches: list[Any],
+    num_items: Any,
+    tensors: Mapping[str, torch.Tensor] | None,
+    count: int | None = None,
 ) -> list[float]:
     """Return the loss of each micro-batch with the present weights, or with kept ones.
 
@@ -41,6 +46,7 @@ def probe(
         batches: The micro-batches, as the data loader gave them.
         num_items: Number of items in all of them, as the host counts them.
         tensors: Kept parameters and buffers by name; ``None`` for the present ones.
+        count: Number of micro-batches of the step, where that is more than these.
     """
     losses = []
     with (
@@ -52,12 +58,12 @@ def probe(
     ):
         host.model.eval()
         for inputs in batches:
-            losses.append(host.loss_of(inputs, num_items, len(batches)))
+            losses.append(host.loss_of(inputs, num_items, count or len(batches)))
     return [float(loss) for loss in losses]
 
 
 def probe_on_all_ranks(
-    host: Host, ranks: Ranks, batches: list[Any], num_items: Any, tensors: Mapping[str, torch.Tensor] | None
+    host: Host, ranks: Ranks, of_step: StepBatches, tensors: Mapping[str, torch.Tensor] | None
 ) -> list[float]:
     """Return the losses of the micro-batches of all ranks, each as :func:`probe` gives it.
 
@@ -66,11 +72,11 @@ def probe_on_all_ranks(
             ranks and others are held in one that this rank has left, the run ends.
     """
     if ranks.world_size == 1:
-        return probe(host, batches, num_items, tensors)
+        return probe(host, of_step.batches, of_step.num_items, tensors, of_step.count)
     own: list[float] = []
     caught: Exception | None = None
     try:
-        own = probe(host, batches, num_items, tensors)
+        own = probe(host, of_step.batches, of_step.num_items, tensors, of_step.count)
     except Exception as error:
         caught = error
     may_be_held = engine_of(host).forwards_together

@@ -171,10 +171,17 @@ class Rollback:
         self._pending.end_step()
         is_last = state.global_step >= state.max_steps or self._host.control.should_training_stop
         finding = self._triggers.judge(state.global_step, is_last=is_last)
+        if finding is not None and self._is_refuted(finding):
+            finding = None
         if finding is not None and not self._outcome.defers(finding, "rollback"):
             self._outcome.request_rollback(finding)
         if is_last and self._comparison is not None:
             self._comparison.settle(is_last=True)
+
+    def _is_refuted(self, finding: Finding) -> bool:
+        """Return whether comparisons say that the restored state was not trained through the rest of a fault."""
+        is_by_loss = finding.kind == "rollback_repeated" and finding.rests_on_finite_loss
+        return is_by_loss and self._comparison is not None and self._comparison.vouches
 
     @property
     def sees_the_fault(self) -> bool:

@@ -337,6 +337,17 @@ def test_damaged_weights_are_rolled_back_within_a_step(make_trainer: MakeTrainer
     assert losses[40] < losses[28] - 0.5
 
 
+def test_a_look_at_some_of_many_micro_batches_has_the_scale_of_the_step(make_trainer: MakeTrainer) -> None:
+    """The loss of a micro-batch is its share of that of the step; all of them count, not those that are looked at."""
+    steps: dict[str, Any] = {"gradient_accumulation_steps": 8, "per_device_train_batch_size": 1}
+    trainer = make_trainer(callbacks=[Noise(28)], **COMMON, **steps, **GUARDED, divguard_action="rollback")
+    trainer.train()
+    ((at, target),) = moves(trainer)
+    assert (27 <= at <= 28, at - target <= 6) == (True, True)
+    evidence = trainer.divguard_events[0]["finding"]["evidence"]
+    assert evidence["kept_loss"] == pytest.approx(evidence["usual_loss"], rel=0.4)
+
+
 @pytest.mark.parametrize("action", ["stop", "abort"])
 def test_damaged_weights_stop_a_run_within_two_steps(make_trainer: MakeTrainer, action: str) -> None:
     trainer = make_trainer(callbacks=[Noise(28)], **COMMON, **GUARDED, divguard_action=action)
@@ -461,9 +472,8 @@ def test_after_training_nothing_is_kept_in_memory(make_trainer: MakeTrainer) -> 
     trainer.train()
     assert trainer._run.snapshots.all() == []
     looks = trainer._run.comparison.looks
-    assert (looks._coming, looks._between) == (None, [])
+    assert (looks._coming, looks._recent._kept) == (None, [])
     assert not trainer._run.comparison.bad_batches._steps
-    assert not looks._at_end
 
 
 class Marked(TokenRows):

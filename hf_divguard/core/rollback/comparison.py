@@ -10,7 +10,18 @@ from hf_divguard.core.findings import Cause
 from hf_divguard.core.rollback.loss_range import Usual
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["MOST_PAIRS", "Budget", "Pair", "Verdict", "best_step", "explains", "is_new", "judge", "noise"]
+__all__ = [
+    "MOST_PAIRS",
+    "Budget",
+    "Pair",
+    "Verdict",
+    "best_step",
+    "explains",
+    "is_new",
+    "is_ruin",
+    "judge",
+    "noise",
+]
 
 # The present weights must be worse by so much of the loss: less heals by itself sooner than a rollback repairs it.
 _MARGIN = 0.1
@@ -31,6 +42,10 @@ _NEW_SHARE = 0.25
 _HIGH_SPREADS = 3.0
 # Standard errors from which a difference deserves another look.
 _UNEASY_ERRORS = 1.5
+# A loss so many times that of the untrained model is no spike of a healthy run: it needs no second look.
+_RUIN = 1.5
+# ... and of the usual one, where training began with a model that was trained.
+_RUIN_OF_USUAL = 2.5
 MOST_PAIRS = 12
 """Pairs after which a difference that is still not clear is taken for none."""
 
@@ -123,6 +138,11 @@ def noise(pairs: Sequence[Pair], prior: float) -> float:
 def is_new(kept: float, usual: Usual) -> bool:
     """Return whether batches are unlike those of before: kept weights have a high loss on them."""
     return kept - usual.level > max(_NEW_SPREADS * usual.spread, _NEW_SHARE * abs(usual.level))
+
+
+def is_ruin(present: float, usual: Usual) -> bool:
+    """Return whether a loss is so high that no spike of a healthy run has it, nor what bad data leave."""
+    return present > max(_RUIN * usual.first, _RUIN_OF_USUAL * usual.level)
 
 
 def explains(present: Sequence[float], kept: Sequence[float], usual: Usual) -> bool:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.findings import Cause
 from hf_divguard.core.rollback.comparison import (
     MOST_PAIRS,
@@ -15,32 +14,25 @@ from hf_divguard.core.rollback.comparison import (
     Verdict,
     best_step,
     is_new,
+    is_ruin,
     judge,
 )
 from hf_divguard.core.rollback.healing import Healing
+from hf_divguard.core.rollback.learnt import FEWEST_LOOKS, can_be_undone, is_learnt
 from hf_divguard.core.rollback.loss_range import LossRange
+from hf_divguard.core.rollback.pairs import PairsByState
 from hf_divguard.core.rollback.ruling import Ruling
-from hf_divguard.core.rollback.trial import judge_small, mean_gain, newest_good
+from hf_divguard.core.rollback.trial import judge_small, newest_good
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["Incident"]
 
 # Steps between two looks while new data last.
 _LOOKS_AT_DATA = (3, 5, 10, 20, 40)
-# Looks that must have seen bad data before what they leave is undone.
-_FEWEST_LOOKS_AT_DATA = 3
 # Steps between two looks after a rollback; a fault that lasts is undone again and again, ever less often.
 _LOOKS_AFTER = (1, 2, 4, 8, 8)
 _GAPS = (1, 1, 1, 1, 2, 2, 4, 4, 8)
-# Data are new and can be learnt where the loss has fallen below this part of the first one.
-_LEARNT = 0.8
-# A loss so many times that of the untrained model is no spike of a healthy run: it needs no second look.
-_PLAIN = 1.5
-# ... and of the usual one, where training began with a model that was trained.
-_PLAIN_OF_USUAL = 2.5
-# What was learnt in more steps than these is worth more than what passing data have left.
-_MOST_TO_UNDO = 50
-# Steps within which the present weights may recover after a data fault has passed.
+# Steps within which the present weights may recover after a data fault has passed, at least; else half of its length.
 _HEALS_WITHIN = 5
 # Damage that shrinks below this part until the next look is healing: from step to step, and within those steps.
 _LEFT = 0.7
@@ -52,8 +44,6 @@ _LEVEL = 5
 _FEW_PAIRS = 3
 # Losses in a row that show a return.
 _RETURNED = 2
-# The newest sound state knows the coming batches where it shows so much of the difference to the best one.
-_KNOWS = 0.5
 # Losses out of the range that enter it once they have proved harmless.
 _MOST_LEFT_OUT = 30
 
@@ -81,6 +71,7 @@ class Incident(Stateful):
     _until: float | None = memory(None)
     _looks: int = memory(0)
     _damage_since: tuple[int, float] | None = memory(None)
+    _bad_until: int = memory(0)
     _new_data: tuple[int, int] | None = memory(None)
     _losses: deque[float] = memory(lambda: deque(maxlen=_LEVEL))
     _left_out: list[float] = memory(list)
@@ -88,7 +79,7 @@ class Incident(Stateful):
 
     def __post_init__(self) -> None:
         # Not part of the memory: kept states are in no checkpoint either.
-        self._pairs: dict[int, list[tuple[float, float]]] = {}
+        self.pairs = PairsByState()
 
     @property
     def is_open(self) -> bool:
@@ -120,12 +111,7 @@ class Incident(Stateful):
         self._until, self.next_look = None, min(self.next_look, step)
 
     def observe_level(self, step: int, *, is_last: bool = False) -> None:
-        """Open an incident if the last losses are higher as a whole.
-
-        Args:
-            step: Present step.
-            is_last: Whether training ends here: less has to speak for it then.
-        """
+        """Open an incident if the last losses are higher as a whole; at the end less has to speak for it."""
         if self.is_open or not self.watches_small:
             return
         risen = self.range.take_slow_rise(is_last=is_last)
@@ -143,14 +129,20 @@ class Incident(Stateful):
         self.next_look, self.since, self.cause = step, step, None
         self._looks, self.restores, self.last_restore = 0, 0, -1
         self._damage_since, self.is_slow, self._until = None, False, None
-        self._pairs.clear()
+        self.pairs.clear()
         self._losses.clear()
         self._left_out = []
 
     @property
     def is_suspicious(self) -> bool:
         """Whether the present state is not to be kept: until two looks after a rollback have found it good."""
-        return self.is_open and not (self.last_restore >= 0 and self._looks >= 3)
+        is_good = self.last_restore >= 0 and self._looks >= 3 and self._damage_since is None
+        return self.is_open and not is_good
+
+    @property
+    def _is_again(self) -> bool:
+        """Whether a rollback has shown that the weights were damaged, and it goes on."""
+        return self.last_restore >= 0 and self.cause is None
 
     def is_due(self, step: int) -> bool:
         """Return whether to look before the step after ``step``."""
@@ -159,7 +151,7 @@ class Incident(Stateful):
     def close(self) -> None:
         """Look no more."""
         self.next_look = None
-        self._pairs.clear()
+        self.pairs.clear()
 
     def rule(
         self,
@@ -169,6 +161,7 @@ class Incident(Stateful):
         *,
         is_asked: bool,
         looks: int = 1,
+        is_last: bool = False,
     ) -> Ruling:
         """Return what the losses of one look mean.
 
@@ -178,40 +171,33 @@ class Incident(Stateful):
             kept: The same with kept weights, by their step.
             is_asked: Whether a finding of the curve waits for it.
             looks: Of how many steps the micro-batches are.
+            is_last: Whether training ends here.
         """
-        for kept_step, losses in kept.items():
-            pairs = self._pairs.setdefault(kept_step, [])
-            pairs.extend(zip(present, losses, strict=True))
-        usual = self.range.usual
-        most = max(len(pairs) for pairs in self._pairs.values())
-        means = {
-            kept_step: sum(loss for _, loss in pairs) / len(pairs)
-            for kept_step, pairs in self._pairs.items()
-            if len(pairs) == most
-        }
-        good = best_step(means, usual.spread)
+        self.pairs.add(present, kept)
+        usual, most = self.range.usual, self.pairs.most
+        good = best_step(self.pairs.means(), usual.spread)
         if good is None:
             return self._later(step, "data", Verdict("data"))
-        compared = [Pair(*pair) for pair in self._pairs[good]]
+        compared = self.pairs.of(good)
         wobble = self._healing.noise(step)
         verdict = judge(compared, usual, wobble)
         newest = judge(compared[-len(present) :], usual, wobble)
         if verdict.cause != "weights" and newest.cause == "weights":
             verdict = newest  # damage that grows looks like noise beside the earlier pairs
-        if verdict.cause == "weights" and self._newest_does_not_know(good):
+        if verdict.cause == "weights" and self.pairs.newest_does_not_know(good, self.since):
             return self._later(step, "data", verdict)
         if verdict.cause == "weights" and (verdict.is_high or self.cause is not None or is_asked):
             return self._damaged(step, good, verdict, newest)
-        if not (verdict.is_uneasy and self.cause == "data"):
-            if self._damage_since is not None:
+        if not (verdict.is_uneasy and (self.cause == "data" or self._is_again)):
+            if self._damage_since is not None and not self._is_again:
                 self._healing.note_healed(step)
             self._damage_since = None
-        elif self._damage_since is None:
+        elif self._damage_since is None and self.cause == "data":
             self._damage_since = (step, verdict.numbers["present_loss"] - verdict.numbers["kept_loss"])
         if verdict.cause == "data":
             return self._later(step, "data", verdict)
         if self.is_slow and self.cause is None:
-            return self._small(step, verdict, looks)
+            return self._small(step, verdict, looks, is_last)
         is_high = verdict.is_high and self.last_restore < 0
         if most < (MOST_PAIRS if verdict.is_uneasy else _FEW_PAIRS if is_high else 0):
             self.next_look = step + 1
@@ -223,34 +209,17 @@ class Incident(Stateful):
     @property
     def has_bad_data(self) -> bool:
         """Whether so many looks have seen bad data that they do not pass at once."""
-        return self.is_open and self.cause == "data" and self._looks >= _FEWEST_LOOKS_AT_DATA
-
-    def has_compared_older(self, kept_step: int) -> bool:
-        """Return whether older states than this one were compared: as long as the incident lasts they are."""
-        return any(each < kept_step for each in self._pairs)
+        return self.is_open and self.cause == "data" and self._looks >= FEWEST_LOOKS
 
     def is_sound(self, kept_step: int) -> bool:
         """Return whether a state was kept before anything was out of the range."""
         return kept_step <= self.since - 2
 
-    def _newest_does_not_know(self, good: int) -> bool:
-        """Return whether the newest state that was sound does badly on the coming batches, whatever older ones do.
-
-        It was kept two steps or more before a loss was out of its range, so the data are not
-        those that it was trained on: a turn of domains, which an older state may know.
-        """
-        sound = [kept_step for kept_step in self._pairs if self.is_sound(kept_step)]
-        if not sound or max(sound) <= good:
-            return False
-        newest, best = self._pairs[max(sound)], self._pairs[good]
-        count = min(len(newest), len(best))
-        return mean_gain(newest[-count:]) < _KNOWS * mean_gain(best[-count:])
-
-    def _small(self, step: int, verdict: Verdict, looks: int) -> Ruling:
+    def _small(self, step: int, verdict: Verdict, looks: int, is_last: bool) -> Ruling:
         """Try damage that no single loss shows on further batches, until it is certain or refuted."""
-        sound = {kept_step: pairs for kept_step, pairs in self._pairs.items() if self.is_sound(kept_step)}
+        sound = self.pairs.sound(self.since)
         self._looks += looks
-        trial = judge_small(sound, self.range.usual, looks=self._looks)
+        trial = judge_small(sound, self.range.usual, looks=self._looks, is_last=is_last)
         if trial == "unclear":
             self.next_look = step + 1
             return Ruling("none", "unknown", 0, verdict)
@@ -269,32 +238,36 @@ class Incident(Stateful):
 
     def _damaged(self, step: int, good: int, verdict: Verdict, newest: Verdict) -> Ruling:
         """Act on damage that lasts. A spike, and what little a passing data fault leaves, heal by themselves."""
-        is_short = self.cause == "data" and self._looks < _FEWEST_LOOKS_AT_DATA
-        if is_short or (self.cause == "data" and step - good > _MOST_TO_UNDO):
-            # Too short to distinguish a fault from a turn of domains, and for much damage; or too long ago.
+        further = 0 if self._is_again else self._healing.further_looks(step)
+        is_plain = is_ruin(verdict.numbers.get("present_loss", math.inf), self.range.usual)
+        if self.cause == "data" and is_plain:
+            # Bad data do not make the present weights so much worse than untrained ones on good data.
+            self.cause, self._damage_since = None, None
+        lasted = self._bad_until - self.since
+        if self.cause == "data" and not can_be_undone(
+            lasted, self._looks, step - good, self.range.steps_to_learn
+        ):
             self.take_as_usual(step)
             return Ruling("dismiss", "data", 0, verdict)
         gain = newest.numbers.get("present_loss", math.inf) - newest.numbers.get("kept_loss", 0.0)
         lasts = newest.cause == "weights" or newest.is_uneasy
         before = self._damage_since
-        further = self._healing.further_looks(step)
-        wait, left = (_HEALS_WITHIN, _LEFT_OF_DATA) if self.cause == "data" else (1 + further, _LEFT)
-        usual = self.range.usual
-        plain = max(_PLAIN * usual.first, _PLAIN_OF_USUAL * usual.level)
-        is_plain = (
-            self.cause is None and further == 0 and verdict.numbers.get("present_loss", math.inf) > plain
-        )
+        wait, left = 1 + further, _LEFT
+        if self.cause == "data":
+            wait, left = max(_HEALS_WITHIN, lasted // 2), _LEFT_OF_DATA
+        is_plain = is_plain and self.cause is None and further == 0
         if is_plain or (
             before is not None and step >= before[0] + wait and lasts and gain >= left * before[1]
         ):
             self.next_look, self._damage_since = step + 1, None
             return Ruling("act", "data" if self.cause == "data" else "weights", good, verdict)
-        if before is not None and gain < left * before[1]:
+        if before is not None and gain < left * before[1] and self._is_again:
+            self._damage_since = before = (before[0], gain)  # losses under a fault go up and down
+        elif before is not None and gain < left * before[1]:
             self._healing.note_healed(step)
             lasts = False
         if before is None or not lasts:
             self._damage_since = before = (step, min(gain, _HUGE))
-        # What passing data have left is given some steps; damage has to be there at every step.
         self.next_look = max(step + 1, before[0] + wait) if self.cause == "data" else step + 1
         return Ruling("none", "weights", good, verdict)
 
@@ -304,22 +277,27 @@ class Incident(Stateful):
             # Close to a fault of the weights it is an incident of its own.
             self.cause, self.since = "data", step if self.last_restore >= 0 else self.since
             self._looks, self.restores, self.last_restore = 0, 0, -1
+        self._bad_until = step
         self._left_out.clear()
-        self._pairs.clear()
+        self.pairs.clear()
         level, present = self.range.usual.level, verdict.numbers.get("present_loss", math.nan)
         self._until = 0.5 * (level + present) if cause == "data" and present > level else None
-        if self._looks >= len(_LOOKS_AT_DATA) or self._is_learnt():
+        if self._looks >= len(_LOOKS_AT_DATA) or (
+            self._looks >= 2 and is_learnt(self._losses, self.range.usual)
+        ):
             self.take_as_usual(step)
         else:
             self.next_look = step + _LOOKS_AT_DATA[self._looks]
             self._looks += 1
         return Ruling("dismiss", cause, 0, verdict)
 
-    def _is_learnt(self) -> bool:
-        """Return whether the loss on the new data has fallen to where only learning brings it."""
-        if self._looks < 2 or len(self._losses) < _LEVEL:
-            return False
-        return median(self._losses) < _LEARNT * self.range.usual.first
+    def overrule(self, step: int, ruling: Ruling) -> Ruling:
+        """Return what follows instead where the present weights have learnt what the kept ones do not know."""
+        verdict = ruling.verdict or Verdict("data")
+        if self.cause == "data" or self.is_slow:
+            self.take_as_usual(step)
+            return Ruling("dismiss", "data", 0, verdict)
+        return self._later(step, "data", verdict)
 
     def take_as_usual(self, step: int) -> None:
         """Make the present losses the usual ones."""
@@ -330,11 +308,10 @@ class Incident(Stateful):
     def _calm(self, step: int, verdict: Verdict) -> Ruling:
         """The loss is in its range: look again after a rollback, else close the incident."""
         if self.last_restore < 0 and self.cause is None:
-            for pairs in self._pairs.values():
-                self._healing.note_harmless(step, [now - then for now, then in pairs])
+            self._healing.note_harmless(step, self.pairs.gains())
             self.range.extend(self._left_out)
         self._left_out.clear()
-        self._pairs.clear()
+        self.pairs.clear()
         if self.cause == "data" and is_new(verdict.numbers.get("kept_loss", 0.0), self.range.usual):
             # The present weights have learnt what the kept ones do not know.
             self.take_as_usual(step)
@@ -361,7 +338,7 @@ class Incident(Stateful):
         self.restores += 1
         self.last_restore, self._looks, self.cause, self._damage_since = step, 1, None, None
         self.is_slow, self._until = False, None
-        self._pairs.clear()
+        self.pairs.clear()
         self._losses.clear()
         self._left_out = []
         self.next_look = step + max(_LOOKS_AFTER[0], _GAPS[min(self.restores, len(_GAPS)) - 1])

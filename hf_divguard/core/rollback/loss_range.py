@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hf_divguard.core.detection.sorted_window import median
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["LossRange", "Usual"]
+__all__ = ["LEARNT", "LossRange", "Usual"]
 
 _WINDOW = 60
 _LEVEL = 9
@@ -32,6 +32,8 @@ _SLOW_SHARE = 0.02
 _LAST_ERRORS = 1.5
 # Steps until the next such look: the level has to settle first.
 _QUIET = 20
+LEARNT = 0.9
+"""A run that has learnt something has a loss below this part of the first one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class LossRange(Stateful):
     _was_negative: bool = memory(False)
     _was_known: bool = memory(False)
     _quiet: int = memory(0)
+    _steps: int = memory(0)
+    _steps_to_learn: int | None = memory(None)
 
     @property
     def is_known(self) -> bool:
@@ -87,6 +91,11 @@ class LossRange(Stateful):
         """The range as it is now."""
         losses = list(self._losses)
         return Usual(median(losses[-_LEVEL:]), self._spread(), median(self._first))
+
+    @property
+    def steps_to_learn(self) -> float:
+        """Steps that the run took to learn something, from its start; infinity if it has not."""
+        return math.inf if self._steps_to_learn is None else self._steps_to_learn
 
     def _spread(self) -> float:
         """Return the noise of a loss, without the trend: from the differences of neighbours."""
@@ -113,6 +122,11 @@ class LossRange(Stateful):
             is_out = self.is_above(loss, _TRIGGER_ONCE) or self._above >= 2
         if not is_out and learns:
             self._losses.append(loss)
+        self._steps += 1
+        if self._steps_to_learn is None and self._steps > _FIRST:
+            last = list(self._losses)[-_FIRST:]
+            if median(last) < LEARNT * median(self._first):
+                self._steps_to_learn = self._steps
         self._quiet = max(0, self._quiet - 1)
         return self._norm_is_large(grad_norm) or is_out
 

@@ -42,7 +42,7 @@ class RecoveryCheck(Stateful):
 
     limit: float | None = memory(None)
     is_judging: bool = memory(False)
-    _since: int = memory(0)
+    since: int = memory(0)
     _losses: deque[tuple[int, float | None]] = memory(lambda: deque(maxlen=_MEMORY))
 
     def observe(self, step: int, loss: float) -> None:
@@ -58,7 +58,7 @@ class RecoveryCheck(Stateful):
         self._losses = deque(kept, maxlen=_MEMORY)
         self.limit = _upper([loss for _, loss in kept if loss is not None])
         self.is_judging = True
-        self._since = step
+        self.since = step
 
     def level(self) -> float | None:
         """Return the median of the last losses since the rollback, of fewer than 9 the least.
@@ -98,7 +98,7 @@ class RecoveryCheck(Stateful):
         self.is_judging = False
 
     def _since_rollback(self) -> list[tuple[int, float | None]]:
-        return [entry for entry in self._losses if entry[0] > self._since]
+        return [entry for entry in self._losses if entry[0] > self.since]
 
     def _is_bad(self, loss: float | None) -> bool:
         return loss is None or not loss <= (math.inf if self.limit is None else self.limit)

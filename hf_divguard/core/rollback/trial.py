@@ -20,6 +20,8 @@ _MARGIN_OF_FIRST = 0.01
 _MARGIN_ALONE = 0.1
 # Standard errors of the mean difference.
 _ERRORS = 3.7
+# ... and at the end of training, where there is one look instead of many.
+_ERRORS_AT_END = 2.5
 _FEWEST_PAIRS = 8
 _FEWEST_LOOKS = 6
 _MOST_LOOKS = 12
@@ -31,7 +33,9 @@ _FEWEST_TO_END = 3
 _HOPE_ERRORS = 2.5
 
 
-def judge_small(pairs: Mapping[int, Sequence[tuple[float, float]]], usual: Usual, *, looks: int) -> Trial:
+def judge_small(
+    pairs: Mapping[int, Sequence[tuple[float, float]]], usual: Usual, *, looks: int, is_last: bool = False
+) -> Trial:
     """Return whether small damage is certain, refuted, or needs more pairs.
 
     One kept state may be better than the present weights by luck, where states differ while
@@ -43,6 +47,7 @@ def judge_small(pairs: Mapping[int, Sequence[tuple[float, float]]], usual: Usual
             the kept state; all of the same micro-batches.
         usual: The loss before.
         looks: At how many steps the losses were taken.
+        is_last: Whether training ends here.
 
     Example:
         >>> usual = Usual(level=1.5, spread=0.1, first=3.0)
@@ -65,7 +70,8 @@ def judge_small(pairs: Mapping[int, Sequence[tuple[float, float]]], usual: Usual
         return "none"
     half = count // 2
     lasts = mean_gain(worst[half:]) >= _LASTS * mean_gain(worst[:half]) if half else False
-    if looks >= _FEWEST_LOOKS and count >= _FEWEST_PAIRS and gain > max(margin, _ERRORS * error) and lasts:
+    bar = max(margin, (_ERRORS_AT_END if is_last else _ERRORS) * error)
+    if looks >= _FEWEST_LOOKS and count >= _FEWEST_PAIRS and gain > bar and lasts:
         return "damage"
     return "none" if looks >= _MOST_LOOKS else "unclear"
 

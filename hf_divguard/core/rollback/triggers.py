@@ -63,6 +63,8 @@ class RollbackTriggers(Stateful):
 
     def observe(self, step: int, loss: float, grad_norm: float | None = None) -> None:
         """Take the raw loss of a step, and its gradient norm before clipping if it is known."""
+        if step <= self._recovery.since:
+            return  # delivered after the rollback that has undone it
         self._recovery.observe(step, loss)
         norm = grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None
         if self.policy.is_muted(step):

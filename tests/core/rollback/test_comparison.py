@@ -108,11 +108,12 @@ def test_looks_stay_within_their_share_of_the_training_time() -> None:
 # ---- an incident
 
 
-def incident() -> Incident:
-    """Return one whose usual loss is about 1.6."""
+def incident(*, steps_to_learn: int = 8) -> Incident:
+    """Return one whose usual loss is about 1.6, after it was higher for some steps."""
     made, lot = Incident(), random.Random(3)
     for step in range(1, 61):
-        made.observe(step, 1.6 + lot.gauss(0.0, 0.05), 1.0)
+        level = 1.6 if step >= steps_to_learn - 2 else 2.0
+        made.observe(step, level + lot.gauss(0.0, 0.05), 1.0)
     made.close()
     return made
 
@@ -145,6 +146,16 @@ def test_what_passing_data_leave_is_undone_and_called_by_its_cause() -> None:
     assert made.next_look == 84
     ruling = made.rule(84, [2.7], {60: [1.65]}, is_asked=False)
     assert (ruling.act, ruling.cause) == ("act", "data")
+
+
+def test_what_long_bad_data_leave_is_given_half_of_their_time_to_heal() -> None:
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    for step in (61, 64, 69, 79):
+        made.rule(step, [6.0], {60: [6.1]}, is_asked=False)
+    assert made.rule(90, [3.0], {60: [1.65]}, is_asked=False).act == "none"
+    assert made.next_look == 99
+    assert made.rule(99, [1.7], {60: [1.65]}, is_asked=False).act != "act"
 
 
 def test_what_heals_by_itself_is_not_undone() -> None:
@@ -255,3 +266,48 @@ def test_data_that_seem_to_have_passed_are_looked_at_at_once() -> None:
     made.observe(70, 2.6, 1.0)
     made.observe(71, 2.5, 1.0)
     assert made.is_due(71)
+
+
+def test_data_that_pass_sooner_than_the_run_can_learn_leave_what_they_left() -> None:
+    """A block of new data that lasts no longer than the first learning took cannot be told from bad data."""
+    made = incident(steps_to_learn=40)
+    made.observe(61, 6.0, 1.0)
+    for step in (61, 64, 69):
+        made.rule(step, [6.0], {60: [6.1]}, is_asked=False)
+    assert made.rule(79, [3.0], {60: [1.65]}, is_asked=False).act == "dismiss"
+    assert not made.is_open
+
+
+def restored() -> Incident:
+    """Return an incident that a rollback has not ended: damage is there again, but not for certain."""
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    made.rule(61, [6.0], {60: [1.6]}, is_asked=False)
+    made.has_restored(61)
+    for step in (62, 64):
+        assert made.rule(step, [1.6], {60: [1.6]}, is_asked=False).act == "dismiss"
+    return made
+
+
+def test_damage_that_comes_again_after_a_rollback_may_go_up_and_down() -> None:
+    """Under a fault that lasts the losses jump: less damage than at the look before does not mean that it heals."""
+    made = restored()
+    assert made.rule(68, [3.8], {60: [1.6]}, is_asked=False).act == "none"
+    assert made.rule(69, [2.6], {60: [1.6]}, is_asked=False).act == "none"
+    assert made.rule(70, [3.0], {60: [1.6]}, is_asked=False).act == "act"
+
+
+def test_nothing_is_kept_while_damage_is_looked_at_again() -> None:
+    made = restored()
+    assert not made.is_suspicious
+    made.rule(68, [3.8], {60: [1.6]}, is_asked=False)
+    assert made.is_suspicious
+
+
+def test_what_was_learnt_since_overrules_damage() -> None:
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    ruling = made.rule(61, [6.0], {58: [1.6]}, is_asked=False)
+    assert ruling.act == "act"
+    overruled = made.overrule(61, ruling)
+    assert (overruled.act, overruled.cause, made.cause, made.next_look) == ("dismiss", "data", "data", 64)

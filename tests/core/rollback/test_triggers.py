@@ -72,6 +72,21 @@ def test_the_end_of_a_cooldown_is_judged_once(after: list[float], asked: list[tu
     assert run.feed(after) == asked
 
 
+def test_a_step_that_was_undone_says_nothing_about_the_time_after() -> None:
+    """Losses are delivered every few steps: those of steps before a rollback may come after it."""
+    policy = RollbackPolicy(cooldown_steps=20)
+    watch = RollbackTriggers(policy, watches_gradients=True)
+    for step in range(1, 101):
+        watch.observe(step, 2.0, 1.0)
+    decision = Decision(Target(90, 90), 1, 1, 99, cooldown_steps=20)
+    policy.record(decision, 103)
+    numbers: Any = {"step": 103, "onset_step": 101, "value": 9.0, "limit": 2.0, "message": "`loss` = 9."}
+    watch.rewind(90, 103, Finding(kind="damage", severity="error", metric="loss", **numbers))
+    for step in range(101, 130):
+        watch.observe(step, 9.0 if step <= 103 else 2.0, 1e4 if step <= 103 else 1.0)
+        assert watch.judge(step, is_last=False) is None
+
+
 def test_where_training_ends_in_a_cooldown_it_is_judged_there() -> None:
     """The last step is the last chance."""
     run = Run()

@@ -1,0 +1,90 @@
+"""The losses of one incident: those of present and of kept weights on the same micro-batches, by kept state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hf_divguard.core.rollback.comparison import Pair
+from hf_divguard.core.rollback.trial import mean_gain
+
+__all__ = ["PairsByState"]
+
+# The newest sound state knows the coming batches where it shows so much of the difference to the best one.
+_KNOWS = 0.5
+
+
+class PairsByState:
+    """Collects the losses of the looks of an incident.
+
+    Example:
+        >>> pairs = PairsByState()
+        >>> pairs.add([5.0, 5.2], {40: [1.5, 1.4], 20: [1.6, 1.6]})
+        >>> pairs.most, pairs.means()
+        (2, {40: 1.45, 20: 1.6})
+        >>> pairs.has_older(40), sorted(pairs.sound(since=30))
+        (True, [20])
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[int, list[tuple[float, float]]] = {}
+
+    def add(self, present: Sequence[float], kept: Mapping[int, Sequence[float]]) -> None:
+        """Take the losses of one look.
+
+        Args:
+            present: Loss of each micro-batch with the present weights.
+            kept: The same with kept weights, by their step.
+        """
+        for kept_step, losses in kept.items():
+            self._pairs.setdefault(kept_step, []).extend(zip(present, losses, strict=True))
+
+    def clear(self) -> None:
+        """Forget all losses."""
+        self._pairs.clear()
+
+    @property
+    def most(self) -> int:
+        """Number of micro-batches with which the state that was compared most often was compared."""
+        return max((len(pairs) for pairs in self._pairs.values()), default=0)
+
+    def means(self) -> dict[int, float]:
+        """Return the mean kept loss of the states that were compared on all micro-batches."""
+        most = self.most
+        return {
+            kept_step: sum(loss for _, loss in pairs) / len(pairs)
+            for kept_step, pairs in self._pairs.items()
+            if len(pairs) == most
+        }
+
+    def of(self, kept_step: int) -> list[Pair]:
+        """Return the losses of a state."""
+        return [Pair(*pair) for pair in self._pairs[kept_step]]
+
+    def gains(self) -> list[float]:
+        """Return by how much every state did better, for every micro-batch."""
+        return [now - then for pairs in self._pairs.values() for now, then in pairs]
+
+    def has_older(self, kept_step: int) -> bool:
+        """Return whether older states than this one were compared: as long as the incident lasts they are."""
+        return any(each < kept_step for each in self._pairs)
+
+    def sound(self, since: int) -> dict[int, list[tuple[float, float]]]:
+        """Return the losses of the states that were kept two steps or more before an incident."""
+        return {kept_step: pairs for kept_step, pairs in self._pairs.items() if kept_step <= since - 2}
+
+    def newest_does_not_know(self, good: int, since: int) -> bool:
+        """Return whether the newest state that was sound does badly on the coming batches, whatever older ones do.
+
+        It was kept two steps or more before a loss was out of its range, so the data are not
+        those that it was trained on: a turn of domains, which an older state may know.
+
+        Args:
+            good: The state that does best.
+            since: Step at which the incident began.
+        """
+        sound = self.sound(since)
+        if not sound or max(sound) <= good:
+            return False
+        newest, best = self._pairs[max(sound)], self._pairs[good]
+        count = min(len(newest), len(best))
+        return mean_gain(newest[-count:]) < _KNOWS * mean_gain(best[-count:])
