@@ -41,7 +41,7 @@ Cause = Literal["weights", "data", "unknown"]
 """Where a high loss comes from: ``docs/comparison.md``."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Finding:
     """One thing a rule saw in a series, with the numbers that show it.
 
@@ -84,6 +84,13 @@ class Finding:
 
     def __str__(self) -> str:
         return self.message
+
+    def __eq__(self, other: object) -> bool:
+        # NaN equals NaN here, which the generated comparison of Python 3.13 denies.
+        return self.to_dict() == other.to_dict() if isinstance(other, Finding) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.step, self.onset_step, self.kind, self.metric, self.message))
 
     @property
     def rests_on_finite_loss(self) -> bool:

@@ -42,7 +42,7 @@ class Environment:
     is_short: bool = False
 
 
-OLDEST = ("transformers==4.57.0", "accelerate==1.1.0", "peft==0.17.1")
+OLDEST = ("transformers==4.57.0", "accelerate==1.3.0", "peft==0.17.1")
 NEWEST = ("transformers<6", "accelerate", "peft")
 ALL = (*NEWEST, "trl", "sentence-transformers")
 
