@@ -52,6 +52,7 @@ def main() -> int:
     )
     parser.add_argument("--short", action="store_true", help="lose one operation at most")
     parser.add_argument("--lost", type=int, default=3, help="lose so many operations at most")
+    parser.add_argument("--only", default="", help="only operations with this text in their name")
     options = parser.parse_args()
     most_lost = 1 if options.short else options.lost
     jobs: list[Job] = [
@@ -59,6 +60,7 @@ def main() -> int:
         for lost, stale in ((0, False), (0, True), (most_lost, False))
         for number in range(len(OPERATIONS))
         for staged in (True, False)
+        if options.only in OPERATIONS[number].name
         if staged or "resume" not in OPERATIONS[number].name
     ]
     began = time.monotonic()

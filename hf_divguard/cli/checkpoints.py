@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from hf_divguard.cli.condition import Condition, condition_of
@@ -20,6 +21,7 @@ from hf_divguard.cli.output import (
     table,
 )
 from hf_divguard.cli.parsers import DEFAULT_KEEP_BEST, DEFAULT_KEEP_LAST
+from hf_divguard.cli.records import Divergence
 from hf_divguard.errors import CheckpointError
 from hf_divguard.storage.checkpoints import latest_complete_checkpoint
 from hf_divguard.storage.integrity import verify_checkpoint
@@ -104,10 +106,15 @@ def run_best(options: Any) -> int:
     seen = survey(run_folder(options.dir), options.metric, options.greater)
     if seen.greater_is_better is None:
         raise CommandError(f"Nothing is ranked: {_unknown_direction(seen.metric_key)}", USAGE)
+    fault = _fault_by_replay(condition_of(seen))
+    sound = [each for each in seen.best if fault is None or each.step <= _last_sound_step(fault)]
     # The list was made by sizes alone.
-    best = [each for each in seen.best if verify_checkpoint(each.path).status == "complete"][: options.n]
+    best = [each for each in sound if verify_checkpoint(each.path).status == "complete"][: options.n]
+    if fault is not None and len(sound) < len(seen.best):
+        _warn_of(fault, seen.best)
     if not best:
-        raise CommandError(_nothing_ranked(options.dir, seen), NO)
+        unsound = fault is not None and bool(seen.best) and not sound
+        raise CommandError("No other is ranked." if unsound else _nothing_ranked(options.dir, seen), NO)
     if options.json:
         shown = [{"path": each.path, "step": each.step, "metric": each.metric} for each in best]
         print_json(
@@ -152,6 +159,7 @@ def run_latest(options: Any) -> int:
             else f"`{options.dir}` holds no checkpoints.",
             NO,
         )
+    newest = _newest_sound(newest, folder)
     if options.json:
         print_json(
             "latest", {"path": newest.path, "step": newest.step, "resumable": newest.verdict.resumable}
@@ -159,6 +167,40 @@ def run_latest(options: Any) -> int:
     else:
         _print_paths([newest.path])
     return OK
+
+
+def _newest_sound(newest: Checkpoint, folder: str) -> Checkpoint:
+    """Return ``newest``, or what ``status`` takes if a replay of the log shows that it was saved after a fault."""
+    seen = survey(folder, None, None)
+    condition = condition_of(seen)
+    fault = _fault_by_replay(condition)
+    if fault is None or newest.step <= _last_sound_step(fault):
+        return newest
+    _warn_of(fault, seen.complete)
+    if condition.take is None:
+        raise CommandError(f"No checkpoint can be taken: {condition.take_reason}.", NO)
+    return condition.take
+
+
+def _fault_by_replay(condition: Condition) -> Divergence | None:
+    """Return the lasting fault that a replay of the log found: no checkpoint of such a run is marked."""
+    fault = condition.divergence
+    return fault if fault is not None and fault.source == "replay" else None
+
+
+def _last_sound_step(fault: Divergence) -> int:
+    # As for `CheckpointLedger.last_good`: the loss of a step shows what the update before it did.
+    return fault.onset_step - 2
+
+
+def _warn_of(fault: Divergence, found: Sequence[Checkpoint]) -> None:
+    passed = [os.path.basename(each.path) for each in found if each.step > _last_sound_step(fault)]
+    names = ", ".join(passed[-3:]) + (f" and {len(passed) - 3} more" if len(passed) > 3 else "")
+    print(
+        f"hf-divguard: passed over {printable(names)}: a replay of the log finds a fault from step "
+        f"{fault.onset_step} on. {printable(fault.message)}",
+        file=sys.stderr,
+    )
 
 
 def run_verify(options: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,30 @@ def test_best_and_latest_print_what_the_functions_return(cli: Any, made: Path) -
         assert cli("latest", run).out == newest.path + "\n"
     three = cli("best", made / "stock", "-n", 3).out.split()
     assert three == [each.path for each in best_checkpoints(made / "stock", 3)]
+
+
+def test_best_and_latest_pass_over_what_a_replay_shows_to_be_diverged(
+    cli: Any, made: Path, run_of: RunOf
+) -> None:
+    run = made / "stock_nan"
+    take = cli("status", run, "--json").json["take"]["path"]
+    newest = latest_complete_checkpoint(run)
+    assert newest is not None
+    assert newest.step > 14
+    for command in ("latest", "best"):
+        answer = cli(command, run)
+        assert answer.code == 0
+        assert int(answer.out.strip().rpartition("-")[2]) <= 12
+        assert "passed over" in answer.err
+        assert "from step 14 on" in answer.err
+    assert cli("latest", run).out == f"{take}\n"
+    copy = run_of("stock_nan")
+    for folder in copy.glob("checkpoint-*"):
+        if int(folder.name.partition("-")[2]) <= 12:
+            shutil.rmtree(folder)
+    answer = cli("latest", copy)
+    assert (answer.code, answer.out) == (1, "")
+    assert "no good checkpoint is from before the onset (step 14)" in answer.err
 
 
 def test_best_and_latest_exit_with_1_where_there_is_none(cli: Any, run_of: RunOf) -> None:
