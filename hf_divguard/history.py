@@ -13,7 +13,7 @@ from hf_divguard.errors import HistoryError
 from hf_divguard.storage.jsonio import parse_json
 from hf_divguard.storage.names import checkpoint_folders
 from hf_divguard.storage.regular_files import read_bytes
-from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
+from hf_divguard.storage.trainer_state import LFS_POINTER, TRAINER_STATE_NAME
 
 __all__ = ["Entry", "History", "HistorySource", "read_history"]
 
@@ -101,6 +101,10 @@ def _load(path: Path) -> Any:
         data = read_bytes(path, max_bytes=_MAX_BYTES)
     except (OSError, ValueError) as error:
         raise HistoryError(f"`{path}` cannot be read: {error}") from error
+    if data.startswith(LFS_POINTER):
+        raise HistoryError(
+            f"`{path}` is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
+        )
     try:
         return parse_json(data, what="it", allow_nan=True)
     except ValueError as error:
@@ -114,6 +118,12 @@ def _from_content(content: Any, name: str) -> History:
     if isinstance(content, Mapping) and "log_history" in content:
         content = content["log_history"]
     if isinstance(content, Mapping):
+        if content and not any(_is_column(values) for values in content.values()):
+            kind = " It is the config of a model." if "model_type" in content else ""
+            raise HistoryError(
+                f"{name} is no training history: it has neither a `log_history` nor lists of values.{kind} Give a "
+                f"`{TRAINER_STATE_NAME}`, a checkpoint or an output folder."
+            )
         return _from_sequences(content)
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         if all(entry.__class__ is dict or isinstance(entry, Mapping) for entry in content):
@@ -217,8 +227,12 @@ def _from_sequences(columns: Mapping[str, Any]) -> History:
     return History(entries, has_steps=steps is not None, notes=notes)
 
 
+def _is_column(values: Any) -> bool:
+    return isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping))
+
+
 def _column(key: str, values: Any) -> list[Any]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    if not _is_column(values):
         raise HistoryError(f"`{key}` must be a sequence of numbers, got {values!r}.")
     return list(values)
 

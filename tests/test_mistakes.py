@@ -29,8 +29,13 @@ from hf_divguard import (
     DualTimeScaleDivergenceDetector,
     HistoryError,
     NonFiniteDetector,
+    Verdict,
+    best_checkpoints,
+    find_checkpoints,
     guard,
+    latest_complete_checkpoint,
     replay,
+    verify_checkpoint,
 )
 from tests.tiny import TokenRows, base_arguments, tiny_model
 
@@ -752,6 +757,21 @@ def replayed(text: str, *, name: str = "trainer_state.json") -> Callable[[User],
     return make
 
 
+def made_folder(user: User, name: str) -> Path:
+    """Return a folder of this name in the user's, with a file in it and beside it."""
+    folder = user.folder / name
+    folder.mkdir(parents=True)
+    for place in (folder, user.folder):
+        (place / "config.json").write_text("{}")
+    return folder
+
+
+def refuse(verdict: Verdict) -> None:
+    """Raise what a verdict says, as a script would."""
+    if verdict.status != "complete":
+        raise ValueError(verdict.reason)
+
+
 READING = {
     "a history that is not there": Mistake(
         lambda user: replay("/nowhere"),
@@ -770,6 +790,50 @@ READING = {
         lambda user: replay({"loss": [2.0, 1.0]}, "emma"),
         "class",
         ("no detector 'emma'", "There are: adaptive"),
+        ValueError,
+    ),
+    "the config of a model for a history": Mistake(
+        replayed('{"model_type": "llama", "activation_function": "gelu", "layers": 2}'),
+        "class",
+        ("is no training history", "the config of a model", "Give a `trainer_state.json`"),
+        HistoryError,
+    ),
+    "a pointer of Git LFS for a history": Mistake(
+        replayed("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "class",
+        ("is a Git LFS pointer", "git lfs pull"),
+        HistoryError,
+    ),
+    "a metric that the history lacks": Mistake(
+        lambda user: replay({"loss": [2.0, 1.0]}, metric_key="los"),
+        "class",
+        ("holds no `los`", "Its keys are: loss"),
+        HistoryError,
+    ),
+    "a misspelt setting to replay": Mistake(
+        lambda user: replay({"loss": [2.0, 1.0]}, "ema", treshold=1.0),
+        "class",
+        ("no parameter 'treshold'", "It has:", "threshold"),
+        TypeError,
+    ),
+    "checkpoints of a folder that is not there": Mistake(
+        lambda user: find_checkpoints(user.folder / "none"), "class", ("no folder", "Check the path")
+    ),
+    "the best checkpoints of a folder that is not there": Mistake(
+        lambda user: best_checkpoints(user.folder / "none"), "class", ("no folder", "Check the path")
+    ),
+    "the checkpoints of a checkpoint": Mistake(
+        lambda user: find_checkpoints(made_folder(user, "checkpoint-4")),
+        "class",
+        ("is a checkpoint", "Give the output folder"),
+    ),
+    "the newest checkpoint of a file": Mistake(
+        lambda user: latest_complete_checkpoint(__file__), "class", ("is a file", "Give the output folder")
+    ),
+    "an output folder to verify": Mistake(
+        lambda user: refuse(verify_checkpoint(made_folder(user, "checkpoint-4").parent)),
+        "class",
+        ("none of the files", "It is an output folder", "'checkpoint-4'"),
         ValueError,
     ),
 }

@@ -20,11 +20,10 @@ from hf_divguard.history import read_history
 from hf_divguard.storage.jsonio import parse_json
 from hf_divguard.storage.names import checkpoint_folders
 from hf_divguard.storage.regular_files import error_words, read_bytes
-from hf_divguard.storage.trainer_state import TRAINER_STATE_NAME
+from hf_divguard.storage.trainer_state import LFS_POINTER, TRAINER_STATE_NAME
 
 __all__ = ["find_sources", "read_source"]
 
-_LFS = b"version https://git-lfs.github.com/spec/"
 _EVENTS = ".tfevents."
 _MOST_FOLDERS = 20_000
 
@@ -105,7 +104,7 @@ def _bytes_of(path: str) -> bytes:
         raise CommandError(_missing(path)) from None
     except (OSError, ValueError) as error:
         raise CommandError(f"`{path}` cannot be read: {error_words(error)}.") from None
-    if data.startswith(_LFS):
+    if data.startswith(LFS_POINTER):
         raise CommandError(
             f"`{path}` is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
         )

@@ -14,12 +14,12 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.checkpoints import (
     Checkpoint,
     best_checkpoints,
-    find_checkpoints,
     verify_checkpoint,
 )
 from hf_divguard.storage.integrity import Verdict
 from hf_divguard.storage.resume_state import resume_state
 from hf_divguard.storage.staging import recover
+from hf_divguard.storage.survey import find_checkpoints
 
 __all__ = ["choose_checkpoint", "choose_for_all"]
 

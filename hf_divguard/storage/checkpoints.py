@@ -12,7 +12,9 @@ from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.errors import CheckpointError
 from hf_divguard.storage.integrity import verify_checkpoint
 from hf_divguard.storage.ledger import CheckpointLedger
-from hf_divguard.storage.survey import Checkpoint, find_checkpoints
+from hf_divguard.storage.names import checkpoint_step
+from hf_divguard.storage.survey import Checkpoint
+from hf_divguard.storage.survey import find_checkpoints as checkpoints_in
 from hf_divguard.storage.verdict import Verdict
 
 __all__ = [
@@ -30,6 +32,45 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Checkpoint]:
+    """Return the checkpoints directly inside ``output_dir`` in the order of saving, oldest first.
+
+    Folders ``checkpoint-<digits>`` alone count, and symbolic links of such names. Files and other
+    names are passed over. The order is that of the sequence numbers in manifests and sidecars,
+    which no copying or touching changes. A folder without one stands where the newest sidecar
+    lists it, or, if that does not know it, after all others, by step. Sizes are compared,
+    checksums not: use ``verify_checkpoint`` for those.
+
+    Args:
+        output_dir: The run folder. A missing one holds no checkpoints, and a warning says so.
+
+    Raises:
+        OSError: If the run folder is there and cannot be listed. A single checkpoint that cannot
+            be read has the verdict ``"unreadable"`` instead.
+
+    Example:
+        >>> find_checkpoints("no-such-folder")
+        []
+    """
+    _warn_of_wrong_path(output_dir)
+    return checkpoints_in(output_dir)
+
+
+def _warn_of_wrong_path(path: str | os.PathLike[str]) -> None:
+    """Log a warning if ``path`` can hold no checkpoints, so that an empty list is not taken for an answer."""
+    name = os.path.abspath(path)
+    if not os.path.lexists(path):
+        logger.warning("There is no folder %s, so there are no checkpoints in it. Check the path.", name)
+    elif not os.path.isdir(path):
+        logger.warning(
+            "%s is a file, so there are no checkpoints in it. Give the output folder of a run.", name
+        )
+    elif checkpoint_step(os.path.basename(name)) is not None:
+        logger.warning(
+            "%s is a checkpoint. Give the output folder that holds it: %s.", name, os.path.dirname(name)
+        )
+
+
 def latest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Checkpoint | None:
     """Return the newest complete checkpoint in ``output_dir``, ``None`` if there is none.
 
@@ -45,8 +86,9 @@ def latest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Checkpoint
         >>> latest_complete_checkpoint("no-such-folder") is None
         True
     """
+    _warn_of_wrong_path(output_dir)
     passed: list[Checkpoint] = []
-    for each in reversed(find_checkpoints(output_dir)):
+    for each in reversed(checkpoints_in(output_dir)):
         verdict = each.verdict
         if verdict.status == "complete":
             verdict = verify_checkpoint(each.path)
@@ -98,7 +140,8 @@ def best_checkpoints(
     """
     if n is not None and n < 0:
         raise ValueError(f"`n` must be at least 0, got {n}.")
-    found = find_checkpoints(output_dir)
+    _warn_of_wrong_path(output_dir)
+    found = checkpoints_in(output_dir)
     key, greater = ranking(metric, greater_is_better, found)
     return ranked(ledger_of(output_dir, found, key), found, greater)[:n]
 

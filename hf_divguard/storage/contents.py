@@ -20,7 +20,7 @@ from hf_divguard.storage.layout import (
     weight_files,
 )
 from hf_divguard.storage.layouts import Layout, Parts, layout_of
-from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME
+from hf_divguard.storage.names import INCOMPLETE_NAME, MANIFEST_NAME, SIDECAR_NAME, checkpoint_folders
 from hf_divguard.storage.regular_files import (
     LimitExceeded,
     error_words,
@@ -63,7 +63,15 @@ def judge_contents(folder: str | os.PathLike[str], *, step: int | None, read_all
     if not names and not others:
         return Verdict("incomplete", "It is empty.", ("the folder is empty",))
     if not weight_files(names) and foreign_layout(names) is None and not any(map(is_trainer_file, names)):
-        return Verdict("unknown", "It holds none of the files that the Trainer writes into a checkpoint.")
+        inside = list(checkpoint_folders(folder).values())
+        hint = (
+            f" It is an output folder: give a checkpoint in it, such as {inside[-1].name!r}."
+            if inside
+            else ""
+        )
+        return Verdict(
+            "unknown", f"It holds none of the files that the Trainer writes into a checkpoint.{hint}"
+        )
     return _Judge(Path(folder), {name: sizes[name] for name in names}, others).judge(step, read_all)
 
 

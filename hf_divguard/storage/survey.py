@@ -47,22 +47,7 @@ class Checkpoint:
 def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Checkpoint]:
     """Return the checkpoints directly inside ``output_dir`` in the order of saving, oldest first.
 
-    Folders ``checkpoint-<digits>`` alone count, and symbolic links of such names. Files and other
-    names are passed over. The order is that of the sequence numbers in manifests and sidecars,
-    which no copying or touching changes. A folder without one stands where the newest sidecar
-    lists it, or, if that does not know it, after all others, by step. Sizes are compared,
-    checksums not: use ``verify_checkpoint`` for those.
-
-    Args:
-        output_dir: The run folder. A missing one holds no checkpoints.
-
-    Raises:
-        OSError: If the run folder is there and cannot be listed. A single checkpoint that cannot
-            be read has the verdict ``"unreadable"`` instead.
-
-    Example:
-        >>> find_checkpoints("no-such-folder")
-        []
+    As the public function of this name, without its warning for a path that can hold none.
     """
     return _in_order_of_saving(_find(output_dir, None))
 

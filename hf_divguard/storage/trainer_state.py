@@ -10,9 +10,12 @@ from typing import Any
 from hf_divguard.storage.jsonio import parse_json
 from hf_divguard.storage.regular_files import read_bytes
 
-__all__ = ["TRAINER_STATE_NAME", "log_history", "logged_metric", "read_trainer_state"]
+__all__ = ["LFS_POINTER", "TRAINER_STATE_NAME", "log_history", "logged_metric", "read_trainer_state"]
 
 TRAINER_STATE_NAME = "trainer_state.json"
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has left in the place of the real one."""
 
 _MAX_BYTES = 32 << 20  # a day of logging every step is some 20 megabytes
 
