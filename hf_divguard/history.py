@@ -19,6 +19,7 @@ __all__ = ["Entry", "History", "HistorySource", "read_history"]
 
 _MAX_BYTES = 256 << 20  # a week of logging every step
 _EXACT = 1 << 53
+_KNOWN = ("loss", "eval_loss")
 _TEXT_NUMBERS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf, "+inf": math.inf, "-inf": -math.inf}
 
 
@@ -118,7 +119,7 @@ def _from_content(content: Any, name: str) -> History:
     if isinstance(content, Mapping) and "log_history" in content:
         content = content["log_history"]
     if isinstance(content, Mapping):
-        if content and not any(_is_column(values) for values in content.values()):
+        if content and not any(key in _KNOWN or _is_column(values) for key, values in content.items()):
             kind = " It is the config of a model." if "model_type" in content else ""
             raise HistoryError(
                 f"{name} is no training history: it has neither a `log_history` nor lists of values.{kind} Give a "
