@@ -21,9 +21,10 @@ _EVERY = 5
 _KEEP = 4
 # One state stays that is so old: a fault shows in the loss within some steps.
 _REACH = 60
-# Copies may take so much of the training time; below so many seconds the time of a copy is not worth measuring.
+# Copies may take so much of the training time. Shorter steps count as so long: there a fixed interval, which is the same
+# in every run, is worth more than a hundredth of the time.
 _SHARE = 0.01
-_WORTH_MEASURING = 0.1
+_SHORTEST_STEP = 0.05
 
 
 class KeptStates(Snapshots):
@@ -96,5 +97,5 @@ class KeptStates(Snapshots):
             return _EVERY
         seconds = min(self._durations)
         seconds_of_step = (began - last[0]) / (step - last[1])
-        wanted = math.ceil(seconds / (_SHARE * seconds_of_step)) if seconds > _WORTH_MEASURING else _EVERY
+        wanted = math.ceil(seconds / (_SHARE * max(seconds_of_step, _SHORTEST_STEP)))
         return max(_EVERY, *self._ranks.gather(wanted))
