@@ -23,8 +23,8 @@ from benchmarks.detection.runs import CORPUS, Run, read_runs, score
 from hf_divguard.core import detection
 from hf_divguard.core.detection import baseline
 
-NOT_OF_THE_RULE = ("ema", "window", "eval_rise")
-"""Modules that no loss of the adaptive rule passes: the two other rules, and the warning on evaluations."""
+NOT_OF_THE_RULE = ("ema", "window", "eval_rise", "collapse")
+"""Modules that no loss of the adaptive rule passes: other rules, and the warning on evaluations."""
 
 NO_CHOICE = (
     "_MEDIAN_DIFFERENCE",
@@ -33,8 +33,11 @@ NO_CHOICE = (
     "_EDGE_DIFFERENCE",
     "HUGE",
     "_FEW_CHANGES",
+    "_MIDDLE",
+    "_HIGH",
+    "_LOW",
 )
-"""Numbers from mathematics, of the format of numbers, and one that only speed depends on."""
+"""Numbers from mathematics, of the format of numbers, for speed alone, and places worked out from other constants."""
 
 MODULES = tuple(
     import_module(f"{detection.__name__}.{found.name}")
@@ -86,7 +89,8 @@ def moved(name: str, factor: float) -> Iterator[float]:
 def _set(holders: list[ModuleType], name: str, value: float) -> None:
     for module in holders:
         setattr(module, name, value)
-    baseline._FULL_PLACES = baseline._places(baseline.LONGEST_WINDOW)  # worked out from two of them
+    # Worked out from two of them.
+    baseline._MIDDLE, baseline._HIGH, baseline._LOW = baseline._places(baseline.LONGEST_WINDOW)
 
 
 def head(*, is_complete: bool) -> str:

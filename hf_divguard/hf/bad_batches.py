@@ -26,6 +26,9 @@ __all__ = ["BadBatches"]
 
 # Spreads above the usual loss from which a batch is reported although no row of it stands out.
 _STANDS_OUT = 8.0
+# ... and from which a row is searched in it, beside the batches with which an incident begins. Three spreads are too few:
+# where the losses of rows differ much, one of them makes a step so high by chance every few hundred steps.
+_SEARCHED = 4.0
 # Memory that the batches of steps whose losses are not known yet may take.
 _LIMIT_BYTES = 64e6
 _FEWEST = 2
@@ -92,7 +95,7 @@ class BadBatches:
             opens: Whether an incident begins with it.
         """
         usual = self._incident.range
-        if usual.is_known and (opens or usual.is_above(loss)):
+        if usual.is_known and (opens or usual.is_above(loss, _SEARCHED)):
             self._high[step] = loss
 
     @property
