@@ -12,7 +12,7 @@ import torch
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.comparison import Pair, judge
 from hf_divguard.core.rollback.incident import Incident
-from hf_divguard.core.rollback.rows import MOST_PROBES, or_infinity
+from hf_divguard.core.rollback.rows import MOST_PROBES, bar_of, or_infinity
 from hf_divguard.core.rollback.ruling import Ruling
 from hf_divguard.hf.batch_indices import BatchIndices
 from hf_divguard.hf.host import Host
@@ -136,18 +136,23 @@ class BadBatches:
     def _name_rows(self, looked_at: _Step, losses: list[float], tensors: Mapping[str, torch.Tensor]) -> bool:
         """Note the rows of a bad batch that stand out; return whether there are any."""
         count = len(looked_at.batches)
-        own = losses[self._ranks.rank * count : (self._ranks.rank + 1) * count]
-        found, probes = suspect_rows(self._host, looked_at.batches, own, tensors)
+        of_ranks = [losses[start : start + count] for start in range(0, len(losses), count)]
+        own = of_ranks[min(self._ranks.rank, len(of_ranks) - 1)]
+        found: list[dict[str, int]] = []
+        probes = 0
+        if _mean(own) >= bar_of([_mean(each) for each in of_ranks]):
+            found, probes = suspect_rows(self._host, looked_at.batches, own, tensors)
         for row in found:
             known = looked_at.rows[row["micro_batch"]]
             if known is not None:
                 row["dataset_index"] = known[row["row"]]
-        self._looks.passes += probes
-        self._looks.budget.take_anyway(probes)
-        by_rank = self._ranks.gather(found)
-        for rank, rows in enumerate(by_rank):
+        by_rank = self._ranks.gather((found, probes))
+        most = max(probes for _, probes in by_rank)  # the budget stays the same on all ranks
+        self._looks.passes += most
+        self._looks.budget.take_anyway(most)
+        for rank, (rows, _) in enumerate(by_rank):
             self.rows += [{"step": looked_at.step, "rank": rank, **row} for row in rows]
-        return any(by_rank)
+        return any(rows for rows, _ in by_rank)
 
 
 def _mean(losses: list[float]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from hf_divguard.core.detection.sorted_window import median
 
-__all__ = ["MOST_PROBES", "find_rows", "or_infinity"]
+__all__ = ["MOST_PROBES", "bar_of", "find_rows", "or_infinity"]
 
 MOST_PROBES = 16
 _GROUPS = 8
@@ -47,7 +47,7 @@ def find_rows(count: int, loss: Loss, *, most_probes: int = MOST_PROBES) -> list
     losses = [loss(group) for group in groups]
     spreads = _SPREADS_OF_ROWS if len(groups) == count else _SPREADS
     limits = [_limit([*losses[:place], *losses[place + 1 :]], spreads) for place in range(len(losses))]
-    bar = _bar(losses)
+    bar = bar_of(losses)
     high = [
         (value, group)
         for value, group, limit in zip(losses, groups, limits, strict=True)
@@ -61,11 +61,11 @@ def find_rows(count: int, loss: Loss, *, most_probes: int = MOST_PROBES) -> list
         rows, used = _narrow(list(group), value, loss, usual, left)
         left -= used
         found |= rows
-    bar = _bar([usual, *found.values()])
+    bar = bar_of([usual, *found.values()])
     return sorted(row for row, value in found.items() if or_infinity(value) >= bar)
 
 
-def _bar(losses: Sequence[float]) -> float:
+def bar_of(losses: Sequence[float]) -> float:
     """Return what counts beside the worst loss: what lies only somewhat above the others says nothing."""
     lowest = min(map(or_infinity, losses))
     worst = max(map(or_infinity, losses))
