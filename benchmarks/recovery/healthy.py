@@ -118,7 +118,7 @@ HEALTHY = {
         Healthy(
             "rising_lm",
             "a loss that rises through the run",
-            "judge",
+            "design",
             "accum",
             {"learning_rate": 3e-3},
             objective=objectives.falling_reward,
@@ -258,7 +258,7 @@ HEALTHY = {
         Healthy(
             "sgd_edge",
             "SGD at the edge of stability with batch norm",
-            "judge",
+            "design",
             "resnet",
             {"learning_rate": 0.8, **CONSTANT, "max_grad_norm": 0.0},
         ),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.rollback.comparison import Budget, Pair, explains
+from hf_divguard.core.rollback.comparison import Budget, Pair, Verdict, explains, rises_by_itself
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.learnt import has_learnt_since
 from hf_divguard.core.rollback.ruling import Ruling
@@ -90,6 +90,9 @@ class WeightLooks:
         """
         assert self._coming is not None
         kept = self.usable(asked)
+        is_older = not kept and asked is not None
+        if is_older:
+            kept = self._of_present_data()[:1]
         if not kept or not self._incident.range.is_known or self.reason is not None:
             return None
         steps = [self._coming.at_most(_MOST_BATCHES)]
@@ -99,7 +102,11 @@ class WeightLooks:
             return Ruling("none")
         began = time.perf_counter()
         try:
-            ruling = self._compare(step, steps, kept, is_asked=asked is not None, is_last=is_last)
+            ruling = (
+                self._compare_with_oldest(steps, kept[0])
+                if is_older
+                else self._compare(step, steps, kept, is_asked=asked is not None, is_last=is_last)
+            )
         except Exception as error:
             if self._ranks.is_ending:
                 raise
@@ -114,15 +121,32 @@ class WeightLooks:
 
     def usable(self, asked: Finding | None) -> list[Any]:
         """Return the kept states that are worth a comparison: from before what the curve has found."""
-        # What was kept before the data changed for good knows other data.
-        since = self._incident.new_data_until
-        kept = [state for state in self._snapshots.all() if state.step > since]
+        kept = self._of_present_data()
         if self._incident.is_slow:
             kept = [
                 state for state in kept if self._incident.is_sound(state.step) and self._is_as_fast(state)
             ]
         onset = asked.onset_step if asked is not None else self._host.state.global_step + 1
         return kept if any(state.step < onset for state in kept) else []
+
+    def _of_present_data(self) -> list[Any]:
+        """Return the kept states, oldest first; what was kept before the data changed for good knows other data."""
+        since = self._incident.new_data_until
+        return [state for state in self._snapshots.all() if state.step > since]
+
+    def _compare_with_oldest(self, steps: list[StepBatches], oldest: Any) -> Ruling | None:
+        """Compare where no state is from before the onset; ``None`` if that says nothing."""
+        present, kept = self.losses(steps, None), self.losses(steps, oldest.tensors)
+        usual = self._incident.range.usual
+        if not rises_by_itself(present, kept, usual, self._incident.range.earlier):
+            return None
+        numbers = {
+            "present_loss": sum(present) / len(present),
+            "kept_loss": sum(kept) / len(kept),
+            "usual_loss": usual.level,
+        }
+        self._incident.close()
+        return Ruling("dismiss", "data", 0, Verdict("data", numbers=numbers))
 
     def _is_as_fast(self, state: Any) -> bool:
         """Return whether the rate was no lower then: one that the schedule raises may raise the loss for a while."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_divguard import DivergenceDetector, DivGuardMixin, find_checkpoints
+from hf_divguard import DivergenceDetector, DivGuardMixin, find_checkpoints, guard
 from tests.hf.faults import ScriptedRule, Stream, moves
 from tests.tiny import TokenRows, same_weights, tiny_model, weights
 
@@ -512,3 +512,38 @@ def test_a_bad_row_is_named_by_its_number_in_the_dataset_and_left_out_of_a_resum
         assert resumed.state.global_step == 90
         named = [(row["step"], row["dataset_index"]) for row in resumed.divguard_suspect_rows]
         assert named == ([] if leaves_out else [(70, bad)])
+
+
+# ---- a rise that is older than all kept states
+
+
+class GrowingPenalty(Trainer):
+    """A loss that rises through the run because a penalty grows, while the model learns."""
+
+    growth = 0.05
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * (1.0 + self.growth * self.state.global_step)
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_a_loss_that_rises_by_itself_ends_nothing(make_trainer: MakeTrainer, action: str) -> None:
+    """The weights of 60 steps ago do no better on the present batches, although their loss was lower then."""
+    options = {**COMMON, "max_steps": 110, "trainer_class": guard(GrowingPenalty), **GUARDED}
+    trainer = make_trainer(callbacks=[asked({100: 5}, action)], **options, divguard_action="warn")
+    trainer.train()
+    assert trainer.state.global_step == 110
+    assert trainer.state.divguard_finding is None
+    events = [(each["event"], each["step"]) for each in trainer.divguard_events]
+    assert ("dismissed", 100) in events
+    assert "rollback" not in dict(events)
+
+
+def test_where_the_loss_has_not_risen_since_the_curve_decides(make_trainer: MakeTrainer) -> None:
+    """Damage that is older than all kept states shows in none of them."""
+    options = {**COMMON, "max_steps": 110, "trainer_class": guard(Trainer), **GUARDED}
+    trainer = make_trainer(callbacks=[asked({100: 5}, "stop")], **options, divguard_action="warn")
+    trainer.train()
+    assert trainer.state.global_step == 101
+    assert trainer.state.divguard_finding.cause == "unknown"

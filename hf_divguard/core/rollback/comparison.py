@@ -21,6 +21,7 @@ __all__ = [
     "is_ruin",
     "judge",
     "noise",
+    "rises_by_itself",
 ]
 
 # The present weights must be worse by so much of the loss: less heals by itself sooner than a rollback repairs it.
@@ -43,6 +44,8 @@ _HIGH_SPREADS = 3.0
 # Standard errors from which a difference deserves another look.
 _UNEASY_ERRORS = 1.5
 # A loss so many times that of the untrained model is no spike of a healthy run: it needs no second look.
+# A rise of the loss by so much of it, and the part of the rise that weights are worse by which are not its reason.
+_RISEN_SHARE, _RISEN_PART = 0.03, 0.25
 _RUIN = 1.5
 # ... and of the usual one, where training began with a model that was trained.
 _RUIN_OF_USUAL = 2.5
@@ -140,9 +143,40 @@ def is_new(kept: float, usual: Usual) -> bool:
     return kept - usual.level > max(_NEW_SPREADS * usual.spread, _NEW_SHARE * abs(usual.level))
 
 
-def is_ruin(present: float, usual: Usual) -> bool:
-    """Return whether a loss is so high that no spike of a healthy run has it, nor what bad data leave."""
-    return present > max(_RUIN * usual.first, _RUIN_OF_USUAL * usual.level)
+def is_ruin(present: float, kept: float, usual: Usual) -> bool:
+    """Return whether a loss is so high that no spike of a healthy run has it, nor what bad data leave.
+
+    Where the kept weights do worse than untrained ones too, it is not the weights alone.
+    """
+    return present > max(_RUIN * usual.first, _RUIN_OF_USUAL * usual.level) and kept < usual.first
+
+
+def rises_by_itself(present: Sequence[float], kept: Sequence[float], usual: Usual, earlier: float) -> bool:
+    """Return whether the loss has risen for another reason than the weights.
+
+    Of a rise that began before all kept states none of them is known to be good. But where the
+    loss has gone on rising since, weights that are being damaged get worse by as much, compared
+    on the same batches. Where they have not, it is the data or the objective that has changed.
+
+    Args:
+        present: Losses with the present weights.
+        kept: The same with the oldest kept ones.
+        usual: The usual range.
+        earlier: Level of the loss when they were kept.
+
+    Example:
+        >>> usual = Usual(level=2.0, spread=0.03, first=2.3)
+        >>> rises_by_itself([2.0, 2.1], [2.0, 2.1], usual, earlier=1.7)
+        True
+        >>> rises_by_itself([2.0, 2.1], [1.7, 1.8], usual, earlier=1.7)
+        False
+        >>> rises_by_itself([2.0, 2.1], [2.0, 2.1], usual, earlier=2.0)  # damage that is older than the kept state
+        False
+    """
+    risen = usual.level - earlier
+    worse = sum(present) / len(present) - sum(kept) / len(kept)
+    least = max(_RISEN_SHARE * abs(usual.level), _HIGH_SPREADS * usual.spread)
+    return risen > least and worse < _RISEN_PART * risen
 
 
 def explains(present: Sequence[float], kept: Sequence[float], usual: Usual) -> bool:

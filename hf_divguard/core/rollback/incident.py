@@ -239,7 +239,10 @@ class Incident(Stateful):
     def _damaged(self, step: int, good: int, verdict: Verdict, newest: Verdict) -> Ruling:
         """Act on damage that lasts. A spike, and what little a passing data fault leaves, heal by themselves."""
         further = 0 if self._is_again else self._healing.further_looks(step)
-        is_plain = is_ruin(verdict.numbers.get("present_loss", math.inf), self.range.usual)
+        numbers = verdict.numbers
+        is_plain = is_ruin(
+            numbers.get("present_loss", math.inf), numbers.get("kept_loss", 0.0), self.range.usual
+        )
         if self.cause == "data" and is_plain:
             # Bad data do not make the present weights so much worse than untrained ones on good data.
             self.cause, self._damage_since = None, None

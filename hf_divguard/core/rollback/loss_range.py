@@ -93,6 +93,12 @@ class LossRange(Stateful):
         return Usual(median(losses[-_LEVEL:]), self._spread(), median(self._first))
 
     @property
+    def earlier(self) -> float:
+        """The level some fifty steps ago; infinity where so many losses are not known."""
+        losses = list(self._losses)
+        return median(losses[:_LEVEL]) if len(losses) >= _WINDOW // 2 else math.inf
+
+    @property
     def steps_to_learn(self) -> float:
         """Steps that the run took to learn something, from its start; infinity if it has not."""
         return math.inf if self._steps_to_learn is None else self._steps_to_learn
