@@ -17,7 +17,7 @@ from hf_divguard.cli.run_options import check_detector, options_from_file, optio
 
 __all__ = ["run_run"]
 
-_SETTINGS = "HF_DIVGUARD_RUN"
+_SETTINGS, _NOTES = "HF_DIVGUARD_RUN", "HF_DIVGUARD_RUN_NOTES"
 _FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCONT")
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
@@ -34,6 +34,7 @@ def run_run(options: Any) -> int:
         environment = {
             **os.environ,
             _SETTINGS: json.dumps({"options": chosen, "notes": notes}),
+            _NOTES: notes,
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [os.path.dirname(hook.__file__), os.environ.get("PYTHONPATH")])
             ),

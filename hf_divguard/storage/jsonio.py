@@ -32,6 +32,8 @@ _FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 # Python refuses to convert integers of more than 4300 digits; states of random generators stay far below.
 _MAX_INTEGER_BITS = 4096
 _MAX_VALUE_DEPTH = 50
+# The same when it is read, with the levels that hold it. How deep Python itself can go differs between its versions.
+_MAX_READ_DEPTH = 2 * _MAX_VALUE_DEPTH
 _MANY_BYTES = 1 << 20
 
 
@@ -211,14 +213,20 @@ def from_strict(value: Any) -> Any:
     """Return what ``to_strict`` was given, with lists where it had tuples.
 
     Raises:
-        ValueError: If an encoded float has an unknown name.
+        ValueError: If an encoded float has an unknown name, or ``value`` is nested too deeply.
 
     Example:
         >>> from_strict({"best": {"__float__": "-Infinity"}})
         {'best': -inf}
     """
+    return _from_strict(value, 0)
+
+
+def _from_strict(value: Any, depth: int) -> Any:
+    if depth > _MAX_READ_DEPTH:
+        raise ValueError(f"Values must not be nested more than {_MAX_READ_DEPTH} levels deep.")
     if isinstance(value, list):
-        return [from_strict(entry) for entry in value]
+        return [_from_strict(entry, depth + 1) for entry in value]
     if not isinstance(value, dict):
         return value
     if value.keys() == {_FLOAT_KEY}:
@@ -228,7 +236,7 @@ def from_strict(value: Any) -> Any:
         return _FLOATS[name]
     if value.keys() == {_DICT_KEY} and isinstance(value[_DICT_KEY], dict):
         value = value[_DICT_KEY]
-    return {key: from_strict(entry) for key, entry in value.items()}
+    return {key: _from_strict(entry, depth + 1) for key, entry in value.items()}
 
 
 def encode_json(data: Mapping[str, Any], *, max_bytes: int | None = None) -> bytes:

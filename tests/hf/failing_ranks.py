@@ -99,7 +99,11 @@ def in_save(
 def without_its_metric(rank: int, output_dir: str) -> None:
     """Evaluate for a ranking metric that no rank produces."""
     options = {"preserve_best_model": True, "best_model_metric": "accuracy"}
-    scenarios.trainer_of(output_dir, compute_metrics=lambda prediction: {"score": 1.0}, **options).train()
+    names = ["score"]  # not known from the source, so that it is found at the evaluation
+    trainer = scenarios.trainer_of(
+        output_dir, compute_metrics=lambda prediction: dict.fromkeys(names, 1.0), **options
+    )
+    trainer.train()
 
 
 def slow_rank(rank: int, output_dir: str, seconds: float) -> dict[str, Any]:

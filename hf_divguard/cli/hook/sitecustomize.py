@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _HOST = "transformers.trainer"
-_SETTINGS = "HF_DIVGUARD_RUN"
+_SETTINGS, _NOTES = "HF_DIVGUARD_RUN", "HF_DIVGUARD_RUN_NOTES"
 _OWN_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -61,9 +61,7 @@ class _Finder:
 
 def _note(what: str) -> None:
     """Leave a note for the process that will say whether anything was guarded."""
-    import json
-
-    folder = json.loads(os.environ[_SETTINGS])["notes"]
+    folder = os.environ.get(_NOTES, "")
     try:  # noqa: SIM105  contextlib would be one import more in each process
         os.close(os.open(os.path.join(folder, f"{what}-{os.getpid()}"), os.O_WRONLY | os.O_CREAT, 0o600))
     except OSError:

@@ -70,7 +70,7 @@ class RobustBaseline(Stateful):
     Example:
         >>> level = RobustBaseline()
         >>> for value in (4.0, 3.1, 2.9, 3.0, 3.1, 2.9, 3.0, 3.1):
-        ...     level.see(value)
+        ...     _ = level.see(value)
         ...     level.accept(value)
         >>> level.center, level.upper
         (3.0, 3.1)
