@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_divguard.alerts.alerts import Hook
 from hf_divguard.hf.adaptive_detectors import AdaptiveDivergenceDetector
+from hf_divguard.hf.arguments import options_of
 from hf_divguard.hf.callbacks import RunCallbacks, is_stateful
 from hf_divguard.hf.comparison import Comparison
 from hf_divguard.hf.comparison_of_run import make_comparison
@@ -33,12 +34,18 @@ from hf_divguard.hf.signals import Interruption
 from hf_divguard.hf.skipping import NonFiniteUpdates
 from hf_divguard.hf.suspects import Suspects
 
-__all__ = ["RunComponents", "saves_checkpoints_itself"]
+__all__ = ["RunComponents", "saves_checkpoints_itself", "will_save_itself"]
 
 
 def saves_checkpoints_itself(options: Any, callbacks: Iterable[Any]) -> bool:
     """Return whether checkpoints are saved by us: for an option, or for a callback that has a state."""
     return asks_for_safe_saves(options) or any(map(is_stateful, callbacks))
+
+
+def will_save_itself(args: Any, callbacks: Iterable[Any]) -> bool:
+    """Return whether checkpoints will be saved by us, before there is a run."""
+    options = options_of(args)
+    return options.divguard_detector != "none" or saves_checkpoints_itself(options, callbacks)
 
 
 class RunComponents:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_divguard.alerts.alerts import Hook
 from hf_divguard.hf import control as switches
@@ -15,6 +15,7 @@ from hf_divguard.hf.argument_checks import (
     check_ranking_metric_can_come,
 )
 from hf_divguard.hf.arguments import options_of
+from hf_divguard.hf.class_order import check_order
 from hf_divguard.hf.control import outcome_of
 from hf_divguard.hf.detectors_by_name import make_detector
 from hf_divguard.hf.engines import engine_of
@@ -34,7 +35,7 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.hf.reports import end_metrics
 from hf_divguard.hf.restore import load_weights_on_all_ranks, resume_optimizer_on_all_ranks
 from hf_divguard.hf.run import GuardedRun
-from hf_divguard.hf.run_components import saves_checkpoints_itself
+from hf_divguard.hf.run_components import will_save_itself
 from hf_divguard.hf.seams import check_host
 from hf_divguard.hf.unguarded import note_guarded
 
@@ -71,17 +72,7 @@ class DivGuardMixin(PublicMethods):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        order = cls.__mro__
-        if issubclass(cls, TrainingArguments):
-            raise TypeError(
-                f"`DivGuardMixin` extends a Trainer class, but `{cls.__name__}` is a class of training arguments. Use "
-                "`DivGuardArgumentsMixin` for it."
-            )
-        if Trainer in order and order.index(Trainer) < order.index(DivGuardMixin):
-            raise TypeError(
-                f"`DivGuardMixin` must stand left of the Trainer class it extends, but `{cls.__name__}` has it on the "
-                "right, where it guards nothing. Swap the two."
-            )
+        check_order(cls, DivGuardMixin)
 
     _initial_callback_states: dict[str, Any] | None = None
     _save_in_progress: SaveInProgress | None = None
@@ -89,7 +80,7 @@ class DivGuardMixin(PublicMethods):
 
     def __init__(self, *args: Any, on_divergence: Hook | None = None, **kwargs: Any) -> None:
         check_host()
-        with sharded_model_accepted(args, kwargs, _saves_itself):
+        with sharded_model_accepted(args, kwargs, will_save_itself):
             super().__init__(*args, **kwargs)
         self._on_divergence = on_divergence
         outcome_of(self.state)
@@ -343,12 +334,6 @@ class DivGuardMixin(PublicMethods):
 def _keeps_all(run: GuardedRun) -> bool:
     """Return whether the host must not delete checkpoints at the end of training."""
     return run.checkpoints.preserves_best or run.ending.had_come or run.interruption.by is not None
-
-
-def _saves_itself(args: Any, callbacks: Any) -> bool:
-    """Return whether checkpoints will be saved by us, before there is a trainer."""
-    options = options_of(args)
-    return options.divguard_detector != "none" or saves_checkpoints_itself(options, callbacks)
 
 
 class DivGuardTrainer(DivGuardMixin, Trainer):
