@@ -83,6 +83,16 @@ class Verdict:
     is_uneasy: bool = False
     numbers: dict[str, float | int] = field(default_factory=dict)
 
+    @property
+    def present(self) -> float:
+        """Loss of the present weights; infinity where it is not finite."""
+        return self.numbers.get("present_loss", math.inf)
+
+    @property
+    def kept(self) -> float:
+        """Loss of the kept weights; 0 where there is none."""
+        return self.numbers.get("kept_loss", 0.0)
+
 
 def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
     """Return the cause of a high loss.

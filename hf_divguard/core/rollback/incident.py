@@ -38,6 +38,8 @@ _HEALS_WITHIN = 5
 _LEFT = 0.7
 _LEFT_OF_DATA = 0.5
 _HUGE = 1e300
+# Damage of so many times what the data of a few looks were too high by is not theirs.
+_NEW_DAMAGE = 2.0
 # Losses that make a level, within an incident.
 _LEVEL = 5
 # Pairs after which a high loss, that the kept weights do not have less of, is no damage.
@@ -69,6 +71,7 @@ class Incident(Stateful):
     last_restore: int = memory(-1)
     is_slow: bool = memory(False)
     _until: float | None = memory(None)
+    _excess: float = memory(0.0)
     _looks: int = memory(0)
     _damage_since: tuple[int, float] | None = memory(None)
     _bad_until: int = memory(0)
@@ -128,7 +131,7 @@ class Incident(Stateful):
     def _open(self, step: int) -> None:
         self.next_look, self.since, self.cause = step, step, None
         self._looks, self.restores, self.last_restore = 0, 0, -1
-        self._damage_since, self.is_slow, self._until = None, False, None
+        self._damage_since, self.is_slow, self._until, self._excess = None, False, None, 0.0
         self.pairs.clear()
         self._losses.clear()
         self._left_out = []
@@ -193,7 +196,7 @@ class Incident(Stateful):
                 self._healing.note_healed(step)
             self._damage_since = None
         elif self._damage_since is None and self.cause == "data":
-            self._damage_since = (step, verdict.numbers["present_loss"] - verdict.numbers["kept_loss"])
+            self._damage_since = (step, verdict.present - verdict.kept)
         if verdict.cause == "data":
             return self._later(step, "data", verdict)
         if self.is_slow and self.cause is None:
@@ -239,12 +242,12 @@ class Incident(Stateful):
     def _damaged(self, step: int, good: int, verdict: Verdict, newest: Verdict) -> Ruling:
         """Act on damage that lasts. A spike, and what little a passing data fault leaves, heal by themselves."""
         further = 0 if self._is_again else self._healing.further_looks(step)
-        numbers = verdict.numbers
-        is_plain = is_ruin(
-            numbers.get("present_loss", math.inf), numbers.get("kept_loss", 0.0), self.range.usual
-        )
-        if self.cause == "data" and is_plain:
-            # Bad data do not make the present weights so much worse than untrained ones on good data.
+        is_plain = is_ruin(verdict.present, verdict.kept, self.range.usual)
+        gain = newest.present - newest.kept
+        is_new_damage = self._looks < FEWEST_LOOKS and gain > _NEW_DAMAGE * self._excess
+        if self.cause == "data" and (is_plain or is_new_damage):
+            # Bad data make the present weights neither so much worse than untrained ones on good data, nor by more
+            # in a few steps than the data were worse themselves.
             self.cause, self._damage_since = None, None
         lasted = self._bad_until - self.since
         if self.cause == "data" and not can_be_undone(
@@ -252,7 +255,6 @@ class Incident(Stateful):
         ):
             self.take_as_usual(step)
             return Ruling("dismiss", "data", 0, verdict)
-        gain = newest.numbers.get("present_loss", math.inf) - newest.numbers.get("kept_loss", 0.0)
         lasts = newest.cause == "weights" or newest.is_uneasy
         before = self._damage_since
         wait, left = 1 + further, _LEFT
@@ -285,6 +287,7 @@ class Incident(Stateful):
         self.pairs.clear()
         level, present = self.range.usual.level, verdict.numbers.get("present_loss", math.nan)
         self._until = 0.5 * (level + present) if cause == "data" and present > level else None
+        self._excess = max(self._excess, present - level) if math.isfinite(present) else _HUGE
         if self._looks >= len(_LOOKS_AT_DATA) or (
             self._looks >= 2 and is_learnt(self._losses, self.range.usual)
         ):
@@ -315,7 +318,7 @@ class Incident(Stateful):
             self.range.extend(self._left_out)
         self._left_out.clear()
         self.pairs.clear()
-        if self.cause == "data" and is_new(verdict.numbers.get("kept_loss", 0.0), self.range.usual):
+        if self.cause == "data" and is_new(verdict.kept, self.range.usual):
             # The present weights have learnt what the kept ones do not know.
             self.take_as_usual(step)
         elif self.last_restore >= 0 and self._looks < len(_LOOKS_AFTER):
@@ -340,7 +343,7 @@ class Incident(Stateful):
             self._open(step)
         self.restores += 1
         self.last_restore, self._looks, self.cause, self._damage_since = step, 1, None, None
-        self.is_slow, self._until = False, None
+        self.is_slow, self._until, self._excess = False, None, 0.0
         self.pairs.clear()
         self._losses.clear()
         self._left_out = []
