@@ -20,7 +20,9 @@ from hf_divguard.hf.trainer import DivGuardMixin
 __all__ = ["SETTINGS_VARIABLE", "guard_arguments", "guard_module", "guarded_trainer"]
 
 SETTINGS_VARIABLE = "HF_DIVGUARD_RUN"
-"""Environment variable with the options, and the folder for notes, as JSON."""
+"""Environment variable with the options, as JSON."""
+
+_NOTES_VARIABLE = "HF_DIVGUARD_RUN_NOTES"
 
 _CONVERTS = "_divguard_converts"
 
@@ -32,7 +34,7 @@ def guard_module(module: ModuleType) -> None:
         module: ``transformers.trainer``, just imported.
     """
     settings = json.loads(os.environ[SETTINGS_VARIABLE])
-    notes = Path(settings["notes"])
+    notes = Path(os.environ[_NOTES_VARIABLE])
     _note(notes, "trainer")
     original = module.Trainer
     guarded = guarded_trainer(original, settings["options"], lambda: _note(notes, "made"))

@@ -33,7 +33,7 @@ def run_run(options: Any) -> int:
     with tempfile.TemporaryDirectory(prefix="hf-divguard-run-", ignore_cleanup_errors=True) as notes:
         environment = {
             **os.environ,
-            _SETTINGS: json.dumps({"options": chosen, "notes": notes}),
+            _SETTINGS: json.dumps({"options": chosen}),
             _NOTES: notes,
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [os.path.dirname(hook.__file__), os.environ.get("PYTHONPATH")])

@@ -15,6 +15,7 @@ from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.rows import MOST_PROBES, bar_of, or_infinity
 from hf_divguard.core.rollback.ruling import Ruling
 from hf_divguard.hf.batch_indices import BatchIndices
+from hf_divguard.hf.engines.tensors import bytes_of
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.looks import WeightLooks
 from hf_divguard.hf.ranks import Ranks
@@ -80,7 +81,7 @@ class BadBatches:
     def _keeps_too_many(self) -> bool:
         oldest = self._steps[0].step
         is_known = oldest < self._host.state.global_step - self._host.args.divguard_check_steps
-        return is_known or sum(map(_bytes_of, self._steps)) > _LIMIT_BYTES
+        return is_known or sum(bytes_of(each.batches) for each in self._steps) > _LIMIT_BYTES
 
     def forget(self) -> None:
         """After training: give the memory of the batches back."""
@@ -157,9 +158,3 @@ class BadBatches:
 
 def _mean(losses: list[float]) -> float:
     return or_infinity(sum(losses) / len(losses))
-
-
-def _bytes_of(step: _Step) -> int:
-    batches = [each for each in step.batches if isinstance(each, Mapping)]
-    values = [value for batch in batches for value in batch.values()]
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

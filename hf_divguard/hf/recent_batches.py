@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from hf_divguard.hf.engines.tensors import bytes_of
 from hf_divguard.hf.ranks import Ranks
 
 __all__ = ["RecentBatches", "StepBatches"]
@@ -58,7 +56,7 @@ class RecentBatches:
     def take(self, coming: StepBatches) -> None:
         """Keep the first micro-batch of a step."""
         if self._most is None:
-            size = self._ranks.largest(_bytes_of(coming.batches[0]))
+            size = self._ranks.largest(bytes_of(coming.batches[0]))
             self._most = max(_FEWEST, int(_LIMIT_BYTES // max(1, size)))
         # Trainers take keys out of a batch.
         first = StepBatches(coming.step, [copy.copy(coming.batches[0])], coming.num_items, coming.count)
@@ -82,8 +80,3 @@ class RecentBatches:
     def forget(self) -> None:
         """Give the memory back."""
         self._kept = []
-
-
-def _bytes_of(batch: Any) -> int:
-    values = batch.values() if isinstance(batch, Mapping) else [batch]
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

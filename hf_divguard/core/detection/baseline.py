@@ -176,11 +176,7 @@ class RobustBaseline(Stateful):
             self._moves.push_unsorted(move if move < HUGE else HUGE, LONGEST_WINDOW)
         if (self.best is None or level < self.best) and self._is_best(level, PATIENCE):
             return
-        ordered = window.ordered
-        self.center, self.upper, self.lower = ordered[_MIDDLE], ordered[_HIGH], ordered[_LOW]
-        self.spread = self.upper - self.lower
-        highest = ordered[-1]
-        self.reach = (self.initial if self.initial > highest else highest) - ordered[0]
+        self._measure_at(window.ordered, _MIDDLE, _HIGH, _LOW)
 
     def _is_best(self, level: float, width: int) -> bool:
         """Return whether ``level`` is certainly lower than ever; then all is measured with it."""
@@ -259,7 +255,9 @@ class RobustBaseline(Stateful):
         """Derive from the window what is asked for at every value."""
         ordered = self._window.ordered or [0.0]
         self.is_full = len(ordered) == LONGEST_WINDOW
-        middle, high, low = _places(len(ordered))
+        self._measure_at(ordered, *_places(len(ordered)))
+
+    def _measure_at(self, ordered: list[float], middle: int, high: int, low: int) -> None:
         self.center, self.upper, self.lower = ordered[middle], ordered[high], ordered[low]
         self.spread = self.upper - self.lower
         highest = ordered[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
@@ -25,14 +26,14 @@ SURVIVED = 1.5
 KL_FACTOR, KL_LEAST, KL_VALUES = 10.0, 1.0, 3
 
 
-class LogRule(Stateful):
+class LogRule(Stateful, ABC):
     """Base of the rules in this file: they get the values of a log key, one by one."""
 
     metric_key: str
 
+    @abstractmethod
     def observe(self, step: int, value: float) -> Finding | None:
         """Feed one value; return a finding while something is wrong."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from hf_divguard.core.detection.detector import check_setting
@@ -11,7 +12,7 @@ from hf_divguard.core.state import Stateful
 __all__ = ["GapRule"]
 
 
-class GapRule(Stateful):
+class GapRule(Stateful, ABC):
     """Base of rules that fire while a short average is at least ``threshold`` away from a long one.
 
     A rule of this kind is a dataclass with the settings below, calls ``_judge`` for each
@@ -44,8 +45,9 @@ class GapRule(Stateful):
         super().load_state_dict(state_dict)
         self.pending_since = None
 
+    @abstractmethod
     def _describe(self, short: float, long: float, gap: float) -> str:
-        raise NotImplementedError
+        """Return which averages are how far away from each other."""
 
     def _judge(self, step: int, value: float, short: float, long: float) -> Finding | None:
         """Return a finding if the gap between the averages is at or above the threshold."""

@@ -42,18 +42,7 @@ def damage_finding(ruling: Ruling, step: int, since: int) -> Finding:
         f"On the batches that come after step {step} the weights of step {ruling.good_step} have a loss of "
         f"{numbers.get('kept_loss', math.nan):.4g}, the present ones {present:.4g}."
     )
-    return Finding(
-        step=step,
-        onset_step=min(since, step),
-        kind="damage",
-        severity="error",
-        metric="loss",
-        value=present,
-        limit=numbers.get("kept_loss"),
-        message=message,
-        evidence={"kept_step": ruling.good_step, **numbers},
-        cause=ruling.cause,
-    )
+    return _finding(ruling, step, since, message)
 
 
 def evaluated_finding(ruling: Ruling, step: int, since: int) -> Finding:
@@ -70,14 +59,19 @@ def evaluated_finding(ruling: Ruling, step: int, since: int) -> Finding:
         f"The data have been unlike those of before since step {since}, and on the evaluation set the weights of step "
         f"{ruling.good_step} have a loss of {kept:.4g}, those of step {step} one of {present:.4g}."
     )
+    return _finding(ruling, step, since, message)
+
+
+def _finding(ruling: Ruling, step: int, since: int, message: str) -> Finding:
+    numbers = rounded(ruling)
     return Finding(
         step=step,
         onset_step=min(since, step),
         kind="damage",
         severity="error",
         metric="loss",
-        value=present,
-        limit=kept,
+        value=numbers.get("present_loss", math.nan),
+        limit=numbers.get("kept_loss"),
         message=message,
         evidence={"kept_step": ruling.good_step, **numbers},
         cause=ruling.cause,
