@@ -36,16 +36,25 @@ def test_too_little_room_is_no_space_left_with_both_numbers(
     assert caught.value.filename == os.fspath(tmp_path)
 
 
-def test_enough_room_and_nothing_needed_are_fine(tmp_path: Path) -> None:
-    require_free_space(tmp_path, 1)
-    require_free_space(tmp_path / "missing", 0)
+def test_just_enough_room_and_nothing_needed_are_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1_500_000))
+    assert require_free_space(tmp_path, 1_500_000) is None
+    assert require_free_space(tmp_path / "missing", 0) is None
+    with pytest.raises(OSError, match="must be free"):
+        require_free_space(tmp_path, 1_500_001)
 
 
 def test_a_file_system_that_does_not_know_its_room_does_not_stop_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: object) -> None:
+    asked = []
+
+    def refuse(place: object) -> None:
+        asked.append(place)
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(shutil, "disk_usage", refuse)
-    require_free_space(tmp_path, 10**18)
+    assert require_free_space(tmp_path, 10**18) is None
+    assert asked == [tmp_path]
