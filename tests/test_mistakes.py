@@ -181,7 +181,11 @@ METRICS = {
     "accuracy as the host's best metric without compute_metrics": Mistake(
         with_options(eval_on_save=True, metric_for_best_model="accuracy", greater_is_better=True),
         "trainer",
-        ("`metric_for_best_model='accuracy'` is to tell", "no `compute_metrics`", "Pass a `compute_metrics`"),
+        (
+            "`metric_for_best_model='accuracy'` is to select",
+            "no `compute_metrics`",
+            "Pass a `compute_metrics`",
+        ),
         ValueError,
     ),
     "accuracy without compute_metrics": Mistake(

@@ -235,7 +235,7 @@ def check_ranking_metric_can_come(options: Any, trainer: Any) -> None:
     if returned is not None:
         there = f"`compute_metrics` returns {sorted(returned)}"
     raise ValueError(
-        f"`{name}={asked!r}` {'ranks checkpoints' if options.preserve_best_model else 'is to tell the best one'}, but "
+        f"`{name}={asked!r}` {'ranks checkpoints' if options.preserve_best_model else 'is to select the best one'}, but "
         f"no evaluation produces `{key}`: {there}.{did_you_mean(key, {*known, 'eval_loss'})} Pass a `compute_metrics` "
         f"that returns {key.removeprefix('eval_')!r}, or set `{name}={sorted(returned or {'loss'})[0]!r}`."
     )

@@ -43,9 +43,9 @@ _NEW_SHARE = 0.25
 _HIGH_SPREADS = 3.0
 # Standard errors from which a difference deserves another look.
 _UNEASY_ERRORS = 1.5
-# A loss so many times that of the untrained model is no spike of a healthy run: it needs no second look.
 # A rise of the loss by so much of it, and the part of the rise that weights are worse by which are not its reason.
 _RISEN_SHARE, _RISEN_PART = 0.03, 0.25
+# A loss so many times that of the untrained model is no spike of a healthy run: it needs no second look.
 _RUIN = 1.5
 # ... and of the usual one, where training began with a model that was trained.
 _RUIN_OF_USUAL = 2.5

@@ -114,7 +114,7 @@ class Incident(Stateful):
         self._until, self.next_look = None, min(self.next_look, step)
 
     def observe_level(self, step: int, *, is_last: bool = False) -> None:
-        """Open an incident if the last losses are higher as a whole; at the end less has to speak for it."""
+        """Open an incident if the mean of the last losses is higher; at the end less has to speak for it."""
         if self.is_open or not self.watches_small:
             return
         risen = self.range.take_slow_rise(is_last=is_last)

@@ -58,7 +58,7 @@ def has_learnt_since(
 
 
 def can_be_undone(lasted: int, looks: int, age: int, steps_to_learn: float) -> bool:
-    """Return whether data that have passed can be told from a turn of domains, so that what they left may be undone.
+    """Return whether what passing data have left may be undone: they can be distinguished from a turn of domains.
 
     In as many steps as the run took to learn something at its start, it would have learnt them
     if they could be learnt.

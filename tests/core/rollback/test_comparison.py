@@ -283,7 +283,7 @@ def test_data_that_seem_to_have_passed_are_looked_at_at_once() -> None:
 
 
 def test_data_that_pass_sooner_than_the_run_can_learn_leave_what_they_left() -> None:
-    """A block of new data that lasts no longer than the first learning took cannot be told from bad data."""
+    """A block of new data that lasts no longer than the first learning took cannot be distinguished from bad data."""
     made = incident(steps_to_learn=40)
     made.observe(61, 6.0, 1.0)
     for step in (61, 64, 69):
