@@ -44,14 +44,18 @@ class KeptStates(Snapshots):
         super().__init__(_EVERY, check_steps=1, margin_steps=0, with_optimizer=with_optimizer)
         self._ranks, self._limit_bytes = ranks, limit_bytes
         self._reach = _REACH
-        self._next = 0
+        self._next, self._saved = 0, -1
         self._last_take: tuple[float, int] | None = None
         self._durations: deque[float] = deque(maxlen=3)
         self._is_too_large = False
 
     def is_due(self, step: int) -> bool:
         """Return whether the state of ``step`` is to be kept."""
-        return step >= self._next and not self._is_too_large
+        return (step >= self._next or step == self._saved) and not self._is_too_large
+
+    def note_saved(self, step: int) -> None:
+        """Have the state of a checkpoint kept, too: only states that were compared are gone back to."""
+        self._saved = step
 
     def take(self, host: Host, step: int, callbacks: dict[str, Any]) -> None:
         """Copy the present state, if there is room for it."""

@@ -281,6 +281,8 @@ class GuardedRun(RunComponents):
         is_active = self.checkpoints.is_active
         with self.ranks.together(what, lambda: True) if is_active else contextlib.nullcontext():
             saved = self._save(write, note_best)
+        if saved:
+            self.snapshots.note_saved(self.host.state.global_step)
         self.interruption.note_saved(
             self.checkpoints.ledger.path(self.host.state.global_step) if saved else None
         )

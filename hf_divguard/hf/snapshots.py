@@ -65,6 +65,9 @@ class Snapshots:
         """Return whether ``step`` gets a snapshot."""
         return self._every > 0 and step % self._every == 0
 
+    def note_saved(self, step: int) -> None:
+        """Take note of a checkpoint; here it makes no difference."""
+
     def take(self, host: Host, step: int, callbacks: dict[str, Any]) -> None:
         """Copy the present state into CPU memory."""
         if self._every <= 0 or any(kept.step == step for kept in self.all()):

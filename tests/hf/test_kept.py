@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from hf_divguard import find_checkpoints
 from hf_divguard.hf import kept as module
 from hf_divguard.hf.kept import KeptStates
 from hf_divguard.hf.ranks import Ranks
+from tests.hf.test_comparison import Noise
 from tests.tiny import TokenRows
 
 MakeTrainer = Callable[..., Any]
@@ -83,3 +85,26 @@ def test_copies_take_at_most_a_hundredth_of_the_time(
     late = [step for step in taken if step >= 1000]
     if step_seconds >= 0.05:
         assert (len(late) - 1) * copy_seconds <= 0.0105 * (late[-1] - late[0]) * step_seconds
+
+
+@pytest.mark.parametrize("save_steps", [10, 8])
+def test_where_copies_are_rare_the_newest_good_checkpoint_is_compared_and_restored(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, save_steps: int
+) -> None:
+    """Its state is kept, too, so that the rollback goes no further back than to it."""
+    monkeypatch.setattr(module, "_SHARE", 1e-9)
+    trainer = make_trainer(
+        callbacks=[Noise(28)],
+        train_dataset=TokenRows(rows=64),
+        max_steps=40,
+        save_steps=save_steps,
+        learning_rate=3e-3,
+        divguard_detector="adaptive",
+        divguard_action="rollback",
+    )
+    trainer.train()
+    undone = [event for event in trainer.divguard_events if event["event"] == "rollback"]
+    newest = 27 // save_steps * save_steps
+    assert [event["target_step"] for event in undone] == [newest]
+    assert undone[0]["finding"]["cause"] == "weights"
+    assert newest in {checkpoint.step for checkpoint in find_checkpoints(trainer.args.output_dir)}
