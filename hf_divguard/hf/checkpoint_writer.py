@@ -240,6 +240,7 @@ class CheckpointWriter:
             greater_is_better=record.greater_is_better,
             checksums=self._checksums,
             ranks=self._local_ranks,
+            sidecar=record,
             **self._expects,
         )
         write_manifest(folder, manifest, flush=self._flush)

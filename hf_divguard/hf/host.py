@@ -318,14 +318,16 @@ def rewrite_best(state: Any, path: str) -> None:
     Writing all of the state again takes, with some hundred log entries, as long as writing a
     small model. A file of another form is written again all the same.
     """
+    lines = "{\n" + "".join(f'  "{name}": {json.dumps(getattr(state, name))},\n' for name in _BEST_FIELDS)
     with open(path, encoding="utf-8") as file:
+        # Most saves change nothing here: then the rest is not read.
+        if file.read(len(lines)) == lines:
+            return
+        file.seek(0)
         text = file.read()
     head = _BEST_LINES.match(text)
     if head is None:
         state.save_to_json(os.fspath(path))
         return
-    lines = "".join(f'  "{name}": {json.dumps(getattr(state, name))},\n' for name in _BEST_FIELDS)
-    if head[0] == "{\n" + lines:
-        return
     with open(path, "w", encoding="utf-8") as file:
-        file.write("{\n" + lines + text[head.end() :])
+        file.write(lines + text[head.end() :])

@@ -79,7 +79,7 @@ def _checked(path: Path, output_dir: Path) -> Path | None:
     if checkpoint_step(path.name) is None:
         raise ValueError(f"Only folders named `checkpoint-<step>` are deleted, got {shown}.")
     real_run = Path(os.path.realpath(output_dir))
-    if Path(os.path.realpath(path.parent)) != real_run:
+    if path.parent != output_dir and Path(os.path.realpath(path.parent)) != real_run:
         raise ValueError(f"A checkpoint must stand directly in {run} to be deleted, got {shown}.")
     folder = real_run / path.name
     try:

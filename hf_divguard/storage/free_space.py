@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from pathlib import Path
 
 from hf_divguard.storage.regular_files import LimitExceeded, list_files
 
@@ -25,12 +24,14 @@ def free_bytes(path: str | os.PathLike[str]) -> int:
         >>> free_bytes(".") > 0
         True
     """
-    for place in (Path(os.path.abspath(path)), *Path(os.path.abspath(path)).parents):
+    place = os.path.abspath(path)
+    while True:
         try:
             return shutil.disk_usage(place).free
         except (FileNotFoundError, NotADirectoryError):
-            continue
-    raise FileNotFoundError(errno.ENOENT, "No folder above it exists", os.fspath(path))
+            if place == os.path.dirname(place):
+                raise FileNotFoundError(errno.ENOENT, "No folder above it exists", os.fspath(path)) from None
+            place = os.path.dirname(place)
 
 
 def tree_bytes(path: str | os.PathLike[str]) -> int:

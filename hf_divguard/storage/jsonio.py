@@ -119,6 +119,7 @@ def _finite_float(digits: str) -> float:
     return value
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False)
 _STRICT = json.JSONDecoder(
     object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
 )
@@ -248,7 +249,7 @@ def encode_json(data: Mapping[str, Any], *, max_bytes: int | None = None) -> byt
     """
     # One line per key at the top is enough to read it by eye, and each value goes through the
     # encoder written in C, which `indent` would turn off.
-    lines = (f" {json.dumps(str(key))}: {json.dumps(value, allow_nan=False)}" for key, value in data.items())
+    lines = (f" {_ENCODER.encode(str(key))}: {_ENCODER.encode(value)}" for key, value in data.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     if max_bytes is not None and len(text) > max_bytes:
         raise ValueError(

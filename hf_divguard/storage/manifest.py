@@ -34,7 +34,7 @@ from hf_divguard.storage.regular_files import (
     list_files,
     named_file,
 )
-from hf_divguard.storage.sidecar import WRITER, SidecarError, read_sidecar
+from hf_divguard.storage.sidecar import WRITER, Sidecar, SidecarError, read_sidecar
 
 __all__ = [
     "FileEntry",
@@ -120,6 +120,7 @@ def build_manifest(
     ranks: Sequence[int] | None = None,
     weights: bool = False,
     training_state: bool = False,
+    sidecar: Sidecar | None = None,
 ) -> Manifest:
     """List what stands in ``folder`` now, as the manifest of a complete checkpoint.
 
@@ -141,6 +142,7 @@ def build_manifest(
         ranks: The processes that wrote into this folder; ``None`` stands for all.
         weights: Whether the folder must hold the weights of the model.
         training_state: Whether it must hold optimizer, scheduler, random states and trainer state.
+        sidecar: The sidecar that was written into the folder; it is read if it is not given.
 
     Raises:
         CheckpointSaveError: If something that must be there is missing, a process wrote its random
@@ -182,7 +184,7 @@ def build_manifest(
     for digest in digests.values():
         if not isinstance(digest, str):
             raise digest
-    notes = _notes_of_sidecar(folder)
+    notes = _notes_of_sidecar(folder) if sidecar is None else (sidecar.quarantine, sidecar.suspect)
     return Manifest(
         step=step,
         run_id=run_id,

@@ -57,4 +57,4 @@ def test_a_file_system_that_does_not_know_its_room_does_not_stop_a_save(
 
     monkeypatch.setattr(shutil, "disk_usage", refuse)
     assert require_free_space(tmp_path, 10**18) is None
-    assert asked == [tmp_path]
+    assert asked == [str(tmp_path)]

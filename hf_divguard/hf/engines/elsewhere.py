@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed
+
 from hf_divguard.hf.engines.engine import SAFE_ADVICE, Engine, Unsupported
 
 if TYPE_CHECKING:
@@ -45,7 +47,9 @@ def _found(host: Host) -> Unsupported | None:
     kind = "DEEPSPEED" if getattr(host.trainer, "is_deepspeed_enabled", False) else host.distributed_type
     if kind != "NO" and not kind.startswith("MULTI_"):
         return Unsupported(_BY_TYPE.get(kind, f"the distributed type {kind}"))
-    if any(hasattr(parameter, "device_mesh") for parameter in host.model.parameters()):
+    # Each save asks: parameters are looked at only where they can be sharded at all.
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_distributed and any(hasattr(parameter, "device_mesh") for parameter in host.model.parameters()):
         return Unsupported("parameters that are sharded over the ranks (DTensor)", NO_RESUME)
     return None
 
