@@ -14,10 +14,12 @@ code is 79 if rollbacks (``--divguard_action rollback``) did not help a run that
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from python_corpus import read_texts, small_llama, tokenize_and_pack
 from recipe import Fault, FaultArguments, parse, train_and_report
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_divguard import DivGuardTrainer, DivGuardTrainingArguments
 
@@ -36,6 +38,23 @@ class ScriptArguments:
     eval_blocks: int = field(default=64, metadata={"help": "Examples held out for evaluation."})
     hidden: int = field(default=128, metadata={"help": "Width of the model, a multiple of 32."})
     layers: int = field(default=2, metadata={"help": "Layers of the model."})
+    fsdp_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes to shard the model over, by FSDP2 as Transformers 5 has it; 1: not sharded."
+        },
+    )
+
+
+def shard(model: PreTrainedModel, processes: int, args: TrainingArguments) -> PreTrainedModel:
+    """Return the model with its weights sharded over the processes; Transformers does so while it loads them."""
+    from transformers.distributed import DistributedConfig
+
+    path = os.path.join(args.output_dir, "initial_model")
+    with args.main_process_first():
+        if args.process_index == 0:
+            model.save_pretrained(path)
+    return type(model).from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=processes))
 
 
 def main() -> None:
@@ -49,14 +68,15 @@ def main() -> None:
         eval_blocks=script.eval_blocks,
         seed=args.seed,
     )
+    model: PreTrainedModel = small_llama(
+        vocabulary=script.vocabulary,
+        block=script.block,
+        hidden=script.hidden,
+        layers=script.layers,
+        seed=args.seed,
+    )
     trainer = DivGuardTrainer(
-        model=small_llama(
-            vocabulary=script.vocabulary,
-            block=script.block,
-            hidden=script.hidden,
-            layers=script.layers,
-            seed=args.seed,
-        ),
+        model=model if script.fsdp_size == 1 else shard(model, script.fsdp_size, args),
         args=args,
         train_dataset=train_data,
         eval_dataset=eval_data,

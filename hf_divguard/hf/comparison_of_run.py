@@ -24,11 +24,14 @@ def make_comparison(
     by_level = [each for each in acting if not isinstance(each, NonFiniteDetector)]
     is_on = options.divguard_compare == "auto" and bool(by_level)
     every, margin = options.divguard_snapshot_steps, options.divguard_rollback_margin_steps
+    # A process of its own reads each loss together with the gradient norm, before the update.
+    sees_each_step = ranks.world_size == 1 and options.divguard_skip_nonfinite is not False
     if is_on and every == 0:
         snapshots: Snapshots = KeptStates(
             ranks,
             with_optimizer=any(each.action == "rollback" for each in acting),
             limit_bytes=options.divguard_compare_memory_gb * 1e9,
+            delay=1 if sees_each_step else options.divguard_check_steps,
         )
     else:
         snapshots = Snapshots(every, check_steps=options.divguard_check_steps, margin_steps=margin)

@@ -38,12 +38,13 @@ class KeptStates(Snapshots):
         ranks: The processes of the run.
         with_optimizer: Whether the optimizer is kept, so that a rollback needs no checkpoint.
         limit_bytes: Memory that all copies together may take.
+        delay: Optimizer steps until a loss is seen.
     """
 
-    def __init__(self, ranks: Ranks, *, with_optimizer: bool, limit_bytes: float) -> None:
+    def __init__(self, ranks: Ranks, *, with_optimizer: bool, limit_bytes: float, delay: int = 1) -> None:
         super().__init__(_EVERY, check_steps=1, margin_steps=0, with_optimizer=with_optimizer)
         self._ranks, self._limit_bytes = ranks, limit_bytes
-        self._reach = _REACH
+        self._reach, self._delay = max(_REACH, 3 * delay), delay
         self._next, self._saved = 0, -1
         self._last_take: tuple[float, int] | None = None
         self._durations: deque[float] = deque(maxlen=3)

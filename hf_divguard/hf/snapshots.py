@@ -54,6 +54,7 @@ class Snapshots:
         self._every = every
         self.with_optimizer = with_optimizer
         self._reach = check_steps + margin_steps + _STEPS_UNTIL_FOUND
+        self._delay = 1
         # Three are enough to reach back where they are far apart.
         self._keep = 3 if 2 * every >= self._reach else 4
         self._start: Snapshot | None = None
@@ -82,7 +83,7 @@ class Snapshots:
     def _make_room(self, keep: int) -> None:
         if len(self._recent) > keep:
             free = [kept.step for kept in self._recent if kept.step != self.pinned]
-            dropped = next_to_drop(free, self._reach)
+            dropped = next_to_drop(free, self._reach, self._delay)
             self._recent = [kept for kept in self._recent if kept.step != dropped]
 
     def copy_of_now(self, host: Host, step: int, callbacks: dict[str, Any]) -> Snapshot:
