@@ -48,6 +48,8 @@ class Evaluations:
         """Whether the host's best metric is set when a checkpoint is saved, not when one is evaluated."""
         self._values_not_finite = 0
         self.is_running = False
+        self.ranks_meet_first = False
+        """Whether a callback of one rank may have asked for an evaluation."""
         self.metrics: dict[str, float] = {}
         self._step: int | None = None
         self._best_evaluated: float | None = None
@@ -57,6 +59,8 @@ class Evaluations:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """While the host evaluates, show it the best of all evaluations: early stopping compares with it."""
+        if self.ranks_meet_first:
+            self._ranks.gather(None)  # all ranks take part, or all end with the same error
         state, best_saved = self._host.state, self._host.state.best_metric
         self.is_running = True
         if self.best_follows_saves:

@@ -72,6 +72,7 @@ class GuardedRun(RunComponents):
         state, resumed_from = self.host.state, self._resumed_from
         if self.checkpoints.is_active:
             self._has_foreign_callbacks = any(self.ranks.gather(has_foreign(self.host.callbacks)))
+            self.evaluations.ranks_meet_first = self._has_foreign_callbacks
         self.losses.start(state.global_step)
         self.ending.begin()
         states: dict[str, Any] | None = None
@@ -235,11 +236,6 @@ class GuardedRun(RunComponents):
         )
 
     # ---- evaluation
-
-    def begin_evaluation(self) -> None:
-        """Before an evaluation: make sure that all ranks take part where a callback of one may have asked for it."""
-        if self._has_foreign_callbacks:
-            self.ranks.gather(None)
 
     def evaluated(self, step: int, metrics: dict[str, float] | None) -> None:
         """Note the results of an evaluation; make what callbacks asked for at it the same on all ranks."""

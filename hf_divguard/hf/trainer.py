@@ -209,7 +209,6 @@ class DivGuardMixin(PublicMethods):
         if outcome_of(self.state).rollback_request is not None:
             # The log of this step has shown a divergence: what is evaluated is the state that is restored.
             return {}
-        run.begin_evaluation()
         with run.evaluations.running():
             metrics = super()._evaluate(trial, *args, **kwargs)
         run.evaluated(step, metrics)
