@@ -720,6 +720,12 @@ RESUMES = {
         ("must be 'auto', 'latest'", "got 'lastest'", "Did you mean 'latest'?", "checkpoint-4"),
         CheckpointError,
     ),
+    "an empty text": Mistake(
+        resumed(""),
+        "start",
+        ("must be 'auto', 'latest'", "got ''", "an unset variable of the shell", "checkpoint-4"),
+        CheckpointError,
+    ),
     "a checkpoint that is not there": Mistake(
         resumed("checkpoint-10"),
         "start",

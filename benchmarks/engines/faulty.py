@@ -96,7 +96,6 @@ def guarded(engine: str, folder: Path, name: str, seed: int) -> Any:
         "divguard_detector": "adaptive",
         "divguard_action": "rollback",
         # Without this the states in memory are the fewer the slower the machine is.
-        "divguard_snapshot_steps": 5,
     }
     for option in ("divguard_check_steps", "divguard_cooldown_steps", "divguard_skip_nonfinite"):
         how[option] = DivGuardTrainingArguments.__dataclass_fields__[option].default

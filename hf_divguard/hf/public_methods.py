@@ -93,7 +93,7 @@ class PublicMethods(_Host):
             self._locks = locks
             self._resumes_newest = str(resume_from_checkpoint).strip().lower() in ("true", "latest", "auto")
             try:
-                if resume_from_checkpoint:
+                if resume_from_checkpoint or resume_from_checkpoint == "":
                     chosen = self._choose_checkpoint(resume_from_checkpoint, locks)
                     if chosen is None and not is_auto and resume_from_checkpoint is not True:
                         raise ValueError(

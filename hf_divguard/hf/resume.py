@@ -142,7 +142,7 @@ def _understood(asked: bool | str, output_dir: str) -> bool | str:
         return text
     if word in _WORDS:
         return _WORDS[word]
-    if os.path.isdir(inside):
+    if word and os.path.isdir(inside):
         return inside
     there = (
         [Path(each.path).name for each in find_checkpoints(output_dir)] if os.path.isdir(output_dir) else []
@@ -150,6 +150,8 @@ def _understood(asked: bool | str, output_dir: str) -> bool | str:
     listed = ", ".join(there[-10:]) or "no checkpoint"
     close = difflib.get_close_matches(word, [*_WORDS, *there], n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
+    if not word:
+        meant = " An empty text is what an unset variable of the shell gives."
     raise CheckpointError(
         f"`resume_from_checkpoint` must be 'auto', 'latest', 'best', 'true', the path of a checkpoint or its name in "
         f"`output_dir`, got {text!r}.{meant} {output_dir} holds: {listed}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ __all__ = [
     "EVENTS_NAME",
     "append_events",
     "events_path",
+    "make_events_folder",
     "read_events",
     "read_events_strictly",
     "set_aside",
@@ -85,6 +87,24 @@ def set_aside(output_dir: str | os.PathLike[str]) -> Path:
     return aside
 
 
+def make_events_folder(output_dir: str | os.PathLike[str]) -> None:
+    """Make the folder ``divguard`` of a run folder; it may be there already.
+
+    Raises:
+        OSError: If it cannot be made, or something else has its name.
+    """
+    folder = Path(output_dir, EVENTS_FOLDER)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        found = "a link that leads nowhere" if folder.is_symlink() else "a file"
+        raise NotADirectoryError(
+            errno.ENOTDIR,
+            f"Events of the run are kept in this folder, found {found}. Move it away",
+            str(folder),
+        ) from None
+
+
 def write_events(output_dir: str | os.PathLike[str], events: Iterable[dict[str, Any]]) -> None:
     """Replace the file of events in one step.
 
@@ -92,7 +112,7 @@ def write_events(output_dir: str | os.PathLike[str], events: Iterable[dict[str, 
         OSError: If it cannot be written.
     """
     path = events_path(output_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_events_folder(output_dir)
     write_bytes_atomic(path, _lines(events))
     failpoint("events written")
 
@@ -104,7 +124,7 @@ def append_events(output_dir: str | os.PathLike[str], events: Iterable[dict[str,
         OSError: If it cannot be written.
     """
     path = events_path(output_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_events_folder(output_dir)
     with open(path, "a+b") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)

@@ -24,7 +24,7 @@ import filelock
 
 from hf_divguard.core.state import StateError, decode, encode
 from hf_divguard.errors import FolderInUseError
-from hf_divguard.storage.events import EVENTS_FOLDER
+from hf_divguard.storage.events import EVENTS_FOLDER, make_events_folder
 from hf_divguard.storage.jsonio import encode_json, read_json
 
 __all__ = ["LOCK_NAME", "OWNER_NAME", "FolderLock", "LockOwner"]
@@ -99,7 +99,7 @@ class FolderLock:
         """
         if not create and not self._lock_path.exists():
             return False
-        self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+        make_events_folder(self._run_dir)
         try:
             is_locked = self._try_to_lock()
         except filelock.Timeout:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hf_divguard.core.state import StateError, decode, encode
-from hf_divguard.storage.events import EVENTS_FOLDER
+from hf_divguard.storage.events import EVENTS_FOLDER, make_events_folder
 from hf_divguard.storage.failpoints import failpoint
 from hf_divguard.storage.jsonio import encode_json, from_strict, read_json, to_strict, write_bytes_atomic
 
@@ -85,7 +85,7 @@ def write_outcome(run_dir: str | os.PathLike[str], end: RunEnd) -> None:
         TypeError: If a metric is no value that JSON can hold.
     """
     path = outcome_path(run_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_events_folder(run_dir)
     values = {entry.name: to_strict(getattr(end, entry.name)) for entry in fields(end)}
     values["train_loss"] = encode(end.train_loss)
     write_bytes_atomic(path, encode_json({"version": _VERSION, **values}, max_bytes=_MAX_BYTES))

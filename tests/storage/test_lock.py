@@ -183,3 +183,16 @@ def test_a_named_pipe_in_the_place_of_a_file_does_not_hang(name: str, tmp_path: 
         mine.acquire()
     mine.release()
     assert time.monotonic() - began < 5.0
+
+
+@pytest.mark.parametrize("found", ["a file", "a link that leads nowhere"])
+def test_what_has_the_name_of_our_folder_is_named_and_left_alone(tmp_path: Path, found: str) -> None:
+    folder = tmp_path / "divguard"
+    if found == "a file":
+        folder.write_text("mine")
+    else:
+        folder.symlink_to("nowhere")
+    with pytest.raises(NotADirectoryError, match=rf"found {found}\. Move it away.*divguard"):
+        FolderLock(tmp_path, "first").acquire()
+    assert os.path.lexists(folder)
+    assert not folder.is_dir()
