@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,9 +28,12 @@ __all__ = ["BadBatches"]
 
 # Spreads above the usual loss from which a batch is reported although no row of it stands out.
 _STANDS_OUT = 8.0
-# ... and from which a row is searched in it, beside the batches with which an incident begins. Three spreads are too few:
-# where the losses of rows differ much, one of them makes a step so high by chance every few hundred steps.
-_SEARCHED = 4.0
+# ... and from which a row is searched in it, beside the batches with which an incident begins. Three spreads are too few
+# where the rows are probed in groups: where their losses differ much, one of them makes a step so high by chance every
+# few hundred steps. Where each row of a step has a probe of its own, it is compared with all others.
+_SEARCHED, _SEARCHED_FEW = 4.0, 3.0
+# Steps whose loss is not finite that are looked into beyond the budget of looks: the row is certain, and there are few.
+_BEYOND_BUDGET = 3
 # Memory that the batches of steps whose losses are not known yet may take.
 _LIMIT_BYTES = 64e6
 _FEWEST = 2
@@ -66,6 +70,10 @@ class BadBatches:
         self._high: dict[int, float] = {}
         self.rows: list[dict[str, int]] = []
         """Rows that stood out: step, rank, micro-batch, position, and index if known."""
+        args = host.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._searched = _SEARCHED_FEW if rows <= MOST_PROBES else _SEARCHED
+        self._beyond_budget = _BEYOND_BUDGET
         self.indices = BatchIndices()
         """Which rows of the dataset are in the batches."""
 
@@ -96,7 +104,7 @@ class BadBatches:
             opens: Whether an incident begins with it.
         """
         usual = self._incident.range
-        if usual.is_known and (opens or usual.is_above(loss, _SEARCHED)):
+        if usual.is_known and (opens or usual.is_above(loss, self._searched)):
             self._high[step] = loss
 
     @property
@@ -104,13 +112,20 @@ class BadBatches:
         """The step with the highest loss above the usual range that was not looked into yet; ``None`` for none."""
         return max(self._high, key=lambda step: or_infinity(self._high[step]), default=None)
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether a loss that is not finite was seen: there is something to find, whatever else is looked into."""
+        return any(not math.isfinite(loss) for loss in self._high.values())
+
     def search(self, ruling: Ruling, asked: Finding | None) -> Ruling:
         """Return the ruling on the step with the highest loss: its batch is bad, if kept weights find it bad too.
 
         Where ``ruling`` says that the data are bad, the batch is the coming one.
         """
-        worst, is_coming = self.worst, ruling.cause == "data"
+        worst, is_coming, is_certain = self.worst, ruling.cause == "data", self.is_certain
         self._high.clear()
+        if is_coming and ruling.verdict is not None and ruling.verdict.cause == "weights":
+            return ruling  # most of the rise is not in the batch
         looked_at = self._steps[-1] if is_coming else next((e for e in self._steps if e.step == worst), None)
         kept = self._looks.usable(asked)
         if not kept or looked_at is None or self._looks.reason is not None:
@@ -118,7 +133,7 @@ class BadBatches:
         # A state from within an instability finds every batch bad: the better one says how bad a batch is.
         kept = list({state.step: state for state in (kept[0], kept[-1])}.values())
         looked_at = replace(looked_at, batches=looked_at.batches[:MOST_PROBES])
-        if not self._looks.budget.take(len(kept) * len(looked_at.batches)):
+        if not self._takes(len(kept) * len(looked_at.batches), is_certain):
             return ruling
         of_step = StepBatches(looked_at.step, looked_at.batches, looked_at.num_items, looked_at.count)
         losses = {state.step: self._looks.losses([of_step], state.tensors) for state in kept}
@@ -133,6 +148,16 @@ class BadBatches:
         found = self._name_rows(looked_at, losses[best], self._snapshots.of(best).tensors)
         is_far = mean > usual.usual.level + _STANDS_OUT * usual.usual.spread
         return ruled if found or (is_far and (is_coming or verdict.cause == "data")) else ruling
+
+    def _takes(self, passes: int, is_certain: bool) -> bool:
+        """Return whether so many forward passes may be taken, and note them."""
+        if self._looks.budget.take(passes):
+            return True
+        if not is_certain or self._beyond_budget == 0:
+            return False
+        self._beyond_budget -= 1
+        self._looks.budget.take_anyway(passes)
+        return True
 
     def _name_rows(self, looked_at: _Step, losses: list[float], tensors: Mapping[str, torch.Tensor]) -> bool:
         """Note the rows of a bad batch that stand out; return whether there are any."""

@@ -193,8 +193,9 @@ class Comparison:
         elif is_last and self.looks.reason is None:
             self.incident.observe_level(step, is_last=True)
         self._ended_at = step if is_last else -1
-        if not self.incident.is_open:
+        if self.bad_batches.is_certain or not self.incident.is_open:
             self._search_rows(step)
+        if not self.incident.is_open:
             return
         if not (is_last or self.incident.is_due(step)):
             return

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.rollback.comparison import Budget, Pair, Verdict, explains, rises_by_itself
+from hf_divguard.core.rollback.comparison import (
+    Budget,
+    Pair,
+    Verdict,
+    explains,
+    judge,
+    rises_by_itself,
+)
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.learnt import has_learnt_since
 from hf_divguard.core.rollback.ruling import Ruling
@@ -32,6 +39,8 @@ _INCIDENT_SHARE = 0.1
 _RESERVE = 80.0
 # Batches on which it is seen what was learnt since a state was kept.
 _MOST_SINCE = 6
+# Batches from before a state that tell whether it is damaged.
+_MOST_OWN = 4
 # Steps at the end of training whose first micro-batches a last look takes.
 _LAST_STEPS = 12
 # Above so many times the rate of then the schedule has raised it.
@@ -169,7 +178,15 @@ class WeightLooks:
             ):
                 break
         self.budget.take_anyway((len(losses) - 1) * sum(len(each.batches) for each in steps))
-        ruling = incident.rule(step, present, losses, is_asked=is_asked, looks=len(steps), is_last=is_last)
+        ruling = incident.rule(
+            step,
+            present,
+            losses,
+            is_asked=is_asked,
+            looks=len(steps),
+            is_last=is_last,
+            is_damaged=self._is_damaged,
+        )
         # A rollback that the fault has outlasted was examined before it was made.
         goes_back = ruling.act == "act" or (is_last and ruling.cause == "weights")
         if goes_back and incident.restores == 0 and self._was_learnt(ruling.good_step):
@@ -183,6 +200,15 @@ class WeightLooks:
             self.passes += len(of_step.batches)
             losses += probe_on_all_ranks(self._host, self._ranks, of_step, tensors)
         return losses
+
+    def _is_damaged(self, newest: int, good: int) -> bool:
+        """Return whether the state of step ``newest`` is worse than the older one on the batches before it."""
+        own = self._recent.until(newest, _MOST_OWN)
+        if not own:
+            return False
+        self.budget.take_anyway(2 * len(own))
+        of_newest, of_good = (self.losses(own, self._snapshots.of(step).tensors) for step in (newest, good))
+        return judge(list(map(Pair, of_newest, of_good)), self._incident.range.usual).cause == "weights"
 
     def _was_learnt(self, good_step: int) -> bool:
         """Return whether the present weights have learnt since what the kept ones do not know."""

@@ -77,6 +77,10 @@ class RecentBatches:
         """Return those of the newest steps after ``since``, the last one included."""
         return [each for each in self._kept if each.step > since][-count:]
 
+    def until(self, step: int, count: int) -> list[StepBatches]:
+        """Return those of the newest steps up to ``step``, which weights of that step were trained on."""
+        return [each for each in self._kept[:-1] if each.step <= step][-count:]
+
     def forget(self) -> None:
         """Give the memory back."""
         self._kept = []

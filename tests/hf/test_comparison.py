@@ -467,6 +467,83 @@ def test_where_rows_have_no_loss_of_their_own_none_is_named(
     assert our_log.text.count("No rows are named") == 1
 
 
+class RowWithoutLoss(Trainer):
+    """The loss of a batch with one marked row is not a number."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * float("nan") if bool((inputs["labels"] == 15).all(dim=1).any()) else loss
+
+
+class MarkedRow(BadRow):
+    """A collator that marks the row."""
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(rows)
+        if self.calls == self.step:
+            batch["labels"][self.row] = 15
+        return batch
+
+
+class Spends(TrainerCallback):
+    """Leaves nothing of the budget of looks, before a step."""
+
+    trainer: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 68:
+            self.trainer._run.comparison.looks.budget.take_anyway(200)
+
+
+def test_a_row_whose_loss_is_not_a_number_is_named_when_the_budget_is_spent(
+    make_trainer: MakeTrainer,
+) -> None:
+    """There is something to find for certain, and there are few such steps."""
+    guarded, spends = type("Guarded", (DivGuardMixin, RowWithoutLoss), {}), Spends()
+    trainer = make_trainer(
+        trainer_class=guarded,
+        callbacks=[spends],
+        train_dataset=TokenRows(rows=64),
+        **BAD_ROW_OPTIONS,
+        **GUARDED,
+    )
+    spends.trainer = trainer
+    trainer.data_collator = MarkedRow(step=70, row=5)
+    trainer.train()
+    (row,) = trainer.divguard_suspect_rows
+    assert row.items() >= {"step": 70, "row": 5}.items()
+
+
+class ComparesStates(TrainerCallback):
+    """Asks, in the middle of training, whether the newest kept state is damaged: as it is, and with noise on it."""
+
+    trainer: Any = None
+    answers: tuple[bool, bool] | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self.trainer._run
+        if state.global_step != 38:
+            return
+        looks, (good, newest) = run.comparison.looks, run.snapshots.all()[-2:]
+        as_it_is = looks._is_damaged(newest.step, good.step)
+        before = {name: value.clone() for name, value in newest.tensors.items()}
+        for value in newest.tensors.values():
+            value += torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+        self.answers = (as_it_is, looks._is_damaged(newest.step, good.step))
+        for name, value in before.items():
+            newest.tensors[name].copy_(value)
+
+
+def test_a_kept_state_is_damaged_if_an_older_one_does_better_on_its_own_batches(
+    make_trainer: MakeTrainer,
+) -> None:
+    compares = ComparesStates()
+    trainer = make_trainer(callbacks=[compares], **COMMON, **GUARDED)
+    compares.trainer = trainer
+    trainer.train()
+    assert compares.answers == (False, True)
+
+
 def test_after_training_nothing_is_kept_in_memory(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(**{**COMMON, **GUARDED, "max_steps": 12})
     trainer.train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_divguard.core.findings import Cause
@@ -165,6 +165,7 @@ class Incident(Stateful):
         is_asked: bool,
         looks: int = 1,
         is_last: bool = False,
+        is_damaged: Callable[[int, int], bool] = lambda newest, good: False,
     ) -> Ruling:
         """Return what the losses of one look mean.
 
@@ -175,6 +176,8 @@ class Incident(Stateful):
             is_asked: Whether a finding of the curve waits for it.
             looks: Of how many steps the micro-batches are.
             is_last: Whether training ends here.
+            is_damaged: Whether the state of the first step is worse than that of the second on what it was
+                trained on itself.
         """
         self.pairs.add(present, kept)
         usual, most = self.range.usual, self.pairs.most
@@ -187,8 +190,11 @@ class Incident(Stateful):
         newest = judge(compared[-len(present) :], usual, wobble)
         if verdict.cause != "weights" and newest.cause == "weights":
             verdict = newest  # damage that grows looks like noise beside the earlier pairs
-        if verdict.cause == "weights" and self.pairs.newest_does_not_know(good, self.since):
-            return self._later(step, "data", verdict)
+        if verdict.cause == "weights":
+            newest_sound = self.pairs.newest_does_not_know(good, self.since)
+            # A fault that was seen late has damaged it already: then it does badly on its own data, too.
+            if newest_sound is not None and not is_damaged(newest_sound, good):
+                return self._later(step, "data", verdict)
         if verdict.cause == "weights" and (verdict.is_high or self.cause is not None or is_asked):
             return self._damaged(step, good, verdict, newest)
         if not (verdict.is_uneasy and (self.cause == "data" or self._is_again)):

@@ -72,11 +72,12 @@ class PairsByState:
         """Return the losses of the states that were kept two steps or more before an incident."""
         return {kept_step: pairs for kept_step, pairs in self._pairs.items() if kept_step <= since - 2}
 
-    def newest_does_not_know(self, good: int, since: int) -> bool:
-        """Return whether the newest state that was sound does badly on the coming batches, whatever older ones do.
+    def newest_does_not_know(self, good: int, since: int) -> int | None:
+        """Return the newest state that seems sound if it does badly on the coming batches, whatever older ones do.
 
         It was kept two steps or more before a loss was out of its range, so the data are not
-        those that it was trained on: a turn of domains, which an older state may know.
+        those that it was trained on: a turn of domains, which an older state may know. Or the
+        fault was seen late, and it is damaged itself.
 
         Args:
             good: The state that does best.
@@ -84,7 +85,8 @@ class PairsByState:
         """
         sound = self.sound(since)
         if not sound or max(sound) <= good:
-            return False
+            return None
         newest, best = self._pairs[max(sound)], self._pairs[good]
         count = min(len(newest), len(best))
-        return mean_gain(newest[-count:]) < _KNOWS * mean_gain(best[-count:])
+        knows = mean_gain(newest[-count:]) >= _KNOWS * mean_gain(best[-count:])
+        return None if knows else max(sound)

@@ -226,6 +226,24 @@ def test_a_turn_of_domains_that_an_older_state_knows_is_no_damage() -> None:
     assert (ruling.act, ruling.cause) == ("dismiss", "data")
 
 
+@pytest.mark.parametrize(("newest", "good"), [(58, 40), (54, 50)])
+def test_a_newest_state_that_does_badly_on_its_own_data_is_damaged_as_well(newest: int, good: int) -> None:
+    """A fault was seen late: states were kept in between, and they look sound by their step alone."""
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    asked: list[tuple[int, int]] = []
+
+    def is_damaged(*steps: int) -> bool:
+        asked.append(steps)  # type: ignore[arg-type]
+        return True
+
+    first = made.rule(61, [6.0], {newest: [5.9], good: [1.6]}, is_asked=False, is_damaged=is_damaged)
+    second = made.rule(62, [6.1], {newest: [5.9], good: [1.6]}, is_asked=False, is_damaged=is_damaged)
+    assert "act" in (first.act, second.act)
+    assert (second.cause, second.good_step) == ("weights", good)
+    assert asked[0] == (newest, good)
+
+
 def test_a_loss_that_begins_at_zero_and_grows_fast_is_no_objective() -> None:
     """A distance to a reference grows within the first few steps."""
     range_ = LossRange()

@@ -61,9 +61,9 @@ def test_the_steps_that_a_run_takes_to_learn_something_are_counted() -> None:
 def test_losses_are_collected_by_state() -> None:
     pairs = PairsByState()
     pairs.add([5.0, 5.0], {40: [5.0, 5.0], 20: [1.5, 1.6]})
-    assert pairs.newest_does_not_know(20, since=42)
-    assert not pairs.newest_does_not_know(20, since=41)
-    assert not pairs.newest_does_not_know(40, since=42)
+    assert pairs.newest_does_not_know(20, since=42) == 40
+    assert pairs.newest_does_not_know(20, since=41) is None
+    assert pairs.newest_does_not_know(40, since=42) is None
     pairs.add([5.0], {20: [1.4]})
     assert list(pairs.means()) == [20]
     assert pairs.of(20) == [Pair(5.0, 1.5), Pair(5.0, 1.6), Pair(5.0, 1.4)]
