@@ -84,7 +84,7 @@ class RunOutcome:
         self.record(finding, action)
         if action == "rollback":
             self.request_rollback(finding)
-        elif action != "warn" and (action == "abort" or self.finding is None):
+        elif action != "warn" and (self.finding is None or (action == "abort" and not self.is_aborted)):
             self.finding = finding
             self.stop_reason = f"{action}: {finding.message}"
             self.is_aborted |= action == "abort"
