@@ -70,7 +70,8 @@ class KeptStates(Snapshots):
             return
         self._recent.append(snapshot)
         self._make_room(_KEEP)
-        self._next = step + self._interval(began, time.perf_counter() - began, step)
+        if step >= self._next:  # the copy of a checkpoint moves no other
+            self._next = step + self._interval(began, time.perf_counter() - began, step)
 
     def _fits(self, complete: int, weights: int) -> bool:
         if _KEEP * complete <= self._limit_bytes:
