@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hf_divguard import find_checkpoints
+from tests.hf.engines.launch import NEEDS_TRANSFORMERS_5
 from tests.processes import ROOT, environment, free_port
 
 pytestmark = pytest.mark.slow  # each start of torchrun takes some ten seconds
@@ -82,6 +83,7 @@ def test_a_job_killed_before_its_first_checkpoint_starts_from_scratch(
     assert without_restarts(restarted) == without_restarts(never_killed)
 
 
+@NEEDS_TRANSFORMERS_5
 def test_a_sharded_job_restarts_and_ends_as_the_one_that_was_not_killed(tmp_path: Path) -> None:
     flags = "--engine=fsdp2"
     never_killed = ended(tmp_path / "whole", flags)
