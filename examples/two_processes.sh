@@ -3,6 +3,8 @@
 #
 #   bash examples/two_processes.sh out
 #
+# Further flags of train_lm.py may follow the folder.
+#
 # The learning rate is far too high from step 30 on. Both processes roll back to the same step.
 set -euo pipefail
 output=${1:-out}
@@ -14,4 +16,4 @@ python -m torch.distributed.run --standalone --nproc_per_node=2 "$(dirname "$0")
     --divguard_detector adaptive --divguard_action rollback \
     --fault learning_rate --fault_step 30 --learning_rate 2e-3 \
     --vocabulary 300 --block 32 --hidden 64 --layers 1 --text_limit 300000 \
-    --ddp_backend gloo --use_cpu --report_to none --disable_tqdm true
+    --ddp_backend gloo --use_cpu --report_to none --disable_tqdm true "${@:2}"

@@ -95,7 +95,6 @@ def guarded(engine: str, folder: Path, name: str, seed: int) -> Any:
         "per_device_eval_batch_size": 128,
         "divguard_detector": "adaptive",
         "divguard_action": "rollback",
-        # Without this the states in memory are the fewer the slower the machine is.
     }
     for option in ("divguard_check_steps", "divguard_cooldown_steps", "divguard_skip_nonfinite"):
         how[option] = DivGuardTrainingArguments.__dataclass_fields__[option].default

@@ -39,7 +39,7 @@ _INCIDENT_SHARE = 0.1
 _RESERVE = 80.0
 # Batches on which it is seen what was learnt since a state was kept.
 _MOST_SINCE = 6
-# Batches from before a state that tell whether it is damaged.
+# Batches from before a state that show whether it is damaged.
 _MOST_OWN = 4
 # Steps at the end of training whose first micro-batches a last look takes.
 _LAST_STEPS = 12

@@ -176,8 +176,7 @@ class Incident(Stateful):
             is_asked: Whether a finding of the curve waits for it.
             looks: Of how many steps the micro-batches are.
             is_last: Whether training ends here.
-            is_damaged: Whether the state of the first step is worse than that of the second on what it was
-                trained on itself.
+            is_damaged: Whether the first of two kept states is worse than the second on its own batches.
         """
         self.pairs.add(present, kept)
         usual, most = self.range.usual, self.pairs.most
@@ -190,11 +189,8 @@ class Incident(Stateful):
         newest = judge(compared[-len(present) :], usual, wobble)
         if verdict.cause != "weights" and newest.cause == "weights":
             verdict = newest  # damage that grows looks like noise beside the earlier pairs
-        if verdict.cause == "weights":
-            newest_sound = self.pairs.newest_does_not_know(good, self.since)
-            # A fault that was seen late has damaged it already: then it does badly on its own data, too.
-            if newest_sound is not None and not is_damaged(newest_sound, good):
-                return self._later(step, "data", verdict)
+        if verdict.cause == "weights" and self.pairs.shows_a_turn(good, self.since, is_damaged):
+            return self._later(step, "data", verdict)
         if verdict.cause == "weights" and (verdict.is_high or self.cause is not None or is_asked):
             return self._damaged(step, good, verdict, newest)
         if not (verdict.is_uneasy and (self.cause == "data" or self._is_again)):
@@ -256,9 +252,8 @@ class Incident(Stateful):
             # in a few steps than the data were worse themselves.
             self.cause, self._damage_since = None, None
         lasted = self._bad_until - self.since
-        if self.cause == "data" and not can_be_undone(
-            lasted, self._looks, step - good, self.range.steps_to_learn
-        ):
+        is_undone = can_be_undone(lasted, self._looks, step - good, self.range.steps_to_learn)
+        if self.cause == "data" and not is_undone:
             self.take_as_usual(step)
             return Ruling("dismiss", "data", 0, verdict)
         lasts = newest.cause == "weights" or newest.is_uneasy
@@ -294,9 +289,8 @@ class Incident(Stateful):
         level, present = self.range.usual.level, verdict.numbers.get("present_loss", math.nan)
         self._until = 0.5 * (level + present) if cause == "data" and present > level else None
         self._excess = max(self._excess, present - level) if math.isfinite(present) else _HUGE
-        if self._looks >= len(_LOOKS_AT_DATA) or (
-            self._looks >= 2 and is_learnt(self._losses, self.range.usual)
-        ):
+        has_learnt = self._looks >= 2 and is_learnt(self._losses, self.range.usual)
+        if self._looks >= len(_LOOKS_AT_DATA) or has_learnt:
             self.take_as_usual(step)
         else:
             self.next_look = step + _LOOKS_AT_DATA[self._looks]

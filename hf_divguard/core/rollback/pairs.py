@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hf_divguard.core.rollback.comparison import Pair
 from hf_divguard.core.rollback.trial import mean_gain
@@ -72,21 +72,22 @@ class PairsByState:
         """Return the losses of the states that were kept two steps or more before an incident."""
         return {kept_step: pairs for kept_step, pairs in self._pairs.items() if kept_step <= since - 2}
 
-    def newest_does_not_know(self, good: int, since: int) -> int | None:
-        """Return the newest state that seems sound if it does badly on the coming batches, whatever older ones do.
+    def shows_a_turn(self, good: int, since: int, is_damaged: Callable[[int, int], bool]) -> bool:
+        """Return whether the newest state that was sound does badly on the coming batches, whatever older ones do.
 
         It was kept two steps or more before a loss was out of its range, so the data are not
-        those that it was trained on: a turn of domains, which an older state may know. Or the
-        fault was seen late, and it is damaged itself.
+        those that it was trained on: a turn of domains, which an older state may know. But a
+        fault that was seen late has damaged it already: then it does badly on its own data, too.
 
         Args:
             good: The state that does best.
             since: Step at which the incident began.
+            is_damaged: Whether the first state is worse than the second on what it was trained on itself.
         """
         sound = self.sound(since)
         if not sound or max(sound) <= good:
-            return None
+            return False
         newest, best = self._pairs[max(sound)], self._pairs[good]
         count = min(len(newest), len(best))
         knows = mean_gain(newest[-count:]) >= _KNOWS * mean_gain(best[-count:])
-        return None if knows else max(sound)
+        return not knows and not is_damaged(max(sound), good)

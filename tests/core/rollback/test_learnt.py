@@ -61,9 +61,12 @@ def test_the_steps_that_a_run_takes_to_learn_something_are_counted() -> None:
 def test_losses_are_collected_by_state() -> None:
     pairs = PairsByState()
     pairs.add([5.0, 5.0], {40: [5.0, 5.0], 20: [1.5, 1.6]})
-    assert pairs.newest_does_not_know(20, since=42) == 40
-    assert pairs.newest_does_not_know(20, since=41) is None
-    assert pairs.newest_does_not_know(40, since=42) is None
+    asked: list[tuple[int, int]] = []
+    assert pairs.shows_a_turn(20, 42, lambda *steps: bool(asked.append(steps)))  # type: ignore[func-returns-value, arg-type]
+    assert asked == [(40, 20)]
+    assert not pairs.shows_a_turn(20, 42, lambda newest, good: True)
+    assert not pairs.shows_a_turn(20, 41, lambda newest, good: False)
+    assert not pairs.shows_a_turn(40, 42, lambda newest, good: False)
     pairs.add([5.0], {20: [1.4]})
     assert list(pairs.means()) == [20]
     assert pairs.of(20) == [Pair(5.0, 1.5), Pair(5.0, 1.6), Pair(5.0, 1.4)]
