@@ -152,6 +152,11 @@ class Comparison:
         then.save_was_due = save_was_due or (then.save_was_due and self._outcome.deferred is not None)
         then.end_step()
 
+    def has_restored(self, step: int) -> None:
+        """After a rollback at ``step``: have enough left for the looks that say whether the fault has passed."""
+        self.looks.budget.renew()
+        self.incident.has_restored(step)
+
     def settle(self, *, is_last: bool) -> None:
         """Look, if there is a reason to, and carry out or dismiss what the curve asks for.
 

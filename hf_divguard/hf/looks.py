@@ -168,7 +168,10 @@ class WeightLooks:
         incident = self._incident
         present = self.losses(steps, None)
         losses: dict[int, list[float]] = {}
+        spread = incident.range.usual.spread
         for state in reversed(kept):
+            if losses and not incident.is_slow and not incident.pairs.needs(state.step, spread):
+                continue
             losses[state.step] = self.losses(steps, state.tensors)
             # Small damage is judged by all states; else one that does as well as can be expected is enough.
             if incident.cause == "data" or (

@@ -143,23 +143,31 @@ def compare_on_ranks(rank: int, folder: str) -> dict[str, Any]:
     from transformers import Trainer, TrainingArguments
 
     from hf_divguard import DivergenceDetector
-    from tests.hf.faults import ScriptedRule
+    from tests.hf.faults import ScriptedRule, Stream
     from tests.hf.test_comparison import COMMON, GUARDED, Noise
 
     root, cases = Path(folder), {}
     options = {**COMMON, "ddp_backend": "gloo"}
     rows = options.pop("train_dataset")
 
-    def run(name: str, callbacks: list[Any], **more: Any) -> Any:
+    def run(name: str, callbacks: list[Any], data: Any = rows, eval_rows: Any = None, **more: Any) -> Any:
         trainer_class, arguments_class = (Trainer, TrainingArguments)
         if more:
             trainer_class, arguments_class = DivGuardTrainer, DivGuardTrainingArguments
-        args = arguments_class(**base_arguments(root / name, **options, **more))
+        args = arguments_class(**base_arguments(root / name, **{**options, **more}))
         model = tiny_model(dropout=0.1)
-        trainer = trainer_class(model=model, args=args, train_dataset=rows, callbacks=callbacks)
+        trainer = trainer_class(
+            model=model, args=args, train_dataset=data, eval_dataset=eval_rows, callbacks=callbacks
+        )
         trainer.train()
         return trainer
 
+    # Rank 1 has rows that rank 0 has not: each reads its own half of a batch.
+    noise = Stream([step % 8 for step in range(60)], batch=8, wrong=range(40, 61))
+    arbiter = {"divguard_eval_arbiter": True, "divguard_action": "rollback", "max_steps": 60}
+    steady = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    asked_for = run("arbiter", [], noise, TokenRows(rows=64), **{**GUARDED, **arbiter, **steady})
+    cases["arbiter"] = outcome_of(asked_for)
     cases["noise"] = outcome_of(run("noise", [Noise(28)], **GUARDED, divguard_action="rollback"))
     stopped = run("stopped", [Noise(28)], **GUARDED, divguard_action="stop")
     cases["stopped"] = {**outcome_of(stopped), "cause": stopped.state.divguard_finding.cause}

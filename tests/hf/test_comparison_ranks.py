@@ -20,7 +20,7 @@ def compared(run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
     return [outcome.check() for outcome in outcomes]
 
 
-@pytest.mark.parametrize("case", ["noise", "stopped", "looked into", "stock"])
+@pytest.mark.parametrize("case", ["noise", "stopped", "looked into", "stock", "arbiter"])
 def test_both_ranks_decide_alike_and_end_with_the_same_weights(
     compared: list[dict[str, Any]], case: str
 ) -> None:
@@ -45,3 +45,11 @@ def test_a_healthy_run_that_is_looked_into_is_the_unguarded_one_to_the_bit(
     assert compared[0]["looked into"]["passes"] > 0
     assert [event["event"] for event in compared[0]["looked into"]["events"]] == ["dismissed"]
     assert compared[0]["looked into"]["weights"] == compared[0]["stock"]["weights"]
+
+
+def test_the_evaluation_set_decides_for_both(compared: list[dict[str, Any]]) -> None:
+    """Labels at random from step 40 to the end, and the weights from before at the end."""
+    (event,) = [each for each in compared[0]["arbiter"]["events"] if each["event"] == "rollback"]
+    assert event["step"] in (59, 60)
+    assert 30 <= event["target_step"] < 40
+    assert "on the evaluation set the weights of step" in event["finding"]["message"]

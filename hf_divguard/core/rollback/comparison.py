@@ -20,11 +20,12 @@ __all__ = [
     "is_new",
     "is_ruin",
     "judge",
+    "margin_of",
     "noise",
     "rises_by_itself",
 ]
 
-# The present weights must be worse by so much of the loss: less heals by itself sooner than a rollback repairs it.
+# The present weights must be worse by so much of the loss.
 _MARGIN = 0.1
 # Of the first loss, for losses that have fallen close to 0.
 _MARGIN_OF_FIRST = 0.02
@@ -123,7 +124,7 @@ def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
     # The states differ by their wobble on every batch: more pairs do not lessen it.
     error = math.hypot(noise(finite, usual.spread) / math.sqrt(len(finite)), 0.5 * wobble)
     errors = gain / error if error > 0.0 else math.copysign(math.inf, gain)
-    rise, margin = present - usual.level, _MARGIN * abs(kept) + _MARGIN_OF_FIRST * abs(usual.first)
+    rise, margin = present - usual.level, margin_of(kept, usual)
     numbers: dict[str, float | int] = {
         "present_loss": present,
         "kept_loss": kept,
@@ -138,6 +139,11 @@ def judge(pairs: Sequence[Pair], usual: Usual, wobble: float = 0.0) -> Verdict:
     if is_high and is_new(kept, usual) and kept - usual.level > (1.0 - _EXPLAINS) * rise:
         return Verdict("data", numbers=numbers)
     return Verdict("unknown", is_high, gain > margin and errors > _UNEASY_ERRORS, numbers)
+
+
+def margin_of(kept: float, usual: Usual) -> float:
+    """Return by how much the present weights must be worse: less heals by itself sooner than a rollback repairs it."""
+    return _MARGIN * abs(kept) + _MARGIN_OF_FIRST * abs(usual.first)
 
 
 def noise(pairs: Sequence[Pair], prior: float) -> float:
@@ -236,6 +242,10 @@ class Budget(Stateful):
         >>> budget.earn(micro_batches=4)
         >>> budget.take(1)
         True
+        >>> budget.take_anyway(5)
+        >>> budget.renew()
+        >>> budget.take(2)
+        True
     """
 
     share: float
@@ -252,6 +262,10 @@ class Budget(Stateful):
             return False
         self._spent += passes
         return True
+
+    def renew(self) -> None:
+        """After an incident that was one: let half of the reserve be there for what follows."""
+        self._spent = min(self._spent, 0.5 * self.reserve)
 
     def take_anyway(self, passes: int) -> None:
         """Note passes that were taken beyond what was asked for."""

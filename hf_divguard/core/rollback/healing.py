@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hf_divguard.core.state import Stateful, memory
 
-__all__ = ["Healing"]
+__all__ = ["Healing", "costs_more_than_steps"]
 
 # Differences of healthy states, from which the noise of a difference is known.
 _DIFFERENCES = 24
@@ -18,6 +18,8 @@ _STEPS = 60
 # Further looks for each time that damage was gone by itself, and how many such times count.
 _LOOKS_PER_TIME = 2
 _MOST_TIMES = 3
+# Pairs, and steps, from which it can be said how fast damage heals.
+_FEWEST = 8
 
 
 @dataclass
@@ -54,3 +56,30 @@ class Healing(Stateful):
     def further_looks(self, step: int) -> int:
         """Return how many looks more than usual damage has to last."""
         return _LOOKS_PER_TIME * sum(at >= step - _STEPS for at in self._healed)
+
+
+def costs_more_than_steps(gains: Sequence[float], over: int, *, least: float, age: int) -> bool:
+    """Return whether damage heals so slowly that going back costs fewer steps than waiting.
+
+    The mean of the later half of the differences, beside that of the earlier half, says how fast they shrink, and so
+    in how many steps they will be small. Single differences go up and down too much for that.
+
+    Args:
+        gains: By how much kept weights did better, oldest first.
+        over: Steps in which these were seen.
+        least: Difference that counts as none.
+        age: Age in steps of the kept weights: so much training a rollback loses.
+
+    Example:
+        >>> slow, fast = [0.8, 0.9, 0.7, 0.8, 0.7, 0.5, 0.6, 0.6], [1.6, 0.8, 0.0, 0.5, 0.3, -0.1, 0.3, 0.3]
+        >>> [costs_more_than_steps(each, 8, least=0.15, age=10) for each in (slow, fast)]
+        [True, False]
+    """
+    if len(gains) < _FEWEST or over < _FEWEST:
+        return False
+    half = len(gains) // 2
+    earlier, later = sum(gains[:half]) / half, sum(gains[-half:]) / half
+    if not least < later < math.inf:
+        return later == math.inf
+    rate = math.log(earlier / later) / (0.5 * over) if earlier > later else 0.0
+    return math.log(later / least) > rate * age

@@ -16,8 +16,9 @@ from hf_divguard.core.rollback.comparison import (
     is_new,
     is_ruin,
     judge,
+    margin_of,
 )
-from hf_divguard.core.rollback.healing import Healing
+from hf_divguard.core.rollback.healing import Healing, costs_more_than_steps
 from hf_divguard.core.rollback.learnt import FEWEST_LOOKS, can_be_undone, is_learnt
 from hf_divguard.core.rollback.loss_range import LossRange
 from hf_divguard.core.rollback.pairs import PairsByState
@@ -70,12 +71,12 @@ class Incident(Stateful):
     restores: int = memory(0)
     last_restore: int = memory(-1)
     is_slow: bool = memory(False)
+    new_data_until: int = memory(-1)
     _until: float | None = memory(None)
     _excess: float = memory(0.0)
     _looks: int = memory(0)
     _damage_since: tuple[int, float] | None = memory(None)
     _bad_until: int = memory(0)
-    _new_data: tuple[int, int] | None = memory(None)
     _losses: deque[float] = memory(lambda: deque(maxlen=_LEVEL))
     _left_out: list[float] = memory(list)
     _healing: Healing = memory(Healing)
@@ -262,6 +263,9 @@ class Incident(Stateful):
         if self.cause == "data":
             wait, left = max(_HEALS_WITHIN, lasted // 2), _LEFT_OF_DATA
         is_plain = is_plain and self.cause is None and further == 0
+        if self.cause is None and not self._is_again:
+            least, over = margin_of(verdict.kept, self.range.usual), step + 1 - self.since
+            is_plain |= costs_more_than_steps(self.pairs.gains(good), over, least=least, age=step - good)
         if is_plain or (
             before is not None and step >= before[0] + wait and lasts and gain >= left * before[1]
         ):
@@ -308,7 +312,7 @@ class Incident(Stateful):
     def take_as_usual(self, step: int) -> None:
         """Make the present losses the usual ones."""
         self.range.accept(list(self._losses))
-        self._new_data = (self.since, step)
+        self.new_data_until = step
         self.close()
 
     def _calm(self, step: int, verdict: Verdict) -> Ruling:
@@ -327,11 +331,6 @@ class Incident(Stateful):
         else:
             self.close()
         return Ruling("dismiss", "data" if self.cause == "data" else "unknown", 0, verdict)
-
-    @property
-    def new_data_until(self) -> int:
-        """Step at which new data have last become the usual ones; -1 if none have."""
-        return -1 if self._new_data is None else self._new_data[1]
 
     def is_about_new_data(self, onset_step: int) -> bool:
         """Return whether what the curve places at ``onset_step`` are data that have become the usual ones."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hf_divguard.core.rollback.comparison import Pair
+from hf_divguard.core.rollback.comparison import Pair, best_step
 from hf_divguard.core.rollback.trial import mean_gain
 
 __all__ = ["PairsByState"]
 
 # The newest sound state knows the coming batches where it shows so much of the difference to the best one.
 _KNOWS = 0.5
+# Micro-batches after which it is known which states do worse than the best one.
+_KNOWN = 3
 
 
 class PairsByState:
@@ -27,20 +29,25 @@ class PairsByState:
 
     def __init__(self) -> None:
         self._pairs: dict[int, list[tuple[float, float]]] = {}
+        self._out: set[int] = set()
 
     def add(self, present: Sequence[float], kept: Mapping[int, Sequence[float]]) -> None:
         """Take the losses of one look.
 
         Args:
             present: Loss of each micro-batch with the present weights.
-            kept: The same with kept weights, by their step.
+            kept: The same with kept weights, by their step. A state that is missing takes part no more.
         """
+        out = self._pairs.keys() - kept.keys()
+        self._out |= out
+        self._pairs = {step: pairs for step, pairs in self._pairs.items() if step not in out}
         for kept_step, losses in kept.items():
             self._pairs.setdefault(kept_step, []).extend(zip(present, losses, strict=True))
 
     def clear(self) -> None:
         """Forget all losses."""
         self._pairs.clear()
+        self._out.clear()
 
     @property
     def most(self) -> int:
@@ -48,25 +55,42 @@ class PairsByState:
         return max((len(pairs) for pairs in self._pairs.values()), default=0)
 
     def means(self) -> dict[int, float]:
-        """Return the mean kept loss of the states that were compared on all micro-batches."""
-        most = self.most
-        return {
-            kept_step: sum(loss for _, loss in pairs) / len(pairs)
-            for kept_step, pairs in self._pairs.items()
-            if len(pairs) == most
-        }
+        """Return the mean kept loss, by state, on the micro-batches that all of them have in common.
+
+        States that were compared on less than half of all micro-batches are left out.
+        """
+        compared = {step: pairs for step, pairs in self._pairs.items() if 2 * len(pairs) >= self.most}
+        count = min(map(len, compared.values()), default=0)
+        return {step: sum(loss for _, loss in pairs[-count:]) / count for step, pairs in compared.items()}
+
+    def needs(self, kept_step: int, spread: float) -> bool:
+        """Return whether a state has to be compared on further micro-batches.
+
+        Not if it is older than the best one and is known to do worse: it is no target any more.
+
+        Args:
+            kept_step: Step of the state.
+            spread: Noise of a loss.
+        """
+        if kept_step in self._out:
+            return False
+        if len(self._pairs.get(kept_step, ())) < _KNOWN:
+            return True
+        best = best_step(self.means(), spread)
+        return best is None or kept_step >= best
 
     def of(self, kept_step: int) -> list[Pair]:
         """Return the losses of a state."""
         return [Pair(*pair) for pair in self._pairs[kept_step]]
 
-    def gains(self) -> list[float]:
-        """Return by how much every state did better, for every micro-batch."""
-        return [now - then for pairs in self._pairs.values() for now, then in pairs]
+    def gains(self, kept_step: int | None = None) -> list[float]:
+        """Return by how much a state, or every one, did better, for every micro-batch."""
+        states = self._pairs if kept_step is None else [kept_step]
+        return [now - then for state in states for now, then in self._pairs[state]]
 
     def has_older(self, kept_step: int) -> bool:
         """Return whether older states than this one were compared: as long as the incident lasts they are."""
-        return any(each < kept_step for each in self._pairs)
+        return any(each < kept_step for each in (*self._pairs, *self._out))
 
     def sound(self, since: int) -> dict[int, list[tuple[float, float]]]:
         """Return the losses of the states that were kept two steps or more before an incident."""

@@ -1,0 +1,98 @@
+"""Damage that heals by itself, and damage that heals too slowly to wait for."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_divguard.core.rollback.healing import costs_more_than_steps
+from hf_divguard.core.rollback.incident import Incident
+from hf_divguard.core.rollback.pairs import PairsByState
+
+SLOW = [0.95 - 0.05 * step for step in range(12)]
+FAST = [1.6 * 0.6**step for step in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("gains", "over", "age", "expected"),
+    [
+        (SLOW[:8], 8, 8, True),
+        (FAST[:8], 8, 8, False),
+        ([0.5] * 8, 8, 500, True),  # it does not heal at all
+        (SLOW[:8], 8, 200, False),  # a rollback would lose more steps than that
+        (SLOW[:7], 7, 8, False),  # too few to say
+        ([0.1] * 8, 8, 1, False),  # nothing to speak of
+        ([float("inf")] * 8, 8, 8, True),
+    ],
+)
+def test_going_back_is_worth_it_where_damage_heals_more_slowly(
+    gains: list[float], over: int, age: int, expected: bool
+) -> None:
+    assert costs_more_than_steps(gains, over, least=0.2, age=age) is expected
+
+
+def _look_at(gains: list[float], incident: Incident, start: int) -> int | None:
+    """Return after how many looks the incident asks for a rollback."""
+    for number, gain in enumerate(gains):
+        step = start + number
+        incident.observe(step, 1.5 + gain, None)
+        if not incident.is_due(step):
+            continue
+        kept = 1.5 + 0.02 * (-1) ** number
+        ruling = incident.rule(step, [kept + gain], {start - 3: [kept]}, is_asked=False)
+        if ruling.act == "act":
+            return number + 1
+    return None
+
+
+def _incident_after_spikes() -> Incident:
+    """Return an incident of a run in which a spike has healed before."""
+    incident = Incident()
+    for step in range(40):
+        incident.observe(step, 1.5 + 0.02 * (-1) ** step + (1.5 if step < 5 else 0.0), None)
+    assert _look_at([1.6, 0.8, 0.4, 0.1, 0.0, 0.0, 0.0, 0.0], incident, 40) is None
+    for step in range(48, 60):
+        incident.observe(step, 1.5 + 0.02 * (-1) ** step, None)
+    assert incident._healing.further_looks(60) > 0
+    return incident
+
+
+def test_slow_damage_is_not_waited_for_long_because_a_spike_has_healed_before() -> None:
+    incident = _incident_after_spikes()
+    gains = [1.4 - 0.06 * step + 0.2 * (-1) ** step for step in range(16)]
+    found = _look_at(gains, incident, 60)
+    assert found is not None
+    assert found <= 10
+
+
+def test_a_second_spike_that_heals_is_left_alone() -> None:
+    incident = _incident_after_spikes()
+    assert _look_at([*FAST, 0.0, 0.0, 0.0, 0.0], incident, 60) is None
+
+
+def test_states_that_are_older_and_worse_are_compared_no_more() -> None:
+    pairs = PairsByState()
+    losses = {40: 1.5, 20: 2.0, 5: 2.5}
+    for _ in range(2):
+        pairs.add([5.0], {step: [loss] for step, loss in losses.items()})
+        assert all(pairs.needs(step, 0.05) for step in losses)
+    pairs.add([5.0], {step: [loss] for step, loss in losses.items()})
+    assert [step for step in losses if pairs.needs(step, 0.05)] == [40]
+    pairs.add([5.0], {40: [1.5]})
+    assert pairs.means() == {40: 1.5}
+    assert pairs.has_older(40)
+    assert not pairs.needs(20, 0.05)
+
+
+def test_an_older_state_that_does_better_stays_in_question() -> None:
+    pairs = PairsByState()
+    for _ in range(4):
+        pairs.add([5.0], {40: [4.0], 20: [1.5], 5: [2.5]})
+    assert [step for step in (40, 20, 5) if pairs.needs(step, 0.05)] == [40, 20]
+
+
+def test_a_state_that_was_compared_later_is_judged_on_the_same_batches() -> None:
+    pairs = PairsByState()
+    pairs.add([9.0], {40: [6.0]})
+    for _ in range(2):
+        pairs.add([2.0], {40: [1.0], 20: [1.5]})
+    assert pairs.means() == {40: 1.0, 20: 1.5}
