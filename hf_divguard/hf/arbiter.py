@@ -1,4 +1,4 @@
-"""The evaluation set decides on data that stay bad (`divguard_eval_arbiter`)."""
+"""The evaluation set decides on data that stay bad, or that were bad or new for a while (`divguard_eval_arbiter`)."""
 
 from __future__ import annotations
 
@@ -76,14 +76,16 @@ class Arbiter:
 
         Args:
             is_last: Whether training ends here.
-            stops: Whether the action ends training: a rollback within bad data would be undone by them.
+            stops: Whether the action ends training: a rollback within bad data would be undone by them. Once data of
+                before have come back it is asked, too.
         """
         if self.since is None or not any(
             kept.step == self._snapshots.pinned for kept in self._snapshots.all()
         ):
             return False
         step = self._host.state.global_step
-        return is_last or (stops and self._incident.has_bad_data and self._looked_at != step)
+        is_now = self._incident.open_question_at == step or (stops and self._incident.has_bad_data)
+        return is_last or (is_now and self._looked_at != step)
 
     def ask(self) -> Ruling:
         """Return whether the kept state does clearly better on the evaluation set than the present one."""

@@ -186,7 +186,7 @@ class Comparison:
         if deferred is not None and self._ignores_level:
             self._consequences.dismiss(deferred[0], "the level of this loss does not measure progress")
             return
-        if deferred is not None and self.incident.is_about_new_data(deferred[0].onset_step):
+        if deferred is not None and deferred[0].onset_step <= self.incident.new_data_until:
             self._consequences.dismiss(
                 deferred[0], "the data have changed there, and are the usual ones by now"
             )

@@ -32,11 +32,15 @@ class Rows(TokenRows):
 
 
 class Switch(Stream):
-    """Rows that have other, learnable labels from a step on."""
+    """Rows that have other, learnable labels from a step on, until another."""
+
+    def __init__(self, order: list[int], until: int = 1000) -> None:
+        super().__init__(order)
+        self.until = until
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for place, row in enumerate(super().__iter__()):
-            is_new = place >= self.batch * (FAULT - 1)
+            is_new = FAULT - 1 <= place // self.batch < self.until - 1
             yield {**row, "labels": (row["input_ids"] * 7 + 3) % 16} if is_new else row
 
 
@@ -122,6 +126,36 @@ def test_new_data_with_an_evaluation_set_of_them_are_left_alone_to_the_bit(
     stock.train()
     assert data[0].drawn == data[1].drawn
     assert same_weights(weights(stock.model), weights(trainer.model))
+
+
+def there_and_back() -> Switch:
+    """Rows that have other labels for some steps: wrong ones, or a task that comes and goes."""
+    return Switch([step % 16 for step in range(100)], until=FAULT + 15)
+
+
+def test_labels_that_were_wrong_for_some_steps_are_undone_when_they_have_passed(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer(**options(100, there_and_back()))
+    trainer.train()
+    ((at, target),) = moves(trainer)
+    assert FAULT + 15 <= at <= FAULT + 30
+    assert target < FAULT
+    (event,) = [each for each in trainer.divguard_events if each["event"] == "rollback"]
+    assert "on the evaluation set the weights of step" in event["finding"]["message"]
+    without = make_trainer(**options(100, there_and_back(), divguard_eval_arbiter=False))
+    without.train()
+    assert moves(without) == []
+    assert eval_loss(trainer) < eval_loss(without)
+
+
+def test_a_task_that_comes_and_goes_is_not_undone_where_the_evaluation_set_has_it(
+    make_trainer: MakeTrainer,
+) -> None:
+    both = torch.utils.data.ConcatDataset([Rows(), Rows(shift=3)])
+    trainer = make_trainer(**options(100, there_and_back(), eval_dataset=both))
+    trainer.train()
+    assert moves(trainer) == []
 
 
 class Unreadable(TokenRows):

@@ -162,9 +162,10 @@ def is_new(kept: float, usual: Usual) -> bool:
 def is_ruin(present: float, kept: float, usual: Usual) -> bool:
     """Return whether a loss is so high that no spike of a healthy run has it, nor what bad data leave.
 
-    Where the kept weights do worse than untrained ones too, it is not the weights alone.
+    Where the kept weights do badly too, on the way back to untrained ones, it is not the weights alone.
     """
-    return present > max(_RUIN * usual.first, _RUIN_OF_USUAL * usual.level) and kept < usual.first
+    is_good = 2.0 * kept < usual.level + usual.first or (kept < usual.first and not is_new(kept, usual))
+    return present > max(_RUIN * usual.first, _RUIN_OF_USUAL * usual.level) and is_good
 
 
 def rises_by_itself(present: Sequence[float], kept: Sequence[float], usual: Usual, earlier: float) -> bool:

@@ -62,7 +62,8 @@ def costs_more_than_steps(gains: Sequence[float], over: int, *, least: float, ag
     """Return whether damage heals so slowly that going back costs fewer steps than waiting.
 
     The mean of the later half of the differences, beside that of the earlier half, says how fast they shrink, and so
-    in how many steps they will be small. Single differences go up and down too much for that.
+    in how many steps they will be small. Single differences go up and down too much for that. Weights that did well on
+    any of the batches in between are not damaged for good: their loss jumps up and down.
 
     Args:
         gains: By how much kept weights did better, oldest first.
@@ -71,11 +72,11 @@ def costs_more_than_steps(gains: Sequence[float], over: int, *, least: float, ag
         age: Age in steps of the kept weights: so much training a rollback loses.
 
     Example:
-        >>> slow, fast = [0.8, 0.9, 0.7, 0.8, 0.7, 0.5, 0.6, 0.6], [1.6, 0.8, 0.0, 0.5, 0.3, -0.1, 0.3, 0.3]
+        >>> slow, fast = [0.8, 0.9, 0.7, 0.8, 0.7, 0.5, 0.6, 0.6], [1.6, 0.8, 0.5, 0.4, 0.3, 0.1, 0.2, 0.1]
         >>> [costs_more_than_steps(each, 8, least=0.15, age=10) for each in (slow, fast)]
         [True, False]
     """
-    if len(gains) < _FEWEST or over < _FEWEST:
+    if len(gains) < _FEWEST or over < _FEWEST or min(gains) <= 0.0:
         return False
     half = len(gains) // 2
     earlier, later = sum(gains[:half]) / half, sum(gains[-half:]) / half

@@ -72,6 +72,7 @@ class Incident(Stateful):
     last_restore: int = memory(-1)
     is_slow: bool = memory(False)
     new_data_until: int = memory(-1)
+    open_question_at: int = memory(-1)
     _until: float | None = memory(None)
     _excess: float = memory(0.0)
     _looks: int = memory(0)
@@ -255,8 +256,7 @@ class Incident(Stateful):
         lasted = self._bad_until - self.since
         is_undone = can_be_undone(lasted, self._looks, step - good, self.range.steps_to_learn)
         if self.cause == "data" and not is_undone:
-            self.take_as_usual(step)
-            return Ruling("dismiss", "data", 0, verdict)
+            return self._leave_open(step, verdict)
         lasts = newest.cause == "weights" or newest.is_uneasy
         before = self._damage_since
         wait, left = 1 + further, _LEFT
@@ -305,9 +305,14 @@ class Incident(Stateful):
         """Return what follows instead where the present weights have learnt what the kept ones do not know."""
         verdict = ruling.verdict or Verdict("data")
         if self.cause == "data" or self.is_slow:
-            self.take_as_usual(step)
-            return Ruling("dismiss", "data", 0, verdict)
+            return self._leave_open(step, verdict)
         return self._later(step, "data", verdict)
+
+    def _leave_open(self, step: int, verdict: Verdict) -> Ruling:
+        """Let training go on where the data between may have been bad or new: only an evaluation set can tell."""
+        self.take_as_usual(step)
+        self.open_question_at = step
+        return Ruling("dismiss", "data", 0, verdict)
 
     def take_as_usual(self, step: int) -> None:
         """Make the present losses the usual ones."""
@@ -331,10 +336,6 @@ class Incident(Stateful):
         else:
             self.close()
         return Ruling("dismiss", "data" if self.cause == "data" else "unknown", 0, verdict)
-
-    def is_about_new_data(self, onset_step: int) -> bool:
-        """Return whether what the curve places at ``onset_step`` are data that have become the usual ones."""
-        return onset_step <= self.new_data_until
 
     def has_restored(self, step: int) -> None:
         """Note a rollback at ``step``, and look whether the fault has passed."""

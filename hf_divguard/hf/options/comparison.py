@@ -31,9 +31,9 @@ class ComparisonOptions:
     divguard_eval_arbiter: bool = field(
         default=False,
         metadata={
-            "help": "Let the evaluation set decide on data that stay bad: with rollback at the end of training, with "
-            "stop or abort after some looks, it is acted on if kept weights do clearly better on up to 16 batches. "
-            "Off by default, because new data may rightly make an old evaluation set worse."
+            "help": "Let the evaluation set decide on data that stay bad: with rollback when they have passed or "
+            "training ends, with stop or abort after some looks, it is acted on if kept weights do clearly better on "
+            "up to 16 batches. Off by default, because new data may rightly make an old evaluation set worse."
         },
     )
     divguard_skip_suspect_rows: bool = field(

@@ -22,6 +22,7 @@ FAST = [1.6 * 0.6**step for step in range(12)]
         (SLOW[:7], 7, 8, False),  # too few to say
         ([0.1] * 8, 8, 1, False),  # nothing to speak of
         ([float("inf")] * 8, 8, 8, True),
+        ([0.5, 0.6, -0.1, 0.9, 3.0, 5.0, 4.0, 2.0], 8, 8, False),  # up and down, as at a high rate
     ],
 )
 def test_going_back_is_worth_it_where_damage_heals_more_slowly(

@@ -16,8 +16,10 @@ USUAL = Usual(level=0.4, spread=0.2, first=2.3)
         (13.7, 0.5, True),
         (float("inf"), 0.5, True),
         (2.4, 0.5, False),
-        # Where the kept weights do worse than untrained ones too, it is not the weights alone.
+        # Where the kept weights do badly too, it is not the weights alone.
         (13.7, 4.9, False),
+        (13.7, 2.1, False),
+        (13.7, 1.3, True),
     ],
 )
 def test_ruin_is_damage_that_the_kept_weights_do_not_have(
