@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import datetime
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -73,22 +73,49 @@ def source_of_rows(path: str, rows: Rows, notes: list[str], metric: str) -> Sour
     """
     log: list[dict[str, Any]] = []
     times: dict[int, float] = {}
+    shapes: dict[tuple[Any, ...], _Shape] = {}
     for row in rows:
-        entry = {_log_key(key, metric): value for key, value in row.items() if isinstance(key, str)}
-        step = next((step for key in _STEP_KEYS if (step := _finite(row.get(key))) is not None), None)
-        entry.pop("step", None)
+        keys = tuple(row)
+        shape = shapes.get(keys) or shapes.setdefault(keys, _Shape.of(keys, metric))
+        entry = {name: value for key, name in shape.names if (value := row[key]) is not None and value != ""}
+        step = next((step for key in shape.steps if (step := _finite(row[key])) is not None), None)
         if step is not None:
-            entry["step"] = int(step)
-            moment = next((t for key in _TIME_KEYS if (t := _seconds(row.get(key))) is not None), None)
+            entry["step"] = number = int(step)
+            moment = next((t for key in shape.times if (t := _seconds(row[key])) is not None), None)
             if moment is not None:
-                times[int(step)] = moment
-        log.append({key: value for key, value in entry.items() if value is not None and value != ""})
+                times[number] = moment
+        log.append(entry)
     if not any(metric in entry for entry in log):
         keys = sorted({key for entry in log[:1000] for key in entry} - {"step"})
         raise CommandError(
             f"`{path}` holds no `{metric}`. Its keys are: {', '.join(keys[:20]) or 'none'}. Name one with --metric."
         )
     return Source(path, read_history(log), times, None, notes)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the keys of a row mean; most rows of a table have the same ones.
+
+    Args:
+        names: Keys with their names in a log, without those of the step.
+        steps: Keys of the step, in the order in which they count.
+        times: Keys of the time.
+    """
+
+    names: list[tuple[str, str]]
+    steps: list[str]
+    times: list[str]
+
+    @classmethod
+    def of(cls, keys: Collection[Any], metric: str) -> _Shape:
+        """Return the meaning of ``keys``."""
+        names = [(key, _log_key(key, metric)) for key in keys if isinstance(key, str)]
+        return cls(
+            [(key, name) for key, name in names if name != "step"],
+            [key for key in _STEP_KEYS if key in keys],
+            [key for key in _TIME_KEYS if key in keys],
+        )
 
 
 def _log_key(key: str, metric: str) -> str:
@@ -105,6 +132,8 @@ def _log_key(key: str, metric: str) -> str:
 
 
 def _finite(value: Any) -> float | None:
+    if value.__class__ is int and -1e15 < value < 1e15:
+        return float(value)
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -33,11 +33,12 @@ def read_json_lines(path: str, data: bytes, metric: str) -> list[Source]:
     rows: list[Mapping[str, Any]] = []
     notes: list[str] = []
     lines = data.splitlines()
+    parse = json.JSONDecoder().decode
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse(line.decode("utf-8"))
         except (ValueError, RecursionError):
             if number == len(lines) and rows:
                 notes.append(f"Line {number} is cut off and was left out.")
