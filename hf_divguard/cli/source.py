@@ -75,8 +75,8 @@ def source_of_rows(path: str, rows: Rows, notes: list[str], metric: str) -> Sour
     times: dict[int, float] = {}
     shapes: dict[tuple[Any, ...], _Shape] = {}
     for row in rows:
-        keys = tuple(row)
-        shape = shapes.get(keys) or shapes.setdefault(keys, _Shape.of(keys, metric))
+        in_row = tuple(row)
+        shape = shapes.get(in_row) or shapes.setdefault(in_row, _Shape.of(in_row, metric))
         entry = {name: value for key, name in shape.names if (value := row[key]) is not None and value != ""}
         step = next((step for key in shape.steps if (step := _finite(row[key])) is not None), None)
         if step is not None:
