@@ -29,6 +29,7 @@ VARIANTS = (*UNGUARDED, *GUARDED)
 SAVE_EVERY = 20
 EVAL_ROWS = 768
 EVAL_SEED = 10_000
+ARBITER_ROWS = 256
 LOG_EVERY = 10
 
 
@@ -79,8 +80,10 @@ class Collator:
     def __init__(self, plan: Plan, spoil: BatchFault | None) -> None:
         self.plan, self.spoil, self.calls = plan, spoil, 0
 
-    def __call__(self, rows: list[dict[str, int]]) -> Batch:
-        """Return the next micro-batch."""
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        """Return the next micro-batch, or a batch of evaluation rows."""
+        if "index" not in rows[0]:
+            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         plan, step = self.plan, self.calls // self.plan.accumulation + 1
         self.calls += 1
         shares = plan.schedule(step / STEPS, step)
@@ -98,6 +101,20 @@ class Losses(TrainerCallback):
         """Keep the loss of a log."""
         if "loss" in logs:
             self.logged.append((state.global_step, logs["loss"]))
+
+
+class EvaluationRows(Dataset):  # type: ignore[type-arg]
+    """Rows like those with which a run ends, but others than those that it is judged by."""
+
+    def __init__(self, plan: Plan) -> None:
+        shares = plan.schedule(1.0, STEPS)
+        self.rows = rows_of(plan.task, shares, list(range(ARBITER_ROWS)), ARBITER_ROWS, EVAL_SEED + 1)
+
+    def __len__(self) -> int:
+        return ARBITER_ROWS
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: value[index] for name, value in self.rows.items()}
 
 
 def common_arguments(plan: Plan, output: str) -> dict[str, Any]:
@@ -149,6 +166,7 @@ def make_trainer(cell: Cell, variant: str, output: str, options: dict[str, Any])
         model=model,
         args=args,
         train_dataset=Indices(plan.rows),
+        eval_dataset=EvaluationRows(plan) if options.get("divguard_eval_arbiter") else None,
         data_collator=Collator(plan, spoil),
         callbacks=callbacks,
     )

@@ -43,6 +43,7 @@ class Arbiter:
         self._host, self._ranks, self._snapshots, self._incident = host, ranks, snapshots, incident
         self._batches: list[Any] | None = None
         self._looked_at: int | None = None
+        self._asked_for: int | None = None
         self._followed: int | None = None
         self.since: int | None = None
         """Step since which the data are bad; ``None`` if they are not."""
@@ -76,20 +77,23 @@ class Arbiter:
 
         Args:
             is_last: Whether training ends here.
-            stops: Whether the action ends training: a rollback within bad data would be undone by them. Once data of
-                before have come back it is asked, too.
+            stops: Whether the action ends training: a rollback within bad data would be undone by them. Once the data
+                have changed again, or those of before have come back, it is asked, too.
         """
         if self.since is None or not any(
             kept.step == self._snapshots.pinned for kept in self._snapshots.all()
         ):
             return False
-        step = self._host.state.global_step
-        is_now = self._incident.open_question_at == step or (stops and self._incident.has_bad_data)
+        incident, step = self._incident, self._host.state.global_step
+        # The data may have changed back from what counts as usual by now.
+        has_changed_again = incident.is_open and incident.cause == "data" and incident.since > self.since
+        is_now = incident.open_question_at == step or (stops and incident.has_bad_data)
+        is_now |= has_changed_again and self._asked_for != incident.since
         return is_last or (is_now and self._looked_at != step)
 
     def ask(self) -> Ruling:
         """Return whether the kept state does clearly better on the evaluation set than the present one."""
-        self._looked_at = self._host.state.global_step
+        self._looked_at, self._asked_for = self._host.state.global_step, self._incident.since
         good = self._snapshots.pinned
         assert good is not None
         try:

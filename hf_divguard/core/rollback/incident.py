@@ -43,7 +43,7 @@ _HUGE = 1e300
 _NEW_DAMAGE = 2.0
 # Losses that make a level, within an incident.
 _LEVEL = 5
-# Pairs after which a high loss, that the kept weights do not have less of, is no damage.
+# Pairs after which a loss that is high, or follows bad data, and that the kept weights do not have less of, is no damage.
 _FEW_PAIRS = 3
 # Losses in a row that show a return.
 _RETURNED = 2
@@ -205,8 +205,8 @@ class Incident(Stateful):
             return self._later(step, "data", verdict)
         if self.is_slow and self.cause is None:
             return self._small(step, verdict, looks, is_last)
-        is_high = verdict.is_high and self.last_restore < 0
-        if most < (MOST_PAIRS if verdict.is_uneasy else _FEW_PAIRS if is_high else 0):
+        is_open = self.cause == "data" or (verdict.is_high and self.last_restore < 0)
+        if most < (MOST_PAIRS if verdict.is_uneasy else _FEW_PAIRS if is_open else 0):
             self.next_look = step + 1
             return Ruling("none", "unknown", good, verdict)
         if verdict.is_high:
