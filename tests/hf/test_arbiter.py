@@ -128,9 +128,9 @@ def test_new_data_with_an_evaluation_set_of_them_are_left_alone_to_the_bit(
     assert same_weights(weights(stock.model), weights(trainer.model))
 
 
-def there_and_back() -> Switch:
+def there_and_back(lasts: int = 15, steps: int = 100) -> Switch:
     """Rows that have other labels for some steps: wrong ones, or a task that comes and goes."""
-    return Switch([step % 16 for step in range(100)], until=FAULT + 15)
+    return Switch([step % 16 for step in range(steps)], until=FAULT + lasts)
 
 
 def test_labels_that_were_wrong_for_some_steps_are_undone_when_they_have_passed(
@@ -147,6 +147,16 @@ def test_labels_that_were_wrong_for_some_steps_are_undone_when_they_have_passed(
     without.train()
     assert moves(without) == []
     assert eval_loss(trainer) < eval_loss(without)
+
+
+def test_wrong_labels_that_were_usual_by_then_are_undone_when_the_data_change_again(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer(**options(140, there_and_back(60, steps=140)))
+    trainer.train()
+    ((at, target),) = moves(trainer)
+    assert FAULT + 60 <= at <= FAULT + 70
+    assert target < FAULT
 
 
 def test_a_task_that_comes_and_goes_is_not_undone_where_the_evaluation_set_has_it(

@@ -148,6 +148,18 @@ def test_what_passing_data_leave_is_undone_and_called_by_its_cause() -> None:
     assert (ruling.act, ruling.cause) == ("act", "data")
 
 
+def test_bad_data_are_followed_for_three_batches_after_they_have_passed() -> None:
+    """One of them may be easy by chance."""
+    made = incident()
+    made.observe(61, 6.0, 1.0)
+    for step in (61, 64, 69):
+        made.rule(step, [6.0], {60: [6.1]}, is_asked=False)
+    for step in (79, 80, 81):
+        assert made.is_open
+        assert made.rule(step, [1.7], {60: [1.65]}, is_asked=False).act != "act"
+    assert not made.is_open
+
+
 def test_what_long_bad_data_leave_is_given_half_of_their_time_to_heal() -> None:
     made = incident()
     made.observe(61, 6.0, 1.0)
