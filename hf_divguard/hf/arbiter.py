@@ -9,6 +9,7 @@ from hf_divguard.core.rollback.comparison import Pair, judge
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.loss_range import Usual
 from hf_divguard.core.rollback.ruling import Ruling
+from hf_divguard.core.rollback.soundness import is_sound
 from hf_divguard.hf.evaluation_batches import evaluation_batches
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe_on_all_ranks, random_states_kept
@@ -53,7 +54,7 @@ class Arbiter:
         incident = self._incident
         if incident.is_open and incident.cause == "data" and incident.since != self._followed:
             self._followed = incident.since
-            sound = [kept.step for kept in self._snapshots.all() if incident.is_sound(kept.step)]
+            sound = [kept.step for kept in self._snapshots.all() if is_sound(kept.step, incident.since)]
             if sound and (self.since is None or self._knows_more(max(sound))):
                 self.since, self._snapshots.pinned = incident.since, max(sound)
         elif self.since is not None and not incident.is_open and incident.new_data_until < self.since:

@@ -22,6 +22,7 @@ from hf_divguard.core.rollback.comparison import (
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.learnt import has_learnt_since
 from hf_divguard.core.rollback.ruling import Ruling
+from hf_divguard.core.rollback.soundness import is_sound, is_trusted
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.probes import probe_on_all_ranks, why_not_comparable
 from hf_divguard.hf.ranks import Ranks
@@ -130,12 +131,15 @@ class WeightLooks:
 
     def usable(self, asked: Finding | None) -> list[Any]:
         """Return the kept states that are worth a comparison: from before what the curve has found."""
-        kept = self._of_present_data()
+        step, kept = self._host.state.global_step, self._of_present_data()
+        kept = [state for state in kept if is_trusted(state.step, self._incident.last_restore, step)] or kept
         if self._incident.is_slow:
             kept = [
-                state for state in kept if self._incident.is_sound(state.step) and self._is_as_fast(state)
+                state
+                for state in kept
+                if is_sound(state.step, self._incident.since) and self._is_as_fast(state)
             ]
-        onset = asked.onset_step if asked is not None else self._host.state.global_step + 1
+        onset = asked.onset_step if asked is not None else step + 1
         return kept if any(state.step < onset for state in kept) else []
 
     def _of_present_data(self) -> list[Any]:

@@ -20,6 +20,7 @@ from hf_divguard.core.rollback.comparison import (
 )
 from hf_divguard.core.rollback.healing import Healing, costs_more_than_steps
 from hf_divguard.core.rollback.learnt import FEWEST_LOOKS, can_be_undone, is_learnt
+from hf_divguard.core.rollback.look_times import steps_after_restores, steps_to_next_look
 from hf_divguard.core.rollback.loss_range import LossRange
 from hf_divguard.core.rollback.pairs import PairsByState
 from hf_divguard.core.rollback.ruling import Ruling
@@ -28,11 +29,6 @@ from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["Incident"]
 
-# Steps between two looks while new data last.
-_LOOKS_AT_DATA = (3, 5, 10, 20, 40)
-# Steps between two looks after a rollback; a fault that lasts is undone again and again, ever less often.
-_LOOKS_AFTER = (1, 2, 4, 8, 8)
-_GAPS = (1, 1, 1, 1, 2, 2, 4, 4, 8)
 # Steps within which the present weights may recover after a data fault has passed, at least; else half of its length.
 _HEALS_WITHIN = 5
 # Damage that shrinks below this part until the next look is healing: from step to step, and within those steps.
@@ -105,8 +101,8 @@ class Incident(Stateful):
         if not self.is_open:
             self._open(step)
         elif self.last_restore >= 0 and self.next_look is not None:
-            gap = _GAPS[min(self.restores, len(_GAPS)) - 1]
-            self.next_look = min(self.next_look, max(step, self.last_restore + gap))
+            soonest = self.last_restore + steps_after_restores(self.restores)
+            self.next_look = min(self.next_look, max(step, soonest))
 
     def _observe_return(self, step: int) -> None:
         """Look at once if the loss under new data has come half of the way back: they may have passed."""
@@ -205,8 +201,9 @@ class Incident(Stateful):
             return self._later(step, "data", verdict)
         if self.is_slow and self.cause is None:
             return self._small(step, verdict, looks, is_last)
-        is_open = self.cause == "data" or (verdict.is_high and self.last_restore < 0)
-        if most < (MOST_PAIRS if verdict.is_uneasy else _FEW_PAIRS if is_open else 0):
+        is_doubtful = verdict.is_uneasy or (verdict.is_high and self._is_again)
+        is_unclear = verdict.is_high or self.cause == "data"
+        if most < (MOST_PAIRS if is_doubtful else _FEW_PAIRS if is_unclear else 0):
             self.next_look = step + 1
             return Ruling("none", "unknown", good, verdict)
         if verdict.is_high:
@@ -217,10 +214,6 @@ class Incident(Stateful):
     def has_bad_data(self) -> bool:
         """Whether so many looks have seen bad data that they do not pass at once."""
         return self.is_open and self.cause == "data" and self._looks >= FEWEST_LOOKS
-
-    def is_sound(self, kept_step: int) -> bool:
-        """Return whether a state was kept before anything was out of the range."""
-        return kept_step <= self.since - 2
 
     def _small(self, step: int, verdict: Verdict, looks: int, is_last: bool) -> Ruling:
         """Try damage that no single loss shows on further batches, until it is certain or refuted."""
@@ -293,11 +286,12 @@ class Incident(Stateful):
         level, present = self.range.usual.level, verdict.numbers.get("present_loss", math.nan)
         self._until = 0.5 * (level + present) if cause == "data" and present > level else None
         self._excess = max(self._excess, present - level) if math.isfinite(present) else _HUGE
-        has_learnt = self._looks >= 2 and is_learnt(self._losses, self.range.usual)
-        if self._looks >= len(_LOOKS_AT_DATA) or has_learnt:
+        wait = steps_to_next_look(self._looks, after_rollback=self._is_again)
+        has_learnt = self._looks >= 2 and not self._is_again and is_learnt(self._losses, self.range.usual)
+        if wait is None or has_learnt:
             self.take_as_usual(step)
         else:
-            self.next_look = step + _LOOKS_AT_DATA[self._looks]
+            self.next_look = step + wait
             self._looks += 1
         return Ruling("dismiss", cause, 0, verdict)
 
@@ -327,11 +321,12 @@ class Incident(Stateful):
             self.range.extend(self._left_out)
         self._left_out.clear()
         self.pairs.clear()
+        wait = steps_to_next_look(self._looks, after_rollback=True)
         if self.cause == "data" and is_new(verdict.kept, self.range.usual):
             # The present weights have learnt what the kept ones do not know.
             self.take_as_usual(step)
-        elif self.last_restore >= 0 and self._looks < len(_LOOKS_AFTER):
-            self.next_look = step + _LOOKS_AFTER[self._looks]
+        elif self.last_restore >= 0 and wait is not None:
+            self.next_look = step + wait
             self._looks += 1
         else:
             self.close()
@@ -347,4 +342,4 @@ class Incident(Stateful):
         self.pairs.clear()
         self._losses.clear()
         self._left_out = []
-        self.next_look = step + max(_LOOKS_AFTER[0], _GAPS[min(self.restores, len(_GAPS)) - 1])
+        self.next_look = step + steps_after_restores(self.restores)

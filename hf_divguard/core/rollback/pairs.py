@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from hf_divguard.core.rollback.comparison import Pair, best_step
+from hf_divguard.core.rollback.soundness import is_sound
 from hf_divguard.core.rollback.trial import mean_gain
 
 __all__ = ["PairsByState"]
@@ -94,7 +95,7 @@ class PairsByState:
 
     def sound(self, since: int) -> dict[int, list[tuple[float, float]]]:
         """Return the losses of the states that were kept two steps or more before an incident."""
-        return {kept_step: pairs for kept_step, pairs in self._pairs.items() if kept_step <= since - 2}
+        return {kept_step: pairs for kept_step, pairs in self._pairs.items() if is_sound(kept_step, since)}
 
     def shows_a_turn(self, good: int, since: int, is_damaged: Callable[[int, int], bool]) -> bool:
         """Return whether the newest state that was sound does badly on the coming batches, whatever older ones do.

@@ -97,3 +97,24 @@ def test_a_state_that_was_compared_later_is_judged_on_the_same_batches() -> None
     for _ in range(2):
         pairs.add([2.0], {40: [1.0], 20: [1.5]})
     assert pairs.means() == {40: 1.0, 20: 1.5}
+
+
+def test_a_loss_that_rises_again_after_a_rollback_is_not_taken_for_data_that_are_learnt() -> None:
+    """It is far below that of the start, and not yet clearly above that of the kept weights."""
+    incident = Incident()
+    for step in range(60):
+        incident.observe(step, 6.0 if step < 5 else 1.6 + 0.02 * (-1) ** step, None)
+    incident.observe(60, 9.5, None)
+    assert incident.rule(60, [9.5], {55: [1.6]}, is_asked=False).act == "act"
+    incident.has_restored(60)
+    for step in range(61, 70):
+        loss = 1.6 if step < 66 else 1.9
+        incident.observe(step, loss, None)
+        if incident.is_due(step):
+            assert incident.rule(step, [loss], {55: [1.65]}, is_asked=False).act != "act"
+    assert incident.is_open
+    assert incident.new_data_until == -1
+    step = incident.next_look or 0
+    incident.observe(step, 3.0, None)
+    rulings = [incident.rule(step + more, [3.0], {55: [1.65]}, is_asked=False) for more in range(4)]
+    assert "act" in [ruling.act for ruling in rulings]
