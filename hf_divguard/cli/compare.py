@@ -93,33 +93,34 @@ def speaks_unicode() -> bool:
     return (sys.stdout.encoding or "ascii").lower().startswith("utf")
 
 
+def _row(result: dict[str, Any], curve: str) -> list[Any]:
+    """Return the cells of one run."""
+    if "error" in result:
+        return [result["path"], "cannot be read", *["-"] * 6]
+    best = (
+        f"{number_in_words(result['best_metric'])} at {result['best_step']}"
+        if result["best_checkpoint"]
+        else "-"
+    )
+    return [
+        result["path"],
+        result["state"],
+        "-" if result["step"] is None else result["step"],
+        number_in_words(result["last_loss"]),
+        number_in_words(result["lowest_loss"]),
+        best,
+        f"{result['finding']} at {result['finding_step']}" if result["finding"] else "-",
+        curve or "-",
+    ]
+
+
 def _print(results: list[dict[str, Any]], curves: list[list[tuple[int, float]]]) -> None:
     finite = [value for losses in curves for _, value in losses if math.isfinite(value)]
     limits = (min(finite), max(finite)) if finite else None
     cells = []
     for each, losses in zip(results, curves, strict=True):
-        if "error" in each:
-            cells.append([each["path"], "cannot be read", *["-"] * 6])
-            continue
         curve = sparkline([loss for _, loss in losses], 24, limits=limits, ascii_only=not speaks_unicode())
-        best = (
-            f"{number_in_words(each['best_metric'])} at {each['best_step']}"
-            if each["best_checkpoint"]
-            else "-"
-        )
-        finding = f"{each['finding']} at {each['finding_step']}" if each["finding"] else "-"
-        cells.append(
-            [
-                each["path"],
-                each["state"],
-                "-" if each["step"] is None else each["step"],
-                number_in_words(each["last_loss"]),
-                number_in_words(each["lowest_loss"]),
-                best,
-                finding,
-                curve or "-",
-            ]
-        )
+        cells.append(_row(each, curve))
     metrics = sorted({each["metric"] for each in results if each.get("best_checkpoint")})
     head = [
         "run",

@@ -78,30 +78,11 @@ def document(page: Page) -> str:
     folder = Path(__file__).parent
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     span = _span(page)
-    charts = "".join(
-        chart(f"c{number}", each.title, each.curves, span, page.marks)
-        for number, each in enumerate(page.charts)
-    )
-    legend = "".join(
-        f'<li><b class="{kind}">{sign}</b> {words}</li>'
-        for kind, sign, words in _LEGEND
-        if _is_used(kind, page)
-    )
-    facts = "".join(f"<dt>{safe(name)}</dt><dd>{safe(text)}</dd>" for name, text in page.facts)
-    paste = (
-        f'<p class="paste"><code id="paste">{safe(page.paste)}</code>'
-        '<button type="button" id="copy">Copy</button></p>'
-        if page.paste
-        else ""
-    )
     body = [
         f'<header><div><h1>{safe(page.name)}</h1><p><strong class="state {safe(page.state)}">{safe(page.state)}'
         f"</strong> {safe(page.reason)}</p></div>"
         '<button type="button" id="theme" aria-label="Change between light and dark">Light / dark</button></header>',
-        f'<main><section aria-labelledby="answer"><h2 id="answer">Answer</h2><dl>{facts}</dl>{paste}</section>',
-        '<section aria-labelledby="curves"><h2 id="curves">Curves</h2>'
-        + (f'<ul class="legend">{legend}</ul>{charts}' if charts else "<p>The run has no log to draw.</p>")
-        + "</section>",
+        f"<main>{_answer(page)}{_curves(page, span)}",
         *(_table(f"t{number}", each) for number, each in enumerate(page.tables)),
         "".join(f'<p class="note">{safe(note)}</p>' for note in page.notes),
         f"</main><footer>hf_divguard {__version__}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}</footer>",
@@ -121,6 +102,31 @@ def document(page: Page) -> str:
         f'<link rel="icon" href="data:,"><title>{safe(page.name)}: {safe(page.state)}</title><style>{style}</style>'
         f"</head><body>{''.join(body)}{data_script('data', data)}<script>{script}</script></body></html>\n"
     )
+
+
+def _answer(page: Page) -> str:
+    facts = "".join(f"<dt>{safe(name)}</dt><dd>{safe(text)}</dd>" for name, text in page.facts)
+    paste = (
+        f'<p class="paste"><code id="paste">{safe(page.paste)}</code>'
+        '<button type="button" id="copy">Copy</button></p>'
+        if page.paste
+        else ""
+    )
+    return f'<section aria-labelledby="answer"><h2 id="answer">Answer</h2><dl>{facts}</dl>{paste}</section>'
+
+
+def _curves(page: Page, span: tuple[int, int]) -> str:
+    charts = "".join(
+        chart(f"c{number}", each.title, each.curves, span, page.marks)
+        for number, each in enumerate(page.charts)
+    )
+    legend = "".join(
+        f'<li><b class="{kind}">{sign}</b> {words}</li>'
+        for kind, sign, words in _LEGEND
+        if _is_used(kind, page)
+    )
+    drawn = f'<ul class="legend">{legend}</ul>{charts}' if charts else "<p>The run has no log to draw.</p>"
+    return f'<section aria-labelledby="curves"><h2 id="curves">Curves</h2>{drawn}</section>'
 
 
 def _is_used(kind: str, page: Page) -> bool:
