@@ -156,17 +156,7 @@ def build_manifest(
         ...     build_manifest(folder, step=20, run_id="a", sequence=1, world_size=1).files
         {'trainer_state.json': FileEntry(size=2, digest=None)}
     """
-    try:
-        sizes, others = list_files(folder, limit=_MAX_FILES)
-    except ValueError as error:
-        raise CheckpointSaveError(str(error)) from None
-    for name, kind in others.items():
-        raise CheckpointSaveError(f"A checkpoint must hold only files and folders, found {kind} at {name!r}.")
-    for name in (MANIFEST_NAME, INCOMPLETE_NAME):
-        sizes.pop(name, None)
-    for name in sizes:
-        if (problem := name_problem(name)) is not None:
-            raise CheckpointSaveError(f"The file name {name!r} {problem}. Rename it.")
+    sizes = _files_of_checkpoint(folder)
     ranks = tuple(range(world_size)) if ranks is None else tuple(ranks)
     missing = [
         *missing_parts(sizes, weights=weights, training_state=training_state),
@@ -198,6 +188,22 @@ def build_manifest(
         quarantine=notes[0],
         suspect=notes[1],
     )
+
+
+def _files_of_checkpoint(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Return the sizes of the files that belong to a checkpoint; refuse what no manifest can name."""
+    try:
+        sizes, others = list_files(folder, limit=_MAX_FILES)
+    except ValueError as error:
+        raise CheckpointSaveError(str(error)) from None
+    for name, kind in others.items():
+        raise CheckpointSaveError(f"A checkpoint must hold only files and folders, found {kind} at {name!r}.")
+    for name in (MANIFEST_NAME, INCOMPLETE_NAME):
+        sizes.pop(name, None)
+    for name in sizes:
+        if (problem := name_problem(name)) is not None:
+            raise CheckpointSaveError(f"The file name {name!r} {problem}. Rename it.")
+    return sizes
 
 
 def _notes_of_sidecar(folder: str | os.PathLike[str]) -> tuple[Quarantine | None, Quarantine | None]:

@@ -84,6 +84,9 @@ class Fields:
             raise error(f"{what} must be a JSON object, found {_shown(data)}.")
         self._data: Mapping[str, Any] = data
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._data
+
     def refuse(self, key: str, must: str) -> NoReturn:
         """Raise the error that says what ``key`` must be and what was found."""
         raise self._error(f"`{key}` in {self._what} must be {must}, found {_shown(self._data.get(key))}.")

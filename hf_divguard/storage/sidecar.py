@@ -212,47 +212,61 @@ def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
         raise SidecarError(str(error)) from None
 
 
-def _parse(data: dict[str, Any]) -> Sidecar:
-    fields = Fields(data, f"`{SIDECAR_NAME}`", SidecarError)
-    fields.check_format()
-    damaged: list[str] = []
+class _Tolerant:
+    """Reads what a sidecar can do without: notes what is damaged, and gives something else in its place."""
 
-    def tolerant(read: Callable[..., _T], otherwise: _T, *arguments: object) -> _T:
+    def __init__(self, fields: Fields) -> None:
+        self._fields = fields
+        self.damaged: list[str] = []
+
+    def read(self, read: Callable[..., _T], otherwise: _T, *arguments: object) -> _T:
+        """Return what ``read`` gives, ``otherwise`` if it fails."""
         try:
             return read(*arguments)
         except (ValueError, RecursionError) as error:
-            damaged.append(str(error))
+            self.damaged.append(str(error))
             return otherwise
 
-    def each(key: str, parse: Callable[[object], _T]) -> tuple[_T, ...]:
+    def entries(self, key: str, parse: Callable[[object], _T]) -> tuple[_T, ...]:
+        """Return the entries of a list that can be read; none if there is no such list."""
         entries: list[Any] = []
-        if key in data:
-            entries = tolerant(lambda: fields.entries(key, limit=_MAX_RECORDS), entries)
-        parsed: list[_T | None] = [tolerant(parse, None, entry) for entry in entries]
+        if key in self._fields:
+            entries = self.read(lambda: self._fields.entries(key, limit=_MAX_RECORDS), entries)
+        parsed: list[_T | None] = [self.read(parse, None, entry) for entry in entries]
         return tuple(entry for entry in parsed if entry is not None)
 
-    lost = object()
-    states: dict[str, Any] = {}
-    states = tolerant(lambda: fields.mapping("callbacks", limit=_MAX_CALLBACKS), states)
-    callbacks = {name: tolerant(from_strict, lost, state) for name, state in states.items()}
+    def callbacks(self) -> dict[str, Any]:
+        """Return the states of callbacks that can be read."""
+        lost = object()
+        states: dict[str, Any] = {}
+        states = self.read(lambda: self._fields.mapping("callbacks", limit=_MAX_CALLBACKS), states)
+        read = {name: self.read(from_strict, lost, state) for name, state in states.items()}
+        return {name: state for name, state in read.items() if state is not lost}
+
+
+def _parse(data: dict[str, Any]) -> Sidecar:
+    fields = Fields(data, f"`{SIDECAR_NAME}`", SidecarError)
+    fields.check_format()
+    tolerant = _Tolerant(fields)
+    callbacks = tolerant.callbacks()
     return Sidecar(
         step=fields.integer("step"),
         run_id=fields.text("run_id"),
         sequence=fields.integer("sequence"),
-        metric_name=tolerant(lambda: fields.text_or_none("metric_name"), None),
-        metric=tolerant(lambda: fields.number_or_none("metric"), None),
-        greater_is_better=tolerant(lambda: fields.boolean_or_none("greater_is_better"), None),
-        records=each("records", _parse_record),
-        is_partial=tolerant(lambda: fields.boolean_or_none("is_partial"), None) or False,
-        lineage=each("lineage", _parse_span),
-        home=tolerant(lambda: fields.path_or_none("home"), None),
-        elsewhere=each("elsewhere", _parse_external),
-        callbacks={name: state for name, state in callbacks.items() if state is not lost},
+        metric_name=tolerant.read(lambda: fields.text_or_none("metric_name"), None),
+        metric=tolerant.read(lambda: fields.number_or_none("metric"), None),
+        greater_is_better=tolerant.read(lambda: fields.boolean_or_none("greater_is_better"), None),
+        records=tolerant.entries("records", _parse_record),
+        is_partial=tolerant.read(lambda: fields.boolean_or_none("is_partial"), None) or False,
+        lineage=tolerant.entries("lineage", _parse_span),
+        home=tolerant.read(lambda: fields.path_or_none("home"), None),
+        elsewhere=tolerant.entries("elsewhere", _parse_external),
+        callbacks=callbacks,
         manifest_expected=fields.boolean("manifest_expected"),
         quarantine=fields.note("quarantine"),
         suspect=fields.note("suspect"),
-        writer=tolerant(lambda: fields.text("writer"), ""),
-        damaged=tuple(damaged),
+        writer=tolerant.read(lambda: fields.text("writer"), ""),
+        damaged=tuple(tolerant.damaged),
     )
 
 
