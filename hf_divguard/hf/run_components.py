@@ -109,40 +109,14 @@ class RunComponents:
         self._stack.close()
 
     def _start(self, stack: contextlib.ExitStack) -> None:
+        """Make the components. Losses reach those that subscribe in the order in which they are made here."""
         host, options, args = self.host, self.options, self.host.args
         self.ranks = Ranks(args.process_index, args.world_size)
         self.updates_in_backward = engine_of(host).updates_in_backward
-        # Policies are sampled from after each step, which fails with weights that are not finite.
-        check_steps = 1 if policy_gradient_class(host.trainer) else options.divguard_check_steps
-        self.losses = StepLosses(check_steps, args.world_size)
-        stack.callback(self.losses.close)
-        has_detector = any(isinstance(each, DivergenceDetector) for each in host.callbacks)
-        self.skipping = NonFiniteUpdates(
-            host,
-            self.ranks,
-            is_wanted=has_detector and options.divguard_skip_nonfinite,
-            max_in_a_row=options.divguard_max_skipped_in_a_row,
-        )
-        self.callbacks = RunCallbacks(host, stack, self.losses, self.skipping, self._initial_states)
-        self.running_loss = RunningLoss(host, self.ranks)
+        self._start_losses(stack)
         is_active = saves_checkpoints_itself(options, self.callbacks.stateful.values())
-        locks = self._locks or stack.enter_context(FolderLocks())
-        locks.hold(self._run_dir, self.ranks, create=is_active)
-        self.checkpoints = Checkpoints(
-            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=is_active
-        )
-        self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
-        ledger = self.checkpoints.ledger
-        self.journal = self.skipping.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
-        if self.skipping.is_on:
-            self.losses.subscribe(self.skipping)
-        self.snapshots, self.comparison = make_comparison(
-            host, options, self.ranks, self.journal, list(self.detectors.values())
-        )
-        stack.callback(self.snapshots.clear)
-        if self.comparison is not None:
-            self.losses.subscribe(self.comparison)
-            stack.callback(self.comparison.forget_batches)
+        self._open_run_folder(stack, is_active)
+        self._start_comparison(stack)
         self.reporting = self._make_reporting()
         stack.callback(self.reporting.close)
         if self.detectors and options.divguard_incidents > 0:
@@ -159,9 +133,9 @@ class RunComponents:
         self.interruption = Interruption(host, self.ranks, signals_of(options.divguard_save_on_signal))
         self.interruption.listen(stack)
         self.suspects = Suspects(host, self.checkpoints, self.evaluations, self.journal, self.detectors)
+        self.checkpoints.pending_since = self.suspects.pending_since
         self.rollback = self._make_rollback()
         self.rollback_in_step = RollbackInStep(host, self.ranks, self.rollback)
-        self.checkpoints.pending_since = self.suspects.pending_since
         if self.rollback is not None:
             self.losses.subscribe(self.rollback)
             self.checkpoints.protected_steps = self.rollback.protected_steps
@@ -169,6 +143,47 @@ class RunComponents:
         stack.callback(lambda: host.callbacks.remove(self.events))
         self.is_training = True
         stack.callback(lambda: setattr(self, "is_training", False))
+
+    def _start_losses(self, stack: contextlib.ExitStack) -> None:
+        """Collect what each step shows, for the detectors among the callbacks and for skipped updates."""
+        host, options = self.host, self.options
+        # Policies are sampled from after each step, which fails with weights that are not finite.
+        check_steps = 1 if policy_gradient_class(host.trainer) else options.divguard_check_steps
+        self.losses = StepLosses(check_steps, host.args.world_size)
+        stack.callback(self.losses.close)
+        has_detector = any(isinstance(each, DivergenceDetector) for each in host.callbacks)
+        self.skipping = NonFiniteUpdates(
+            host,
+            self.ranks,
+            is_wanted=has_detector and options.divguard_skip_nonfinite,
+            max_in_a_row=options.divguard_max_skipped_in_a_row,
+        )
+        self.callbacks = RunCallbacks(host, stack, self.losses, self.skipping, self._initial_states)
+        if self.skipping.is_on:
+            self.losses.subscribe(self.skipping)
+        self.running_loss = RunningLoss(host, self.ranks)
+
+    def _open_run_folder(self, stack: contextlib.ExitStack, is_active: bool) -> None:
+        """Lock the run folder and read what it knows: checkpoints, their metrics, events."""
+        host, options = self.host, self.options
+        locks = self._locks or stack.enter_context(FolderLocks())
+        locks.hold(self._run_dir, self.ranks, create=is_active)
+        self.checkpoints = Checkpoints(
+            host, options, self.ranks, self._run_dir, self._resumed_from, is_active=is_active
+        )
+        self.evaluations = Evaluations(host, options, self.ranks, self.checkpoints.ledger)
+        ledger = self.checkpoints.ledger
+        self.journal = self.skipping.journal = RunJournal(ledger.run_dir, ledger.run_id, self.ranks)
+
+    def _start_comparison(self, stack: contextlib.ExitStack) -> None:
+        """Keep weights in memory, and compare them with the present ones, if that is wanted."""
+        self.snapshots, self.comparison = make_comparison(
+            self.host, self.options, self.ranks, self.journal, list(self.detectors.values())
+        )
+        stack.callback(self.snapshots.clear)
+        if self.comparison is not None:
+            self.losses.subscribe(self.comparison)
+            stack.callback(self.comparison.forget_batches)
 
     def _make_reporting(self) -> Reporting:
         return Reporting(

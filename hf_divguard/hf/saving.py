@@ -19,6 +19,7 @@ from hf_divguard.storage.deletion import delete_checkpoint
 from hf_divguard.storage.ledger import CheckpointLedger
 from hf_divguard.storage.names import checkpoint_step
 from hf_divguard.storage.quarantine import clear_suspect, mark_suspect, quarantine_note
+from hf_divguard.storage.record import Quarantine
 from hf_divguard.storage.sidecar import Sidecar, fit_callbacks
 
 __all__ = ["Checkpoints"]
@@ -186,17 +187,9 @@ class Checkpoints:
         assert self._writer is not None
         state, step = self._host.state, self._host.state.global_step
         before = replace(self.ledger)
-        note = None if damaged_by is None else quarantine_note(damaged_by.message, damaged_by.onset_step)
         best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
         self.ledger.add(step, metric)
-        condition = self._condition if damaged_by is None else None
-        suspect = None
-        if condition is not None:
-            self.ledger.mark_suspect(step)
-            self._marked.add(step)
-            suspect = quarantine_note(_suspect_reason(condition), condition.onset_step)
-        if note is not None:
-            self.ledger.quarantine_after(step - 1)
+        quarantine, suspect = self._mark_as_added(step, damaged_by)
         note_best()
         pushes: list[str] = []
 
@@ -205,19 +198,12 @@ class Checkpoints:
                 write()
             pushes.extend(saving.pushes)
 
-        def finish(folder: Path) -> None:
-            self.point_to_best(being_saved=step)
-            if self._host.args.should_save:
-                self._host.rewrite_best(os.path.join(folder, "trainer_state.json"))
-
         try:
             written = self._writer.save(
                 step,
                 write=write_aside,
-                finish=finish,
-                sidecar=lambda: replace(
-                    self._sidecar(step, callback_states), quarantine=note, suspect=suspect
-                ),
+                finish=lambda folder: self._correct_trainer_state(step, folder),
+                sidecar=lambda: self._sidecar(step, callback_states, quarantine, suspect),
                 replace=step in before.quarantined | before.suspects,
             )
         except CheckpointSaveError as error:
@@ -234,10 +220,30 @@ class Checkpoints:
         self.point_to_best()
         if pushes:
             self._pushes[step] = self._host.push(self.ledger.path(step))
-        if note is not None and self._ranks.rank == 0:
+        if quarantine is not None and self._ranks.rank == 0:
             logger.warning("%s was saved and quarantined: it is never resumed.", self.ledger.path(step))
         self._host.rotate(self.ledger.run_dir)
         return True
+
+    def _mark_as_added(
+        self, step: int, damaged_by: Finding | None
+    ) -> tuple[Quarantine | None, Quarantine | None]:
+        """Quarantine or suspect the checkpoint that was just added; return the two notes for its sidecar."""
+        if damaged_by is not None:
+            self.ledger.quarantine_after(step - 1)
+            return quarantine_note(damaged_by.message, damaged_by.onset_step), None
+        condition = self._condition
+        if condition is None:
+            return None, None
+        self.ledger.mark_suspect(step)
+        self._marked.add(step)
+        return None, quarantine_note(_suspect_reason(condition), condition.onset_step)
+
+    def _correct_trainer_state(self, step: int, folder: Path) -> None:
+        """Let the best checkpoint that the host has just written into ``folder`` be the one that counts."""
+        self.point_to_best(being_saved=step)
+        if self._host.args.should_save:
+            self._host.rewrite_best(os.path.join(folder, "trainer_state.json"))
 
     def _undo(self, before: CheckpointLedger, best_before: tuple[Any, Any, Any]) -> None:
         """After a failed save, know again what was known before it."""
@@ -249,18 +255,25 @@ class Checkpoints:
         state.best_metric, state.best_global_step, state.best_model_checkpoint = best_before
         self.point_to_best()
 
-    def _sidecar(self, step: int, callback_states: dict[str, Any]) -> Sidecar:
+    def _sidecar(
+        self,
+        step: int,
+        callback_states: dict[str, Any],
+        quarantine: Quarantine | None,
+        suspect: Quarantine | None,
+    ) -> Sidecar:
         assert self._writer is not None
         kept, problems = fit_callbacks(callback_states)
         for problem in problems:
             logger.warning("%s", problem)
-        return self.ledger.sidecar(
+        sidecar = self.ledger.sidecar(
             step,
             metric_name=self._metric_key,
             greater_is_better=self._direction,
             callbacks=kept,
             manifest_expected=self._writer.mode != "off",
         )
+        return replace(sidecar, quarantine=quarantine, suspect=suspect)
 
     # ---- the best one
 
