@@ -1,4 +1,4 @@
-"""The layers of the package: imports point down, and only ``hf`` knows torch and transformers."""
+"""The layers of the package: imports point down, and only ``hf`` knows torch and transformers. Nothing is too long."""
 
 from __future__ import annotations
 
@@ -211,3 +211,68 @@ def test_a_breach_inside_hf_is_noticed(tmp_path: Path, where: str, line: str, ch
     path.parent.mkdir(exist_ok=True)
     path.write_text(line, encoding="utf-8")
     assert len(check(tmp_path)) == 1
+
+
+# ---- length
+
+LONGEST_FILE = 350
+LONGEST_BODY = 40
+LONG_BODIES = {
+    "core/rollback/policy.py decide": "one decision from top to bottom: each line narrows what the line above it left",
+}
+"""The functions whose body may be longer, each with the reason."""
+
+
+def long_files(package: Path) -> list[str]:
+    """Return the modules of more than ``LONGEST_FILE`` lines."""
+    return [name for name, source in sources(package) if len(source.splitlines()) > LONGEST_FILE]
+
+
+def long_bodies(package: Path) -> list[str]:
+    """Return the functions of which more than ``LONGEST_BODY`` lines are left without head and docstring."""
+    return [
+        f"{name} {node.name}"
+        for name, source in sources(package)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and body_lines(node) > LONGEST_BODY
+        and f"{name} {node.name}" not in LONG_BODIES
+    ]
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return how many lines the body of a function has, comments and blank lines included."""
+    body = function.body if ast.get_docstring(function) is None else function.body[1:]
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_no_file_is_too_long() -> None:
+    assert long_files(PACKAGE) == []
+
+
+def test_no_function_is_too_long_without_a_reason() -> None:
+    assert long_bodies(PACKAGE) == []
+
+
+def test_each_reason_for_a_long_function_is_still_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = sorted(LONG_BODIES)
+    monkeypatch.setattr(sys.modules[__name__], "LONG_BODIES", {})
+    assert long_bodies(PACKAGE) == named
+
+
+@pytest.mark.parametrize("head", ["def f():", "async def f():", "class A:\n  def f(self):"])
+def test_a_function_that_is_too_long_is_noticed(tmp_path: Path, head: str) -> None:
+    """The check can fail, wherever the function stands; head and docstring do not count."""
+    lines = [head, '    """What it does.', "", '    More of it."""', *["    pass"] * LONGEST_BODY]
+    path = tmp_path / "module.py"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert long_bodies(tmp_path) == []
+    path.write_text("\n".join([*lines, "    # one more", "    pass"]), encoding="utf-8")
+    assert long_bodies(tmp_path) == ["module.py f"]
+
+
+def test_a_file_that_is_too_long_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("pass\n" * LONGEST_FILE, encoding="utf-8")
+    assert long_files(tmp_path) == []
+    (tmp_path / "module.py").write_text("pass\n" * (LONGEST_FILE + 1), encoding="utf-8")
+    assert long_files(tmp_path) == ["module.py"]
