@@ -12,11 +12,10 @@ from hf_divguard.core.detection.nonfinite import NonFiniteRule
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.metrics import evaluation_loss_key
 from hf_divguard.core.rollback.skipping import SKIPPED, SkippedUpdates
-from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.control import is_world_zero, outcome_of
 from hf_divguard.hf.detectors import DivergenceDetector
 from hf_divguard.hf.resume_conditions import changed_conditions, conditions_of
 from hf_divguard.hf.skipping import NonFiniteUpdates
-from hf_divguard.hf.watched_key import is_world_zero
 
 __all__ = ["AdaptiveDivergenceDetector", "NonFiniteDetector", "RawLossDetector"]
 

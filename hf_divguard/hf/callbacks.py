@@ -291,10 +291,6 @@ class RunCallbacks:
         if resumed is not None:
             restore_states(self.stateful, resumed)
 
-    def collect(self) -> dict[str, Any]:
-        """Return the states of the callbacks."""
-        return collect_states(self.stateful)
-
     def put_last(self, own: Any) -> None:
         """Put ``own`` behind callbacks that were added after it, and take those over.
 

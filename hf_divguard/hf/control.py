@@ -20,6 +20,7 @@ __all__ = [
     "cancel_end",
     "end_training",
     "enforce_abort",
+    "is_world_zero",
     "mark_run_output",
     "merge_over_ranks",
     "merge_switches",
@@ -104,6 +105,11 @@ def outcome_of(state: Any) -> RunOutcome:
         if isinstance(state, TrainerState):
             state.__class__ = _guarded(type(state))
     return held
+
+
+def is_world_zero(state: Any) -> bool:
+    """Return whether this process logs for the run; without a state it does."""
+    return bool(getattr(state, "is_world_process_zero", True))
 
 
 def mark_run_output(state: Any, logs: dict[str, Any] | None) -> None:

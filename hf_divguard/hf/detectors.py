@@ -15,9 +15,9 @@ from hf_divguard.core.rollback.skipping import SKIPPED
 from hf_divguard.hf import control as switches
 from hf_divguard.hf.arguments import changed_options
 from hf_divguard.hf.callbacks import StandaloneStateKeeper
-from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.control import is_world_zero, outcome_of
 from hf_divguard.hf.unguarded import warn_if_unguarded
-from hf_divguard.hf.watched_key import WatchedKey, is_world_zero
+from hf_divguard.hf.watched_key import WatchedKey
 
 __all__ = ["DivergenceDetector"]
 

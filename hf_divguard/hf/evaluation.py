@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import EarlyStoppingCallback
 
 from hf_divguard.core.metrics import with_eval_prefix
 from hf_divguard.core.retention import CheckpointRecord, is_better, rank
+from hf_divguard.errors import MetricNotFoundError
 from hf_divguard.hf.host import Host
-from hf_divguard.hf.ranking_metric import metric_not_found, metric_value
+from hf_divguard.hf.options.values import did_you_mean
 from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.ledger import CheckpointLedger
 
@@ -83,7 +84,7 @@ class Evaluations:
         """Return the ranking metric that was evaluated at exactly ``step``, if it was."""
         if self._step != step or self.metric_key not in self.metrics:
             return None
-        return metric_value(self.metric_key, self.metrics)
+        return _metric_value(self.metric_key, self.metrics)
 
     # ---- the best one
 
@@ -107,8 +108,8 @@ class Evaluations:
 
     def _beats_all(self, metrics: dict[str, float]) -> bool:
         if self.metric_key not in metrics:
-            raise metric_not_found(self._best_model_metric, self.metric_key, metrics)
-        value = metric_value(self.metric_key, metrics)
+            raise _metric_not_found(self._best_model_metric, self.metric_key, metrics)
+        value = _metric_value(self.metric_key, metrics)
         self._values_not_finite = 0 if math.isfinite(value) else self._values_not_finite + 1
         if self._values_not_finite == 2:
             logger.warning(
@@ -124,7 +125,7 @@ class Evaluations:
         """Remember the best of all evaluations: the host's patience is measured against it, saved or not."""
         if self._host_key is None or metrics.get(self._host_key) is None:
             return
-        value = metric_value(self._host_key, metrics)
+        value = _metric_value(self._host_key, metrics)
         greater = bool(self._host.args.greater_is_better)
         if is_better(value, self._best_evaluated, greater_is_better=greater):
             self._best_evaluated = value
@@ -191,3 +192,33 @@ def _entries(state: Any) -> list[dict[str, Any]]:
         for entry in state.log_history
         if isinstance(entry, dict) and isinstance(entry.get("step"), (int, float))
     ]
+
+
+def _metric_not_found(asked: str, key: str, metrics: Mapping[str, Any]) -> MetricNotFoundError:
+    """Return the error for an evaluation without the ranking metric.
+
+    Args:
+        asked: ``best_model_metric`` as it was given.
+        key: Its key in the results.
+        metrics: The results.
+    """
+    there = sorted(name for name in metrics if name.startswith("eval_"))
+    return MetricNotFoundError(
+        f"`best_model_metric={asked!r}` ranks checkpoints, but the evaluation produced no `{key}`. It produced "
+        f"{there}.{did_you_mean(key, there)} Set `best_model_metric` to one of them, or let `compute_metrics` return it."
+    )
+
+
+def _metric_value(key: str, metrics: Mapping[str, Any]) -> float:
+    """Return the ranking metric of an evaluation.
+
+    Raises:
+        TypeError: If it is not a number.
+    """
+    try:
+        return float(metrics[key])
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"The metric that ranks checkpoints must be a number, but `{key}` is {metrics[key]!r}. Let `compute_metrics` "
+            "return a number, or set another `best_model_metric`."
+        ) from None

@@ -328,4 +328,5 @@ class GuardedRun(RunComponents):
         own |= {RUNNING_LOSS: running_loss, STOPPED_BY: self.outcome.stop_note()}
         own[JOURNAL] = self.journal.state_dict() if self.journal.events else None
         own |= {COMPARISON_MEMORY: None if self.comparison is None else self.comparison.state_dict()}
-        return self.callbacks.collect() | {name: state for name, state in own.items() if state is not None}
+        states = collect_states(self.callbacks.stateful)
+        return states | {name: state for name, state in own.items() if state is not None}

@@ -88,7 +88,22 @@ class Snapshots:
 
     def copy_of_now(self, host: Host, step: int, callbacks: dict[str, Any]) -> Snapshot:
         """Return a copy of the present state."""
-        return _copy_of_now(host, step, callbacks, self.with_optimizer)
+        scaler = host.scaler
+        rng: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": numpy.random.get_state(),
+            "cpu": torch.random.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state_all()
+        return Snapshot(
+            step,
+            engine_of(host).keep(with_optimizer=self.with_optimizer),
+            copy.deepcopy(host.scheduler.state_dict()),
+            copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
+            rng,
+            copy.deepcopy(callbacks),
+        )
 
     @property
     def is_on(self) -> bool:
@@ -112,25 +127,6 @@ class Snapshots:
         self._recent = [kept for kept in self._recent if kept.step <= step]
         if self._start is not None and self._start.step > step:
             self._start = None
-
-
-def _copy_of_now(host: Host, step: int, callbacks: dict[str, Any], with_optimizer: bool) -> Snapshot:
-    scaler = host.scaler
-    rng: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "cpu": torch.random.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state_all()
-    return Snapshot(
-        step,
-        engine_of(host).keep(with_optimizer=with_optimizer),
-        copy.deepcopy(host.scheduler.state_dict()),
-        copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
-        rng,
-        copy.deepcopy(callbacks),
-    )
 
 
 def restore_random_states(rng: dict[str, Any]) -> None:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from hf_divguard.hf.control import is_world_zero
 from hf_divguard.hf.options.values import did_you_mean
 
-__all__ = ["WatchedKey", "is_world_zero"]
+__all__ = ["WatchedKey"]
 
 logger = logging.getLogger(__name__)
 
 # Rounds of logs (or evaluations) without the watched key after which the user is warned. An evaluation with
 # several data sets is one round; the first train log may lack a key that later ones have.
 _ROUNDS_BEFORE_MISSING = 3
-
-
-def is_world_zero(state: Any) -> bool:
-    """Return whether this process logs for the run; without a state it does."""
-    return bool(getattr(state, "is_world_process_zero", True))
 
 
 class WatchedKey:
