@@ -51,6 +51,7 @@ class FailedRecovery:
         self._ranks = ranks
         self._journal = journal
         self._snapshots = snapshots
+        self._last_good = -1
 
     def end_run(
         self, finding: Finding, decision: Decision, *, last_good: int, number: int
@@ -66,9 +67,8 @@ class FailedRecovery:
         Returns:
             The error to raise when the host has ended.
         """
-        holds, path = self._load_best(last_good)
-        # It has been through the fault. A further `train()` of this trainer starts with a fresh one.
-        engine_of(self._host).reset_optimizer()
+        self._last_good = last_good
+        holds, path = self.load_best()
         step = self._host.state.global_step
         message = f"Training was ended at step {step}: {decision.reason}. {finding.message} The model holds {holds}."
         if not self._host.args.save_only_model and any(r.in_lineage for r in self._ledger.records):
@@ -96,9 +96,17 @@ class FailedRecovery:
         switches.enforce_abort(outcome, self._host.control)
         return TrainingDivergedError(message, finding)
 
-    def _load_best(self, last_good: int) -> tuple[str, str | None]:
+    def load_best(self) -> tuple[str, str | None]:
+        """Load the best weights from before the fault. Called by all ranks.
+
+        Returns:
+            What the model holds now, in words, and the folder of the checkpoint, if it is one.
+        """
         greater_is_better = bool(self._options.divguard_greater_is_better)
         candidates = self._ranks.run_on_main(
-            lambda: best_before(self._ledger, self._snapshots, last_good, greater_is_better)
+            lambda: best_before(self._ledger, self._snapshots, self._last_good, greater_is_better)
         )
-        return load_first_of(candidates, self._host, self._ledger, self._snapshots, self._ranks)
+        held = load_first_of(candidates, self._host, self._ledger, self._snapshots, self._ranks)
+        # It has been through the fault. A further `train()` of this trainer starts with a fresh one.
+        engine_of(self._host).reset_optimizer()
+        return held

@@ -95,7 +95,7 @@ class Rollback:
             lr_factor=options.divguard_rollback_lr_factor,
         )
         self._targets = RollbackTargets(ledger, self.snapshots, self.policy, flush=options.divguard_fsync)
-        self._failed_recovery = FailedRecovery(host, options, ledger, ranks, journal, snapshots)
+        self.failed_recovery = FailedRecovery(host, options, ledger, ranks, journal, snapshots)
         # What a loss scaler has enlarged cannot be compared from step to step.
         self.watches_gradients = watches_damage and not host.args.max_grad_norm and host.scaler is None
         self._triggers = RollbackTriggers(
@@ -238,7 +238,7 @@ class Rollback:
             )
             self._clean_loop(model, tr_loss)
             number = self.policy.rollbacks + 1
-            self.error = self._failed_recovery.end_run(finding, decision, last_good=last_good, number=number)
+            self.error = self.failed_recovery.end_run(finding, decision, last_good=last_good, number=number)
 
     def _restore(self, target: Target) -> None:
         """Restore ``target`` and rewind the detectors to it; raise on every rank if one of them cannot."""

@@ -32,6 +32,7 @@ class RollbackInStep:
         self._ranks = ranks
         self._rollback = rollback
         self._tr_loss: torch.Tensor | None = None
+        self._step_is_void = False
         self.last_event: RollbackEvent | None = None
         self.save_pending = False
         """Whether the state of a rollback is still to be saved in this step."""
@@ -74,6 +75,10 @@ class RollbackInStep:
             host_acts()
             return
         self._tr_loss = tr_loss
+        if self._step_is_void:
+            # It had begun when the run was ended, and has trained the weights that the model is to hold.
+            self._rollback.failed_recovery.load_best()
+            self._step_is_void = False
         try:
             if losses_delivered:
                 self._rollback.judge()
@@ -114,6 +119,7 @@ class RollbackInStep:
             return
         if self._perform_and_save(self._host.model, self._tr_loss, self._host.control.should_save):
             self.save_pending = False
+        self._step_is_void = self.has_failed
 
     def _perform_and_save(self, model: Any, tr_loss: torch.Tensor, save_was_due: bool) -> bool:
         """Roll back if asked to, and have the restored state saved, so that a kill does not undo the rollback."""

@@ -40,7 +40,7 @@ from tests.hf.faults import (
     same_state,
     saved_weights,
 )
-from tests.tiny import checkpoint_steps, same_weights, tiny_model, weights
+from tests.tiny import TokenRows, checkpoint_steps, same_weights, tiny_model, weights
 
 MakeTrainer = Callable[..., Any]
 
@@ -628,6 +628,32 @@ def test_after_the_allowed_rollbacks_the_run_ends_with_the_best_weights_from_bef
     assert str(tmp_path / "out" / "checkpoint-4") in str(error)
     statuses = {info.step: info.verdict.status for info in find_checkpoints(tmp_path / "out")}
     assert {step for step, status in statuses.items() if status == "complete"} == {4, 8}
+
+
+def test_a_run_that_ends_before_a_step_does_not_train_the_weights_that_it_ends_with(
+    make_trainer: MakeTrainer,
+) -> None:
+    """The host takes the step that had begun, here with a rate that is far too high."""
+    trainer = make_trainer(
+        callbacks=[HighRate(range(28, 1000))],
+        train_dataset=TokenRows(rows=64),
+        max_steps=100,
+        save_steps=5,
+        learning_rate=3e-3,
+        eval_on_save=True,
+        preserve_best_model=True,
+        divguard_detector="adaptive",
+        divguard_action="rollback",
+        divguard_check_steps=1,
+        divguard_max_rollbacks=1,
+        divguard_cooldown_steps=2,
+    )
+    with pytest.raises(TrainingDivergedError):
+        trainer.train()
+    event = trainer.divguard_events[-1]
+    assert (event["event"], event["step"] + 1) == ("gave_up", trainer.state.global_step)
+    assert holds(weights(trainer.model), event["checkpoint"])
+    assert not trainer.optimizer.state
 
 
 def test_without_evaluations_the_newest_state_from_before_the_fault_is_what_remains(
