@@ -107,11 +107,10 @@ def _load(path: Path) -> Any:
             f"`{path}` is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
         )
     try:
-        return parse_json(data, what="it", allow_nan=True)
+        return parse_json(data, what=f"`{path}`", allow_nan=True)
     except ValueError as error:
         raise HistoryError(
-            f"`{path}` is not complete JSON ({error}) It may have been cut off while it was written; "
-            "an older checkpoint has an older copy."
+            f"{error} It may have been cut off while it was written; an older checkpoint has an older copy."
         ) from error
 
 

@@ -789,7 +789,9 @@ READING = {
         ("must be an existing file or folder", "`/nowhere`", "Give a `trainer_state.json`"),
         HistoryError,
     ),
-    "a history that is cut": Mistake(replayed("{"), "class", ("not complete JSON", "cut off"), HistoryError),
+    "a history that is cut": Mistake(
+        replayed("{"), "class", ("must be complete JSON", "cut off"), HistoryError
+    ),
     "an empty folder": Mistake(
         lambda user: replay(user.folder),
         "class",

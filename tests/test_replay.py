@@ -187,7 +187,7 @@ def test_what_is_no_history_is_refused_in_a_sentence(history: Any, message: str)
 def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
     path = tmp_path / "trainer_state.json"
     path.write_text('{"log_history": [{"loss"', encoding="utf-8")
-    with pytest.raises(HistoryError, match=r"trainer_state\.json` is not complete JSON.*cut off"):
+    with pytest.raises(HistoryError, match=r"trainer_state\.json` must be complete JSON.*cut off"):
         replay(path)
     with pytest.raises(HistoryError, match=r"holds no readable `trainer_state\.json`"):
         replay(tmp_path)

@@ -35,7 +35,8 @@ __all__ = ["kept_rows", "run_best", "run_latest", "run_list", "run_verify"]
 def run_list(options: Any) -> int:
     """List the checkpoints of a run."""
     seen = survey(run_folder(options.dir), options.metric, options.greater)
-    rows = kept_rows(seen, condition_of(seen), options.keep_last, options.keep_best, options.every)
+    condition = condition_of(seen)
+    rows = kept_rows(seen, condition, options.keep_last, options.keep_best, options.every)
     if options.json:
         content = {"dir": options.dir, "metric": seen.metric_key, "greater_is_better": seen.greater_is_better}
         print_json("list", {**content, "checkpoints": rows})
@@ -59,6 +60,10 @@ def run_list(options: Any) -> int:
     for each in seen.found:
         if each.verdict.status != "complete":
             print(f"{printable(os.path.basename(each.path))}: {printable(each.verdict.reason)}")
+    fault = condition.divergence
+    damaged = [each for each in seen.complete if condition.was_saved_under_the_fault(each)]
+    if fault is not None and damaged:
+        print(f"Saved after the fault had begun (step {fault.onset_step}): {_names(damaged)}.")
     if seen.greater_is_better is None:
         print(f"Nothing is ranked: {_unknown_direction(seen.metric_key)}")
     return OK
@@ -73,7 +78,10 @@ def kept_rows(
 ) -> list[dict[str, Any]]:
     """Return what is known of each checkpoint, and why it is kept by these rules."""
     plan = Plan(keep_last, keep_best, every, needed_steps(seen, condition)).make(seen)
-    return [_row(each, seen, plan) for each in seen.found]
+    return [
+        _row(each, seen, plan) | {"under_fault": condition.was_saved_under_the_fault(each)}
+        for each in seen.found
+    ]
 
 
 def _row(each: Checkpoint, seen: Survey, plan: Plan) -> dict[str, Any]:
@@ -106,12 +114,13 @@ def run_best(options: Any) -> int:
     seen = survey(run_folder(options.dir), options.metric, options.greater)
     if seen.greater_is_better is None:
         raise CommandError(f"Nothing is ranked: {_unknown_direction(seen.metric_key)}", USAGE)
-    fault = _fault_by_replay(condition_of(seen))
-    sound = [each for each in seen.best if fault is None or each.step <= _last_sound_step(fault)]
+    condition = condition_of(seen)
+    fault = _fault_by_replay(condition)
+    sound = [each for each in seen.best if fault is None or not condition.was_saved_under_the_fault(each)]
     # The list was made by sizes alone.
     best = [each for each in sound if verify_checkpoint(each.path).status == "complete"][: options.n]
     if fault is not None and len(sound) < len(seen.best):
-        _warn_of(fault, seen.best)
+        _warn_of(fault, [each for each in seen.best if each not in sound])
     if not best:
         unsound = fault is not None and bool(seen.best) and not sound
         raise CommandError("No other is ranked." if unsound else _nothing_ranked(options.dir, seen), NO)
@@ -174,9 +183,9 @@ def _newest_sound(newest: Checkpoint, folder: str) -> Checkpoint:
     seen = survey(folder, None, None)
     condition = condition_of(seen)
     fault = _fault_by_replay(condition)
-    if fault is None or newest.step <= _last_sound_step(fault):
+    if fault is None or not condition.was_saved_under_the_fault(newest):
         return newest
-    _warn_of(fault, seen.complete)
+    _warn_of(fault, [each for each in seen.complete if condition.was_saved_under_the_fault(each)])
     if condition.take is None:
         raise CommandError(f"No checkpoint can be taken: {condition.take_reason}.", NO)
     return condition.take
@@ -188,16 +197,14 @@ def _fault_by_replay(condition: Condition) -> Divergence | None:
     return fault if fault is not None and fault.source == "replay" else None
 
 
-def _last_sound_step(fault: Divergence) -> int:
-    # As for `CheckpointLedger.last_good`: the loss of a step shows what the update before it did.
-    return fault.onset_step - 2
+def _names(checkpoints: Sequence[Checkpoint]) -> str:
+    names = [os.path.basename(each.path) for each in checkpoints]
+    return printable(", ".join(names[-3:]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
 
 
-def _warn_of(fault: Divergence, found: Sequence[Checkpoint]) -> None:
-    passed = [os.path.basename(each.path) for each in found if each.step > _last_sound_step(fault)]
-    names = ", ".join(passed[-3:]) + (f" and {len(passed) - 3} more" if len(passed) > 3 else "")
+def _warn_of(fault: Divergence, passed: Sequence[Checkpoint]) -> None:
     print(
-        f"hf-divguard: passed over {printable(names)}: a replay of the log finds a fault from step "
+        f"hf-divguard: passed over {_names(passed)}: a replay of the log finds a fault from step "
         f"{fault.onset_step} on. {printable(fault.message)}",
         file=sys.stderr,
     )
@@ -218,7 +225,7 @@ def run_verify(options: Any) -> int:
 
 
 def _checkpoints_in(path: str) -> list[str]:
-    open_folder(path)
+    open_folder(path, "a checkpoint or the output folder of a run")
     if checkpoint_step(os.path.basename(os.path.abspath(path))) is None:
         folders = checkpoint_folders(path)
         if folders:

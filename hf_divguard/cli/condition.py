@@ -63,6 +63,11 @@ class Condition:
     take_reason: str = ""
     paste: str | None = None
 
+    def was_saved_under_the_fault(self, each: Checkpoint) -> bool:
+        """Return whether ``each`` was saved when the fault had begun, whatever its files are like."""
+        # As for `CheckpointLedger.last_good`: the loss of a step shows what the update before it did.
+        return self.divergence is not None and each.step > self.divergence.onset_step - 2
+
 
 def condition_of(seen: Survey) -> Condition:
     """Return what condition the run is in whose checkpoints were ``seen``."""
@@ -98,8 +103,7 @@ def _state(known: Condition, ending: Ending | None, pace: float | None, seen: Su
     where = _where(known)
     fault = known.divergence
     if ending is not None and ending.state != "running":
-        message = f" {ending.message}" if ending.message else ""
-        return ending.state, f"Its outcome is `{ending.word}` {where}.{message}"
+        return ending.state, _sentence_of(ending, where, fault)
     if fault is not None and fault.source == "events":
         done = {"stop": "Stopped", "abort": "Aborted", "rollback": "Given up after rollbacks"}
         return "diverged", f"{done.get(fault.action or '', 'Stopped')} {where} after a finding."
@@ -115,6 +119,22 @@ def _state(known: Condition, ending: Ending | None, pace: float | None, seen: Su
     if is_running:
         return "running", f"It was {where} at its last checkpoint; something changed{ago}."
     return "stopped", f"Not at its end, and nothing has changed since{ago or ' its start'}: it was {where}."
+
+
+def _sentence_of(ending: Ending, where: str, fault: Divergence | None) -> str:
+    """Return how the run ended, from its own note; the fault has a line of its own."""
+    starts = {
+        "finished": "Ended",
+        "ended_early": "Ended before its last step,",
+        "stopped": "A detector stopped it",
+        "gave_up": "Rollbacks did not help, and it gave up",
+        "interrupted": f"{ending.message or 'A signal'} ended it, after a save,",
+    }
+    start = starts.get(ending.word, f"Its outcome is `{ending.word}`")
+    has_said = ending.word == "interrupted" or (
+        fault is not None and ending.message is not None and fault.message in ending.message
+    )
+    return f"{start} {where}." + (f" {ending.message}" if ending.message and not has_said else "")
 
 
 def _where(known: Condition) -> str:
@@ -211,12 +231,11 @@ def _choose(known: Condition, seen: Survey) -> tuple[Checkpoint | None, str]:
     """Return the checkpoint to take and why, or ``None`` and why there is none."""
     complete = seen.complete
     if not complete:
-        others = (
-            f"none of the {len(seen.found)} checkpoints is complete"
-            if seen.found
-            else "there is no checkpoint"
-        )
-        return None, others
+        if not seen.found:
+            return None, "there is no checkpoint"
+        unreadable = sum(each.verdict.status == "unreadable" for each in seen.found)
+        more = f"; {unreadable} cannot be read, `hf-divguard list` says why" if unreadable else ""
+        return None, f"none of the {len(seen.found)} checkpoints is complete{more}"
     if known.divergence is not None:
         return _before(known.divergence, seen)
     if known.state == "finished" and seen.best:

@@ -26,11 +26,11 @@ __all__ = [
 _MOST_FOLDERS = 20_000
 
 
-def open_folder(path: str) -> None:
-    """Raise a ``CommandError`` unless ``path`` is a folder that can be listed."""
+def open_folder(path: str, wanted: str = "the output folder of a run") -> None:
+    """Raise a ``CommandError`` unless ``path`` is a folder that can be listed; ``wanted`` is what to give."""
     try:
         if not stat.S_ISDIR(os.stat(path).st_mode):
-            raise CommandError(f"`{path}` is a file. Give the output folder of a run.")
+            raise CommandError(f"`{path}` is a file. Give {wanted}.")
         with os.scandir(path):
             pass
     except FileNotFoundError:

@@ -83,7 +83,9 @@ def _change(checkpoints: list[Checkpoint], change: Callable[[str], object]) -> d
 def _notes(done: _Done) -> list[str]:
     notes, seen = [], done.seen
     if done.options.keep_best and seen.complete and not seen.best:
-        notes.append(f"No checkpoint has a `{seen.metric_key}` of its own step, so none is kept as the best.")
+        notes.append(
+            f"No checkpoint was evaluated at its own step with `{seen.metric_key}`, so none is kept as the best."
+        )
     if seen.found and not seen.complete:
         notes.append("No checkpoint is complete, so none is deleted.")
     for step, reason in done.reduction.refused.items():
@@ -126,9 +128,8 @@ def _rows(done: _Done) -> list[list[str]]:
     for each in done.seen.found:
         kept, error = done.plan.reasons.get(each.step), done.errors.get(each.step)
         what = "keep weights" if each.step in reduced else "keep" if kept else deleted
-        rows.append(
-            [os.path.basename(each.path), "failed" if error else what, error or kept or each.verdict.status]
-        )
+        why = error or kept or f"{each.verdict.status}, and no rule keeps it"
+        rows.append([os.path.basename(each.path), "failed" if error else what, why])
     return rows
 
 
@@ -140,15 +141,19 @@ def _lines(done: _Done) -> list[str]:
     reduced = sum(each.step not in done.errors for each in done.reduction.reduce)
     also = f", reduced {reduced} to their weights" if reduced else ""
     if options.yes:
-        return [*lines, f"Deleted {deleted} checkpoints{also}, {size_in_words(done.freed)}."]
+        return [*lines, f"Deleted {_count(deleted)}{also}, {size_in_words(done.freed)}."]
     if not deleted and not reduced:
         return [*lines, "There is nothing to delete."]
     also = also.replace("reduced", "reduce")
     return [
         *lines,
-        f"Nothing was deleted. To delete {deleted} checkpoints{also} and free {size_in_words(done.freed)}:",
+        f"Nothing was deleted. To delete {_count(deleted)}{also} and free {size_in_words(done.freed)}:",
         f"  hf-divguard prune {printable(shlex.quote(options.dir))} {_rules(options)} --yes",
     ]
+
+
+def _count(checkpoints: int) -> str:
+    return f"{checkpoints} checkpoint{'' if checkpoints == 1 else 's'}"
 
 
 def _rules(options: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from typing import Any
 
 from hf_divguard.cli.exits import CANNOT_ANSWER, NO, OK, USAGE, CommandError
@@ -16,6 +17,9 @@ from hf_divguard.errors import HistoryError
 from hf_divguard.replays import ReplayedFindings, replay
 
 __all__ = ["run_replay"]
+
+_GUARDED = "This run was guarded: "
+_GUARDS_DID = frozenset(f"divguard/{name}" for name in ("rollbacks", "stopped", "aborted", "gave_up"))
 
 
 def run_replay(options: Any) -> int:
@@ -86,8 +90,22 @@ def _result(source: Source, found: ReplayedFindings) -> dict[str, Any]:
         "steps_saved": saved,
         "hours_saved": None if seconds is None else seconds / 3600,
         "findings": [each.to_dict() for each in found],
-        "notes": [*source.notes, *found.notes],
+        "notes": [*source.notes, *_note_of_guards(source), *found.notes],
     }
+
+
+def _note_of_guards(source: Source) -> list[str]:
+    """Return a sentence on what the guards of the run itself have done, where its log has it."""
+    done: dict[str, float] = {}
+    for entry in source.history.entries:
+        if not _GUARDS_DID.isdisjoint(entry.values):
+            done |= {key: value for key, value in entry.values.items() if key in _GUARDS_DID}
+    rollbacks = int(done.pop("divguard/rollbacks", 0))
+    words = [f"it was rolled back {rollbacks} time{'' if rollbacks == 1 else 's'}"] if rollbacks else []
+    words += [
+        "it gave up" if key.endswith("gave_up") else f"it was {key.partition('/')[2]}" for key in sorted(done)
+    ]
+    return [f"{_GUARDED}{', '.join(words)}. `hf-divguard status` says more."] if words else []
 
 
 def _picture(source: Source, found: ReplayedFindings, metric: str) -> str:
@@ -124,14 +142,19 @@ def _print(results: list[dict[str, Any]], pictures: list[str]) -> None:
             )
     head = ["run", "values", "finding", "onset", "found", "last", "steps saved"]
     print(table(head, cells, right="values onset found last"))
+    every = (note for each in results for note in dict.fromkeys(each.get("notes", [])))
+    notes = Counter(note for note in every if not note.startswith(_GUARDED))
     for each, picture in zip(results, pictures, strict=True):
         texts = [each["error"]] if "error" in each else []
         if each.get("first_error"):
             texts.append(each["first_error"]["message"])
-        texts += each.get("notes", [])
+        texts += [note for note in each.get("notes", []) if notes[note] < 2]
         if len(results) > 1 and (texts or picture):
             print(f"{printable(each['path'])}:")
         for text in texts:
             print(f"  {printable(text)}")
         if picture:
             print(picture)
+    for note, runs in notes.items():
+        if runs > 1:
+            print(f"{runs} runs: {printable(note)}")

@@ -168,11 +168,10 @@ def _pace(checkpoints: list[Path]) -> float | None:
 
 def _parsed(path: str, data: bytes) -> Any:
     try:
-        return parse_json(data, what="it", allow_nan=True)
+        return parse_json(data, what=f"`{path}`", allow_nan=True)
     except ValueError as error:
         raise CommandError(
-            f"`{path}` is not complete JSON ({error}) It may have been cut off while it was written; an older "
-            "checkpoint has an older copy."
+            f"{error} It may have been cut off while it was written; an older checkpoint has an older copy."
         ) from None
 
 

@@ -72,7 +72,9 @@ def _content(
         "steps_undone": condition.record.steps_undone,
         "steps_lost": condition.steps_lost,
         "hours_lost": condition.hours_lost,
-        "newest": None if newest is None else _checkpoint(newest),
+        "newest": None
+        if newest is None
+        else _checkpoint(newest) | {"under_fault": condition.was_saved_under_the_fault(newest)},
         "take": None if take is None else _checkpoint(take) | {"why": condition.take_reason},
         "paste": condition.paste,
         "checkpoints": counts,
@@ -110,11 +112,15 @@ def _fault_facts(condition: Condition) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     fault = condition.divergence
     if fault is not None:
-        by_replay = " (found by a replay of the log)" if fault.source == "replay" else ""
-        facts.append(("finding", f"{fault.kind}: {fault.message}{by_replay}"))
+        facts.append(("finding", f"{fault.kind}: {fault.message}"))
         if fault.cause is not None:
             facts.append(("cause", fault.cause))
-        facts.append(("onset", f"step {fault.onset_step}, found at step {fault.step}"))
+        found = f"found at step {fault.step}"
+        if fault.source == "replay":
+            found = (
+                f"the detector `adaptive` would have found it at step {fault.step} (by a replay of the log)"
+            )
+        facts.append(("onset", f"step {fault.onset_step}, {found}"))
     elif condition.replay_note is not None:
         facts.append(("replay", condition.replay_note))
     if condition.steps_lost:
@@ -127,6 +133,17 @@ def _fault_facts(condition: Condition) -> list[tuple[str, str]]:
     return facts + [("warning", each.message) for each in condition.record.warnings[-3:]]
 
 
+def _verdict_on(newest: Checkpoint, condition: Condition) -> str:
+    status, reason, fault = newest.verdict.status, newest.verdict.reason, condition.divergence
+    if fault is None:
+        return f"{status}. {reason}"
+    if status == "complete" and condition.was_saved_under_the_fault(newest):
+        return f"its files are complete, but it was saved after the fault had begun (step {fault.onset_step})"
+    if fault.message in reason:  # it has a line of its own
+        return f"{status}. {reason.partition('. ')[0]}."
+    return f"{status}. {reason}"
+
+
 def _checkpoint_facts(
     condition: Condition, newest: Checkpoint | None, disk: dict[str, Any]
 ) -> list[tuple[str, str]]:
@@ -136,8 +153,7 @@ def _checkpoint_facts(
     else:
         age = age_of(saved_at(newest.path))
         saved = "" if age is None else f", saved {duration_in_words(age)} ago"
-        name = os.path.basename(newest.path)
-        facts.append(("newest", f"{name}{saved}: {newest.verdict.status}. {newest.verdict.reason}"))
+        facts.append(("newest", f"{os.path.basename(newest.path)}{saved}: {_verdict_on(newest, condition)}"))
     take = condition.take
     reason = condition.take_reason
     facts.append(("take", reason if take is None else f"{take.path} ({reason})"))

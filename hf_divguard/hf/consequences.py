@@ -107,7 +107,10 @@ class Consequences:
             return
         if self._ranks.rank == 0:
             logger.warning(
-                "%s Training %s.", finding.message, "ends" if action == "abort" else "stops after this step"
+                "Divergence found at step %d: %s Training %s.",
+                finding.step,
+                finding.message,
+                "ends now" if action == "abort" else "stops after this step",
             )
         self._outcome.report(finding, action)
         switches.apply(self._outcome, finding, action, self._host.args, self._host.control)
@@ -148,5 +151,6 @@ class Consequences:
                 **rounded(ruling),
             }
         )
-        if self._outcome.deferred is None and self._ranks.rank == 0:
+        is_ending = self._outcome.deferred is not None or self._outcome.finding is not None
+        if not is_ending and self._ranks.rank == 0:
             logger.warning("`loss` is high since step %d: %s. Training goes on.", since, why(ruling))

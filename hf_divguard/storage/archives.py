@@ -48,7 +48,7 @@ def read_host_json(path: str | os.PathLike[str], *, max_bytes: int) -> Any:
     try:
         return parse_json(data, what="it", allow_nan=True)
     except ValueError as error:
-        raise ValueError(f"is not complete JSON ({error})") from None
+        raise ValueError(str(error).removeprefix("it ").removesuffix(".")) from None
 
 
 def check_safetensors(path: str | os.PathLike[str], *, max_bytes: int) -> int:

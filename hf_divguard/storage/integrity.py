@@ -130,7 +130,7 @@ def _judge(folder: str, found: _Records, checksums: bool | None, sizes: Mapping[
 
 def _sentence(start: str, note: Quarantine) -> str:
     onset = "" if note["onset_step"] is None else f" (from step {note['onset_step']} on)"
-    return f"{start}{onset}. {note['reason']}"
+    return f"{start}{onset}. {note['reason'][:1].upper()}{note['reason'][1:]}"
 
 
 def _judge_files(

@@ -88,7 +88,7 @@ def parse_json(data: bytes, *, what: str, allow_nan: bool = False) -> Any:
         return _STRICT.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{what} must be complete JSON: {error.msg} at byte {error.pos} of {len(data)}."
+            f"{what} must be complete JSON: {error.msg.removesuffix(' at')} at byte {error.pos} of {len(data)}."
         ) from None
     except RecursionError:
         raise ValueError(f"{what} must not be nested so deeply.") from None

@@ -159,7 +159,7 @@ def test_one_that_cannot_be_read_does_not_hide_the_others(cli: Any, tmp_path: Pa
     assert [("error" in run) for run in answer.json["runs"]] == [True, False]
     text = cli("replay", tmp_path).out
     assert "cannot be read" in text
-    assert "is not complete JSON" in text
+    assert "must be complete JSON" in text
 
 
 def test_the_furthest_state_that_can_be_read_is_taken(cli: Any, tmp_path: Path) -> None:
@@ -211,13 +211,13 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
         ("other.json", '{"a": {"b": 1}}', "neither a `log_history` nor lists"),
         ("trainer_state.json", "", "is empty"),
         ("trainer_state.json", " \n", "is empty"),
-        ("trainer_state.json", '{"global_step": 5, "log_history": [{"loss": 2.', "is not complete JSON"),
+        ("trainer_state.json", '{"global_step": 5, "log_history": [{"loss": 2.', "must be complete JSON"),
         ("trainer_state.json", '{"global_step": 5, "log_history": []}', "holds no log entries"),
         ("trainer_state.json", '{"log_history": [{"eval_accuracy": 1, "step": 1}]}', "holds no `loss`"),
         ("trainer_state.json", '{"log_history": 5}', "must hold"),
         ("trainer_state.json", "[1, 2, 3]", "must be a list of log entries"),
         ("trainer_state.json", "[" * 100_000, "nested"),
-        ("trainer_state.json", "\x00\xff", "JSON"),
+        ("trainer_state.json", "\x00\xff", "must be UTF-8 text"),
         ("log.jsonl", '{"loss": 1, "step": 1}\nnonsense\n{"loss": 1, "step": 2}\n', "Line 2 of"),
         ("log.jsonl", "[1]\n[2]\n", "must be a log entry"),
         ("log.csv", "a,b\n", "has no rows"),
@@ -301,3 +301,24 @@ def test_a_plot_is_drawn_of_whatever_is_logged() -> None:
         picture = draw(values, [(1, "o"), (10**12, "x")], ascii_only=True)
         assert picture.isascii()
         assert max(map(len, picture.splitlines())) < 100
+
+
+def test_what_the_guards_of_the_run_did_is_noted(cli: Any, made: Path) -> None:
+    """The log of a guarded run holds what a rollback has undone."""
+    [run] = cli("replay", made / "rolled", "--json").json["runs"]
+    assert any(note.startswith("This run was guarded: it was rolled back 1 time") for note in run["notes"])
+    [run] = cli("replay", made / "stopped", "--json").json["runs"]
+    assert "This run was guarded: it was stopped. `hf-divguard status` says more." in run["notes"]
+    [run] = cli("replay", made / "stock", "--json").json["runs"]
+    assert not any("guarded" in note for note in run["notes"])
+
+
+def test_a_note_that_runs_share_is_printed_once(cli: Any, tmp_path: Path) -> None:
+    log = [{"step": step, "loss": 2.0 - step / 1000} for step in range(10, 510, 10)]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(log))
+    one = cli("replay", tmp_path / "a.json").out
+    assert "\n  Entries are 10 steps apart" in one
+    two = cli("replay", tmp_path / "a.json", tmp_path / "b.json").out
+    assert two.count("Entries are 10 steps apart") == 1
+    assert "\n2 runs: Entries are 10 steps apart" in two

@@ -83,6 +83,28 @@ def test_a_stock_run_is_judged_by_a_replay_of_its_log(cli: Any, made: Path) -> N
     assert cli("status", made / "stock", "--json").json["divergence"] is None
 
 
+def test_a_newest_checkpoint_from_after_the_fault_is_not_called_good(cli: Any, made: Path) -> None:
+    """The stock Trainer marks none: its files are complete, its weights are not those to take."""
+    run = made / "stock_nan"
+    assert cli("status", run, "--json").json["newest"]["under_fault"] is True
+    text = cli("status", run).out
+    assert "its files are complete, but it was saved after the fault had begun (step 14)" in text
+    assert "step 14, the detector `adaptive` would have found it at step" in text
+    rows = cli("list", run, "--json").json["checkpoints"]
+    assert [row["step"] for row in rows if row["under_fault"]] == [16, 20, 24]
+    last = cli("list", run).out.splitlines()[-1]
+    assert last == "Saved after the fault had begun (step 14): checkpoint-16, checkpoint-20, checkpoint-24."
+    assert cli("status", made / "stock", "--json").json["newest"]["under_fault"] is False
+    assert "Saved after" not in cli("list", made / "stock").out
+
+
+def test_the_finding_is_said_once(cli: Any, made: Path) -> None:
+    text = cli("status", made / "stopped").out
+    finding = cli("status", made / "stopped", "--json").json["divergence"]["message"]
+    assert text.count(finding) == 1
+    assert text.splitlines()[0].endswith(": diverged. A detector stopped it at step 14 of 24.")
+
+
 def test_disk_and_what_prune_would_free_agree_with_prune(cli: Any, made: Path) -> None:
     run = made / "stock"
     disk = cli("status", run, "--json").json["disk"]

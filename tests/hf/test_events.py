@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from hf_divguard import NonFiniteDetector
 from hf_divguard.errors import TrainingDivergedError
@@ -17,7 +18,7 @@ from hf_divguard.hf.ranks import Ranks
 from hf_divguard.storage.events import events_path, read_events
 from tests.hf import record_runs
 from tests.hf.faults import QUICK, NaNBatch, ScriptedRule
-from tests.tiny import tiny_model
+from tests.tiny import TokenRows, tiny_model
 
 MakeTrainer = Callable[..., Any]
 
@@ -53,6 +54,29 @@ def test_a_finding_is_an_event_with_what_is_known_of_it(
     assert logged(trainer, "divguard/last_good_step") == [(7, 4)]
     ours = [{key: entry[key] for key in entry if "divguard/" in key} for entry in trainer.state.log_history]
     json.dumps(ours, allow_nan=False)
+
+
+@pytest.mark.parametrize(("action", "ends"), [("stop", "stops after this step"), ("abort", "ends now")])
+def test_the_log_says_that_it_is_a_divergence_and_nothing_else_after_it(
+    make_trainer: MakeTrainer, our_log: pytest.LogCaptureFixture, action: str, ends: str
+) -> None:
+    """A reader of the log sees what happened before the losses, and no "Training goes on" after it."""
+
+    class Ruin(TrainerCallback):
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
+            if state.global_step == 40:
+                next(model.parameters()).data.fill_(float("nan"))
+
+    options = {"max_steps": 60, "save_steps": 10, "train_dataset": TokenRows(rows=64)}
+    options |= {"divguard_detector": "adaptive", "divguard_action": action}
+    trainer = make_trainer(callbacks=[Ruin()], **options)
+    trainer.train()
+    lines = [record.getMessage() for record in our_log.records]
+    [said] = [line for line in lines if line.startswith("Divergence found at step 41: ")]
+    assert said.endswith(f" Training {ends}.")
+    assert not any("Training goes on" in line for line in lines[lines.index(said) :])
 
 
 def test_the_log_of_the_step_is_made_all_the_same(make_trainer: MakeTrainer) -> None:
