@@ -64,17 +64,17 @@ def test_the_log_says_that_it_is_a_divergence_and_nothing_else_after_it(
 
     class Ruin(TrainerCallback):
         def on_step_begin(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+            self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
         ) -> None:
             if state.global_step == 40:
-                next(model.parameters()).data.fill_(float("nan"))
+                optimizer.param_groups[0]["lr"] *= 1000
 
     options = {"max_steps": 60, "save_steps": 10, "train_dataset": TokenRows(rows=64)}
     options |= {"divguard_detector": "adaptive", "divguard_action": action}
     trainer = make_trainer(callbacks=[Ruin()], **options)
     trainer.train()
     lines = [record.getMessage() for record in our_log.records]
-    [said] = [line for line in lines if line.startswith("Divergence found at step 41: ")]
+    [said] = [line for line in lines if line.startswith("Divergence found at step ")]
     assert said.endswith(f" Training {ends}.")
     assert not any("Training goes on" in line for line in lines[lines.index(said) :])
 
