@@ -209,6 +209,24 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
             assert program == "make" or command == "pip install .", f"Add a check for this command: {command}"
 
 
+SCRIPT_ROWS = re.findall(
+    r"^\| .* \| `(test_run\w*\.py)`: `(.+)` \|$",
+    (PROJECT / "docs" / "command-line.md").read_text(encoding="utf-8"),
+    flags=re.MULTILINE,
+)
+
+
+def test_every_script_that_the_page_of_run_lists_has_its_two_tests() -> None:
+    """One compares a healthy run with the script alone, one plants a fault; no tested script is left out."""
+    paths = sorted({f"tests/cli/{name}" for name, _ in SCRIPT_ROWS})
+    done = run_python("-m", "pytest", "--collect-only", "-q", "--no-header", *paths, cwd=PROJECT)
+    found = re.findall(r"^tests/cli/(\S+\.py)::(test_\w+)\[(.+)\]$", done.stdout, flags=re.MULTILINE)
+    for kind in ("to_the_last_bit", "rolled_back"):
+        tested = {(file, name) for file, test, name in found if test.endswith(kind)}
+        assert tested == set(SCRIPT_ROWS)
+    assert len(SCRIPT_ROWS) >= 12
+
+
 # ---- addresses
 
 

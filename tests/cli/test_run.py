@@ -83,6 +83,29 @@ def test_a_healthy_run_is_the_one_without_guards_to_the_last_bit(tmp_path: Path,
     assert all(each.verdict.has_manifest for each in find_checkpoints(tmp_path / "guarded"))
 
 
+LAUNCHERS = [
+    pytest.param(f"{TORCHRUN} --nproc_per_node=2", id="torchrun"),
+    pytest.param("-m accelerate.commands.launch --cpu", id="accelerate launch"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_healthy_run_under_a_launcher_is_the_one_without_guards_to_the_last_bit(
+    tmp_path: Path, launcher: str
+) -> None:
+    words = (sys.executable, *launcher.split(), *SCRIPT[2:], "plain", tmp_path / "alone", NEVER)
+    alone = call(*words)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    train("plain", tmp_path / "guarded", launcher=launcher)
+    first, second = (
+        load_file(tmp_path / name / "checkpoint-24" / "model.safetensors") for name in ("alone", "guarded")
+    )
+    assert same_weights(first, second)
+    assert log_of(tmp_path / "alone") == log_of(tmp_path / "guarded")
+    assert read_events(tmp_path / "guarded") == []
+
+
 @pytest.mark.parametrize("kind", ["own", pytest.param("plain", marks=pytest.mark.slow), "seq2seq"])
 def test_a_fault_is_rolled_back(tmp_path: Path, kind: str) -> None:
     train(kind, tmp_path, fault=14)
@@ -93,9 +116,7 @@ def test_a_fault_is_rolled_back(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher", [f"{TORCHRUN} --nproc_per_node=2", "-m accelerate.commands.launch --cpu"]
-)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_fault_under_a_launcher_is_rolled_back(tmp_path: Path, launcher: str) -> None:
     train("plain", tmp_path, fault=14, launcher=launcher)
     [event] = [each for each in read_events(tmp_path) if each["event"] == "rollback"]
