@@ -24,7 +24,9 @@ PYTEST ?=
 # The tests run in two processes. `make test WORKERS=` runs them in one.
 WORKERS ?= -n 2 --dist worksteal
 # The parts of the suite in which the versions of Transformers differ.
-OLD_TESTS ?= tests/hf
+OLD_TESTS ?= tests/hf tests/cli/test_status.py tests/cli/test_checkpoints.py tests/cli/test_replay_command.py
+# The share of the slow tests that `make test-slow-share` runs: another one each day of the year.
+TURN ?= $(shell date +%j | sed 's/^0*//')
 # What a benchmark gets; continuous integration runs them with `BENCH=--short`.
 BENCH ?=
 # The environments of `make compat`; `make compat COMPAT=--short` takes two of them.
@@ -35,7 +37,7 @@ RELEASE ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-recipes test-engines test-trl test-trackers test-gpu test-page \
+.PHONY: help install demo test test-all test-slow-share test-recipes test-engines test-trl test-trackers test-gpu test-page \
 	cov style quality types docs docs-check \
 	notebooks bench bench-kill bench-detection bench-recovery bench-overhead bench-alerts \
 	bench-crash-points bench-engines bench-kill-engines bench-command-line trace old-transformers compat ci-long build \
@@ -91,6 +93,9 @@ test: $(READY) ## Run the tests that are not slow, with doctests
 
 test-all: $(READY) ## Run every test
 	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST)
+
+test-slow-share: $(READY) ## Run an eighth of the slow tests of the Trainer, another eighth each day
+	@$(BIN)/python -m pytest tests/hf --ignore=tests/hf/engines -m slow --turn $(TURN) $(WORKERS) $(PYTEST)
 
 test-recipes: $(EXTRAS_READY) ## Run every recipe of examples/, with TRL and sentence-transformers
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py $(WORKERS) $(PYTEST)
@@ -204,6 +209,7 @@ ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration ru
 	@$(MAKE) --no-print-directory notebooks docs release-check test-page
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py -k "adapter or f1 or nan_gradient or embeddings" $(WORKERS) $(PYTEST)
 	@$(EXTRAS_BIN)/python -m pytest tests/matrix $(WORKERS) $(PYTEST)
+	@$(MAKE) --no-print-directory test-slow-share
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)

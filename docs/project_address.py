@@ -27,7 +27,8 @@ PLACEHOLDER = "https://github.com/OWNER/hf_divguard"
 
 def files_with_the_address() -> list[Path]:
     """Return the files that may name the address: settings, texts and notebooks, without generated ones."""
-    patterns = ("setup.cfg", "*.md", "CITATION.cff", "docs/*.md", "examples/*.md", "notebooks/*.ipynb")
+    patterns = ("setup.cfg", "*.md", "CITATION.cff", "docs/*.md", "docs/packaging/*", "examples/*.md")
+    patterns += ("notebooks/*.ipynb",)
     return sorted(path for pattern in patterns for path in PROJECT.glob(pattern))
 
 

@@ -23,6 +23,35 @@ from tests.tiny import TokenRows, base_arguments, checkpoint_steps, tiny_model
 torch.set_num_threads(1)
 
 
+TURNS = 8
+"""Shares into which the slow tests are divided: `make test-slow-share` runs one of them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that chooses a share of the tests."""
+    parser.addoption("--turn", type=int, help="run one share of the chosen tests: the number modulo 8")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say which share runs, and how to repeat it."""
+    turn = config.getoption("--turn")
+    if turn is None:
+        return None
+    return f"share {turn % TURNS} of {TURNS}; to repeat it: make test-slow-share TURN={turn % TURNS}"
+
+
+# After the markers have chosen.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep every eighth test, by their names: the same ones on each machine."""
+    turn = config.getoption("--turn")
+    if turn is None:
+        return
+    mine = set(sorted(item.nodeid for item in items)[turn % TURNS :: TURNS])
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in mine])
+    items[:] = [item for item in items if item.nodeid in mine]
+
+
 def pytest_collection_finish() -> None:
     """Every training collects garbage; without what imports and collection left, it takes half the time."""
     gc.collect()

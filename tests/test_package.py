@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 
 import hf_divguard
 
@@ -140,6 +143,26 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert metadata["License"] == "Apache-2.0"
     assert "transformers<6,>=4.57" in metadata.get_all("Requires-Dist", [])
     assert metadata.get_payload().startswith("# hf_divguard")
+
+
+def test_the_conda_recipe_has_the_requirements_of_the_package() -> None:
+    """The names differ on conda-forge: PyTorch is ``pytorch``, xxhash ``python-xxhash``."""
+    text = (PROJECT / "docs" / "packaging" / "meta.yaml").read_text(encoding="utf-8")
+    version = re.search(r'set version = "(.+)"', text)[1]  # type: ignore[index]
+    text = re.sub(r"\{%.*%\}", "", text).replace("{{ version }}", version).replace("{{ PYTHON }}", "python")
+    recipe = yaml.safe_load(text)
+    settings = configparser.ConfigParser()
+    settings.read(PROJECT / "setup.cfg", encoding="utf-8")
+    options, console = settings["options"], settings["options.entry_points"]["console_scripts"]
+    names = {"torch": "pytorch", "xxhash": "python-xxhash"}
+    wanted = {f"python {options['python_requires']}"}
+    for line in options["install_requires"].split():
+        name, bound = re.fullmatch(r"([\w-]+)(.+)", line).groups()  # type: ignore[union-attr]
+        wanted.add(f"{names.get(name, name)} {bound}")
+    assert set(recipe["requirements"]["run"]) == wanted
+    assert recipe["build"]["entry_points"] == [console.strip()]
+    assert recipe["about"]["home"] == settings["metadata"]["url"]
+    assert hf_divguard.__version__.removesuffix(".dev0") == version
 
 
 def test_the_source_archive_holds_what_it_takes_to_build(built: Path) -> None:
