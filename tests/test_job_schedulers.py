@@ -132,7 +132,9 @@ def test_slurm_a_job_that_diverges_is_not_requeued(cluster: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_the_folder_knows_what_its_exit_code_does_not(cluster: Path) -> None:
     script, elastic = [
-        each.replace("--nproc_per_node 8", "--nproc_per_node 2") for each in blocks("bash")[1:]
+        each.replace("--nproc_per_node 8", "--nproc_per_node 2")
+        for each in blocks("bash")
+        if each.startswith("torchrun")
     ]
     done = run(cluster, script + "exit $code\n", "diverges")
     assert done.returncode == DIVERGED_EXIT_CODE, done.stderr[-3000:]
@@ -143,6 +145,26 @@ def test_torchrun_the_folder_knows_what_its_exit_code_does_not(cluster: Path) ->
     done = run(cluster, elastic.replace("out ", "elastic "), "diverges")
     assert done.returncode == DIVERGED_EXIT_CODE, done.stderr[-3000:]
     assert sorted(lives(cluster)) == ["0", "1"]  # no restart
+
+
+@pytest.mark.slow
+def test_a_script_that_nobody_changed_is_interrupted_continued_and_stopped_with_the_same_codes(
+    cluster: Path,
+) -> None:
+    text = re.sub(r" --divguard_\w+ \w+", "", TRAIN).replace("DivGuard", "")
+    text = text.replace("from hf_divguard import", "from transformers import")
+    (cluster / "train.py").write_text(text)
+    [script] = [each for each in blocks("bash") if each.startswith("hf-divguard run")]
+    quick = "--divguard_check_steps 1 --divguard_skip_nonfinite false --divguard_max_rollbacks 1 "
+    script = script.replace("-- python", f"{quick} --divguard_cooldown_steps 2 -- python")
+    for code, status, step in ((INTERRUPTED_EXIT_CODE, "interrupted", 6), (0, "finished", 14)):
+        done = run(cluster, script, "limit")
+        assert done.returncode == code, done.stderr[-3000:]
+        end = read_outcome(cluster / "out")
+        assert end is not None
+        assert (end.status, end.step) == (status, step)
+    done = run(cluster, script.replace("out ", "other "), "diverges")
+    assert done.returncode == DIVERGED_EXIT_CODE, done.stderr[-3000:]
 
 
 def test_kubernetes_the_policy_knows_the_codes_and_the_arguments_are_options() -> None:
