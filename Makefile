@@ -27,6 +27,8 @@ WORKERS ?= -n 2 --dist worksteal
 OLD_TESTS ?= tests/hf tests/cli/test_status.py tests/cli/test_checkpoints.py tests/cli/test_replay_command.py
 # The share of the slow tests that `make test-slow-share` runs: another one each day of the year.
 TURN ?= $(shell date +%j | sed 's/^0*//')
+# The oldest and the newest Python, for `make test-pythons`.
+PYTHONS ?= 3.10 3.13
 # What a benchmark gets; continuous integration runs them with `BENCH=--short`.
 BENCH ?=
 # The environments of `make compat`; `make compat COMPAT=--short` takes two of them.
@@ -37,7 +39,7 @@ RELEASE ?=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slow-share test-recipes test-engines test-trl test-trackers test-gpu test-page \
+.PHONY: help install demo test test-all test-slow-share test-pythons test-recipes test-engines test-trl test-trackers test-gpu test-page \
 	cov style quality types docs docs-check \
 	notebooks bench bench-kill bench-detection bench-recovery bench-overhead bench-alerts \
 	bench-crash-points bench-engines bench-kill-engines bench-command-line trace old-transformers compat ci-long build \
@@ -96,6 +98,9 @@ test-all: $(READY) ## Run every test
 
 test-slow-share: $(READY) ## Run an eighth of the slow tests of the Trainer, another eighth each day
 	@$(BIN)/python -m pytest tests/hf --ignore=tests/hf/engines -m slow --turn $(TURN) $(WORKERS) $(PYTEST)
+
+test-pythons: ## Run the tests that need no PyTorch with the oldest and the newest Python, where they are installed
+	@$(PYTHON) tests/pythons.py $(PYTHONS)
 
 test-recipes: $(EXTRAS_READY) ## Run every recipe of examples/, with TRL and sentence-transformers
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py $(WORKERS) $(PYTEST)
@@ -209,7 +214,7 @@ ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration ru
 	@$(MAKE) --no-print-directory notebooks docs release-check test-page
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py -k "adapter or f1 or nan_gradient or embeddings" $(WORKERS) $(PYTEST)
 	@$(EXTRAS_BIN)/python -m pytest tests/matrix $(WORKERS) $(PYTEST)
-	@$(MAKE) --no-print-directory test-slow-share
+	@$(MAKE) --no-print-directory test-slow-share test-pythons
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)

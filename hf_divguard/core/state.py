@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import types
 import typing
@@ -69,7 +70,7 @@ class Stateful:
         Raises:
             StateError: If a part is missing or of another type; nothing is changed then.
         """
-        owner, kinds, loaded = type(self).__name__, typing.get_type_hints(type(self)), {}
+        owner, kinds, loaded = type(self).__name__, _types_of(type(self)), {}
         entries = _memory_of(type(self))
         _require_keys(state_dict, [entry.name.lstrip("_") for entry in entries], owner)
         for entry in entries:
@@ -152,8 +153,23 @@ def _decode_dataclass(kind: Any, value: dict[str, Any], like: Any) -> Any:
         return restored
     names = [entry.name for entry in fields(kind)]
     _require_keys(value, names, kind.__name__)
-    hints = typing.get_type_hints(kind)
+    hints = _types_of(kind)
     return kind(**{n: decode(hints[n], value[n], f"`{n}` in the state of {kind.__name__}") for n in names})
+
+
+def _types_of(kind: Any) -> dict[str, Any]:
+    """Return the types of the fields of a dataclass, by name.
+
+    ``typing.get_type_hints`` of Python 3.10 refuses a class with the mark ``_: KW_ONLY``, which is no field.
+    """
+    names = {entry.name for entry in fields(kind)}
+    found: dict[str, Any] = {}
+    for each in reversed(kind.__mro__):
+        own = {name: note for name, note in inspect.get_annotations(each).items() if name in names}
+        found |= typing.get_type_hints(
+            type("Fields", (), {"__annotations__": own, "__module__": each.__module__})
+        )
+    return found
 
 
 def _require_keys(state: Any, names: list[str], owner: str) -> None:
