@@ -96,7 +96,7 @@ test: $(READY) ## Run the tests that are not slow, with doctests
 test-all: $(READY) ## Run every test
 	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST)
 
-test-slow-share: $(READY) ## Run an eighth of the slow tests of the Trainer, another eighth each day
+test-slow-share: $(READY) ## Run a quarter of the slow tests of the Trainer, another quarter each day
 	@$(BIN)/python -m pytest tests/hf --ignore=tests/hf/engines -m slow --turn $(TURN) $(WORKERS) $(PYTEST)
 
 test-pythons: ## Run the tests that need no PyTorch with the oldest and the newest Python, where they are installed

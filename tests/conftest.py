@@ -23,13 +23,13 @@ from tests.tiny import TokenRows, base_arguments, checkpoint_steps, tiny_model
 torch.set_num_threads(1)
 
 
-TURNS = 8
+TURNS = 4
 """Shares into which the slow tests are divided: `make test-slow-share` runs one of them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that chooses a share of the tests."""
-    parser.addoption("--turn", type=int, help="run one share of the chosen tests: the number modulo 8")
+    parser.addoption("--turn", type=int, help="run one share of the chosen tests: the number modulo 4")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -43,7 +43,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 # After the markers have chosen.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep every eighth test, by their names: the same ones on each machine."""
+    """Keep every fourth test, by their names: the same ones on each machine."""
     turn = config.getoption("--turn")
     if turn is None:
         return
