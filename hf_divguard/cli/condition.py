@@ -128,7 +128,7 @@ def _sentence_of(ending: Ending, where: str, fault: Divergence | None) -> str:
         "ended_early": "Ended before its last step,",
         "stopped": "A detector stopped it",
         "gave_up": "Rollbacks did not help, and it gave up",
-        "interrupted": f"{ending.message or 'A signal'} ended it, after a save,",
+        "interrupted": f"{ending.message or 'A signal'} ended it",
     }
     start = starts.get(ending.word, f"Its outcome is `{ending.word}`")
     has_said = ending.word == "interrupted" or (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from hf_divguard.core.rollback.comparison import Pair, judge
@@ -45,6 +46,7 @@ class Arbiter:
         self._batches: list[Any] | None = None
         self._looked_at: int | None = None
         self._asked_for: int | None = None
+        self._is_off = False
         self._followed: int | None = None
         self.since: int | None = None
         """Step since which the data are bad; ``None`` if they are not."""
@@ -52,10 +54,13 @@ class Arbiter:
     def follow(self) -> None:
         """After a look: keep the newest state from before data that are bad, until they have passed."""
         incident = self._incident
+        if self._is_off:
+            return
         if incident.is_open and incident.cause == "data" and incident.since != self._followed:
             self._followed = incident.since
             sound = [kept.step for kept in self._snapshots.all() if is_sound(kept.step, incident.since)]
-            if sound and (self.since is None or self._knows_more(max(sound))):
+            is_better = self.since is None or (bool(sound) and self._knows_more(max(sound)))
+            if sound and is_better and not self._is_off:
                 self.since, self._snapshots.pinned = incident.since, max(sound)
         elif self.since is not None and not incident.is_open and incident.new_data_until < self.since:
             self.forget()
@@ -66,7 +71,7 @@ class Arbiter:
         return not before or self._mean_loss(kept_step) < self._mean_loss(before[0].step)
 
     def _mean_loss(self, kept_step: int) -> float:
-        losses = self._losses(self._snapshots.of(kept_step).tensors)
+        losses = self._losses(self._snapshots.of(kept_step).tensors) or [math.inf]
         return sum(losses) / len(losses)
 
     def forget(self) -> None:
@@ -76,10 +81,11 @@ class Arbiter:
     def is_due(self, *, is_last: bool, stops: bool) -> bool:
         """Return whether to ask the evaluation set.
 
+        It is asked when the data have changed again, when those of before have come back, and at the end.
+
         Args:
             is_last: Whether training ends here.
-            stops: Whether the action ends training: a rollback within bad data would be undone by them. Once the data
-                have changed again, or those of before have come back, it is asked, too.
+            stops: Whether the action ends training: a rollback within bad data would be undone by them.
         """
         if self.since is None or not any(
             kept.step == self._snapshots.pinned for kept in self._snapshots.all()
@@ -97,11 +103,29 @@ class Arbiter:
         self._looked_at, self._asked_for = self._host.state.global_step, self._incident.since
         good = self._snapshots.pinned
         assert good is not None
+        present, kept = self._losses(None), self._losses(self._snapshots.of(good).tensors)
+        if self._is_off:
+            return Ruling("none")
+        level = sum(kept) / len(kept)
+        verdict = judge(list(map(Pair, present, kept)), Usual(level, _PRIOR_NOISE * abs(level), level))
+        return Ruling("act" if verdict.cause == "weights" else "none", "data", good, verdict)
+
+    def _losses(self, tensors: Any) -> list[float]:
+        """Return the losses on the evaluation set; none from the first time on at which that fails."""
+        losses: list[float] = []
+        if self._is_off:
+            return losses
         try:
-            present, kept = self._losses(None), self._losses(self._snapshots.of(good).tensors)
+            if self._batches is None:
+                self._batches = self._take_batches()
+            for batch in self._batches:
+                losses += probe_on_all_ranks(
+                    self._host, self._ranks, StepBatches(0, [batch], None, 1), tensors
+                )
         except Exception as error:
             if self._ranks.is_ending:
                 raise
+            self._is_off, losses = True, []
             self.forget()
             if self._ranks.rank == 0:
                 logger.warning(
@@ -109,17 +133,6 @@ class Arbiter:
                     type(error).__name__,
                     error,
                 )
-            return Ruling("none")
-        level = sum(kept) / len(kept)
-        verdict = judge(list(map(Pair, present, kept)), Usual(level, _PRIOR_NOISE * abs(level), level))
-        return Ruling("act" if verdict.cause == "weights" else "none", "data", good, verdict)
-
-    def _losses(self, tensors: Any) -> list[float]:
-        if self._batches is None:
-            self._batches = self._take_batches()
-        losses: list[float] = []
-        for batch in self._batches:
-            losses += probe_on_all_ranks(self._host, self._ranks, StepBatches(0, [batch], None, 1), tensors)
         return losses
 
     def _take_batches(self) -> list[Any]:

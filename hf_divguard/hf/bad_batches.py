@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_divguard.core.findings import Finding
-from hf_divguard.core.rollback.comparison import Pair, judge
+from hf_divguard.core.rollback.comparison import Pair, is_informed, judge
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.rows import MOST_PROBES, bar_of, or_infinity
 from hf_divguard.core.rollback.ruling import Ruling
@@ -123,6 +123,7 @@ class BadBatches:
         Where ``ruling`` says that the data are bad, the batch is the coming one.
         """
         worst, is_coming, is_certain = self.worst, ruling.cause == "data", self.is_certain
+        trained_at = or_infinity(self._high.get(worst, math.inf)) if worst is not None else math.inf
         self._high.clear()
         if is_coming and ruling.verdict is not None and ruling.verdict.cause == "weights":
             return ruling  # most of the rise is not in the batch
@@ -141,7 +142,7 @@ class BadBatches:
         usual, ruled = self._incident.range, ruling
         mean = _mean(losses[best])
         if not is_coming:
-            if not usual.is_above(mean):
+            if not usual.is_above(mean) or not is_informed(trained_at, mean, usual.usual):
                 return ruling
             verdict = judge([Pair(loss, loss) for loss in losses[best]], usual.usual)
             ruled = Ruling("dismiss", "data", 0, replace(verdict, cause="data"))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_divguard.core.detection.detector import StepValues
+from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import Action, RunOutcome
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.ruling import Ruling
@@ -152,10 +153,10 @@ class Comparison:
         then.save_was_due = save_was_due or (then.save_was_due and self._outcome.deferred is not None)
         then.end_step()
 
-    def has_restored(self, step: int) -> None:
-        """After a rollback at ``step``: have enough left for the looks that say whether the fault has passed."""
+    def has_restored(self, step: int, target: int, finding: Finding) -> None:
+        """After a rollback at ``step`` to ``target``: look whether the fault has passed, and have enough left for it."""
         self.looks.budget.renew()
-        self.incident.has_restored(step)
+        self.incident.has_restored(step, target if finding.cause == "data" else None)
 
     def settle(self, *, is_last: bool) -> None:
         """Look, if there is a reason to, and carry out or dismiss what the curve asks for.

@@ -132,7 +132,6 @@ class WeightLooks:
     def usable(self, asked: Finding | None) -> list[Any]:
         """Return the kept states that are worth a comparison: from before what the curve has found."""
         step, kept = self._host.state.global_step, self._of_present_data()
-        kept = [state for state in kept if is_trusted(state.step, self._incident.last_restore, step)] or kept
         if self._incident.is_slow:
             kept = [
                 state
@@ -180,6 +179,7 @@ class WeightLooks:
             # Small damage is judged by all states; else one that does as well as can be expected is enough.
             if incident.cause == "data" or (
                 not incident.is_slow
+                and is_trusted(state.step, incident.last_restore, step)
                 and not incident.pairs.has_older(state.step)
                 and explains(present, losses[state.step], incident.range.usual)
             ):

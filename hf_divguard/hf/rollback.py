@@ -274,7 +274,7 @@ class Rollback:
         self.policy.record(decision, step)
         self._targets.note_restored(target, step)
         if self._comparison is not None:
-            self._comparison.has_restored(step)
+            self._comparison.has_restored(step, target.step, finding)
         self._outcome.has_rolled_back(step, self.policy.muted_until)
         self.rewarming.begin(step)
         updates = self.journal.updates_up_to

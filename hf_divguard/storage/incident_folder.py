@@ -119,7 +119,7 @@ def remove_old_incidents(run_dir: str | os.PathLike[str], keep: int) -> None:
     Raises:
         OSError: If one cannot be removed.
     """
-    folders = sorted(incident_folders(run_dir).values(), key=lambda folder: folder.lstat().st_mtime_ns)
+    folders = sorted(incident_folders(run_dir).values(), key=_written_at)
     for folder in folders[: max(0, len(folders) - keep)]:
         names = os.listdir(folder)
         if any(stat.S_ISDIR((folder / name).lstat().st_mode) for name in names):
@@ -127,3 +127,11 @@ def remove_old_incidents(run_dir: str | os.PathLike[str], keep: int) -> None:
         for name in names:
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def _written_at(folder: Path) -> int:
+    """Return when an incident was written: the time of the folder changes with what others put into it."""
+    try:
+        return (folder / INCIDENT_NAME).lstat().st_mtime_ns
+    except OSError:  # it has none: it was not finished
+        return folder.lstat().st_mtime_ns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hf_divguard.core.findings import Cause
@@ -17,6 +17,7 @@ __all__ = [
     "Verdict",
     "best_step",
     "explains",
+    "is_informed",
     "is_new",
     "is_ruin",
     "judge",
@@ -40,6 +41,8 @@ _PRIOR_PAIRS = 2
 _NEW_SPREADS = 4.0
 # ... and the part of the usual loss: single batches are a little harder than others.
 _NEW_SHARE = 0.25
+# ... and what the loss of the present weights must have risen by, as a part of that of the kept ones.
+_OF_KEPT_RISE = 1.0 / 3.0
 # Spreads above the usual loss at which the present loss counts as high.
 _HIGH_SPREADS = 3.0
 # Standard errors from which a difference deserves another look.
@@ -159,6 +162,25 @@ def is_new(kept: float, usual: Usual) -> bool:
     return kept - usual.level > max(_NEW_SPREADS * usual.spread, _NEW_SHARE * abs(usual.level))
 
 
+def is_informed(present: float, kept: float, usual: Usual) -> bool:
+    """Return whether the kept weights can say that data are new.
+
+    They are as good as the present ones, as far as the first batches of new data show it. Where the
+    present ones do far better the kept ones are too old: to them the usual data are hard, too.
+
+    Args:
+        present: Loss of the present weights on the batches.
+        kept: Loss of the kept ones.
+        usual: The loss before the incident.
+
+    Example:
+        >>> usual = Usual(level=1.25, spread=0.1, first=2.3)
+        >>> is_informed(3.1, 3.2, usual), is_informed(1.5, 2.2, usual)
+        (True, False)
+    """
+    return present - usual.level >= _OF_KEPT_RISE * (kept - usual.level)
+
+
 def is_ruin(present: float, kept: float, usual: Usual) -> bool:
     """Return whether a loss is so high that no spike of a healthy run has it, nor what bad data leave.
 
@@ -203,12 +225,15 @@ def explains(present: Sequence[float], kept: Sequence[float], usual: Usual) -> b
     return is_usual or then <= usual.level + usual.spread or now - then >= 0.75 * (now - usual.level)
 
 
-def best_step(losses: dict[int, float], spread: float) -> int | None:
+def best_step(
+    losses: dict[int, float], spread: float, is_trusted: Callable[[int], bool] = lambda step: True
+) -> int | None:
     """Return the newest of the kept states that do about as well as the best one.
 
     Args:
         losses: Loss on the newest batches, by step.
         spread: Noise of a loss.
+        is_trusted: Whether a state comes before one that does as well and is not trusted.
 
     Example:
         >>> best_step({10: 2.1, 20: 2.0, 25: 6.0}, spread=0.05)
@@ -219,7 +244,8 @@ def best_step(losses: dict[int, float], spread: float) -> int | None:
         return None
     bar = min(finite.values())
     bar += max(0.5 * _MARGIN * abs(bar), 0.5 * spread)
-    return max(step for step, loss in finite.items() if loss <= bar)
+    good = [step for step, loss in finite.items() if loss <= bar]
+    return max(filter(is_trusted, good), default=max(good))
 
 
 # ---- what it may cost
@@ -265,7 +291,7 @@ class Budget(Stateful):
         return True
 
     def renew(self) -> None:
-        """After an incident that was one: let half of the reserve be there for what follows."""
+        """After a rollback: have at least half of the reserve left."""
         self._spent = min(self._spent, 0.5 * self.reserve)
 
     def take_anyway(self, passes: int) -> None:

@@ -18,7 +18,7 @@ _STEPS = 60
 # Further looks for each time that damage was gone by itself, and how many such times count.
 _LOOKS_PER_TIME = 2
 _MOST_TIMES = 3
-# Pairs, and steps, from which it can be said how fast damage heals.
+# Looks from which it can be said how fast damage heals.
 _FEWEST = 8
 
 
@@ -58,7 +58,7 @@ class Healing(Stateful):
         return _LOOKS_PER_TIME * sum(at >= step - _STEPS for at in self._healed)
 
 
-def costs_more_than_steps(gains: Sequence[float], over: int, *, least: float, age: int) -> bool:
+def costs_more_than_steps(gains: Sequence[tuple[int, float]], *, least: float, age: int) -> bool:
     """Return whether damage heals so slowly that going back costs fewer steps than waiting.
 
     The mean of the later half of the differences, beside that of the earlier half, says how fast they shrink, and so
@@ -66,20 +66,20 @@ def costs_more_than_steps(gains: Sequence[float], over: int, *, least: float, ag
     any of the batches in between are not damaged for good: their loss jumps up and down.
 
     Args:
-        gains: By how much kept weights did better, oldest first.
-        over: Steps in which these were seen.
+        gains: By how much kept weights did better, with the step of each look, oldest first.
         least: Difference that counts as none.
         age: Age in steps of the kept weights: so much training a rollback loses.
 
     Example:
         >>> slow, fast = [0.8, 0.9, 0.7, 0.8, 0.7, 0.5, 0.6, 0.6], [1.6, 0.8, 0.5, 0.4, 0.3, 0.1, 0.2, 0.1]
-        >>> [costs_more_than_steps(each, 8, least=0.15, age=10) for each in (slow, fast)]
+        >>> [costs_more_than_steps(list(enumerate(each)), least=0.15, age=10) for each in (slow, fast)]
         [True, False]
     """
-    if len(gains) < _FEWEST or over < _FEWEST or min(gains) <= 0.0:
+    if len(gains) < _FEWEST or not all(gain > 0.0 for _, gain in gains):
         return False
-    half = len(gains) // 2
-    earlier, later = sum(gains[:half]) / half, sum(gains[-half:]) / half
+    half, over = len(gains) // 2, gains[-1][0] + 1 - gains[0][0]
+    earlier = sum(gain for _, gain in gains[:half]) / half
+    later = sum(gain for _, gain in gains[-half:]) / half
     if not least < later < math.inf:
         return later == math.inf
     rate = math.log(earlier / later) / (0.5 * over) if earlier > later else 0.0

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from hf_divguard.core.findings import Cause
 from hf_divguard.core.rollback.comparison import (
     MOST_PAIRS,
-    Pair,
     Verdict,
     best_step,
+    is_informed,
     is_new,
     is_ruin,
     judge,
@@ -24,7 +24,8 @@ from hf_divguard.core.rollback.look_times import steps_after_restores, steps_to_
 from hf_divguard.core.rollback.loss_range import LossRange
 from hf_divguard.core.rollback.pairs import PairsByState
 from hf_divguard.core.rollback.ruling import Ruling
-from hf_divguard.core.rollback.trial import judge_small, newest_good
+from hf_divguard.core.rollback.soundness import is_trusted
+from hf_divguard.core.rollback.trial import judge_small, verdict_on_small
 from hf_divguard.core.state import Stateful, memory
 
 __all__ = ["Incident"]
@@ -79,8 +80,7 @@ class Incident(Stateful):
     _healing: Healing = memory(Healing)
 
     def __post_init__(self) -> None:
-        # Not part of the memory: kept states are in no checkpoint either.
-        self.pairs = PairsByState()
+        self.pairs = PairsByState()  # not part of the memory: kept states are in no checkpoint either
 
     @property
     def is_open(self) -> bool:
@@ -137,8 +137,9 @@ class Incident(Stateful):
     @property
     def is_suspicious(self) -> bool:
         """Whether the present state is not to be kept: until two looks after a rollback have found it good."""
-        is_good = self.last_restore >= 0 and self._looks >= 3 and self._damage_since is None
-        return self.is_open and not is_good
+        return self.is_open and not (
+            self.last_restore >= 0 and self._looks >= 3 and self._damage_since is None
+        )
 
     @property
     def _is_again(self) -> bool:
@@ -176,9 +177,11 @@ class Incident(Stateful):
             is_last: Whether training ends here.
             is_damaged: Whether the first of two kept states is worse than the second on its own batches.
         """
-        self.pairs.add(present, kept)
+        self.pairs.add(present, kept, at=step)
         usual, most = self.range.usual, self.pairs.most
-        good = best_step(self.pairs.means(), usual.spread)
+        good = best_step(
+            self.pairs.means(), usual.spread, lambda kept: is_trusted(kept, self.last_restore, step)
+        )
         if good is None:
             return self._later(step, "data", Verdict("data"))
         compared = self.pairs.of(good)
@@ -197,7 +200,8 @@ class Incident(Stateful):
             self._damage_since = None
         elif self._damage_since is None and self.cause == "data":
             self._damage_since = (step, verdict.present - verdict.kept)
-        if verdict.cause == "data":
+        is_told = self.cause == "data" or is_informed(verdict.present, verdict.kept, usual)
+        if verdict.cause == "data" and is_told:
             return self._later(step, "data", verdict)
         if self.is_slow and self.cause is None:
             return self._small(step, verdict, looks, is_last)
@@ -226,9 +230,7 @@ class Incident(Stateful):
         if trial == "none":
             self.dismiss()
             return Ruling("dismiss", "unknown", 0, verdict)
-        good = newest_good(sound)
-        numbers = judge([Pair(*pair) for pair in sound[good]], self.range.usual).numbers
-        return Ruling("act", "weights", good, Verdict("weights", numbers=numbers))
+        return Ruling("act", "weights", *verdict_on_small(sound, self.range.usual))
 
     def dismiss(self) -> None:
         """Close an incident that was none: its losses are usual ones."""
@@ -257,8 +259,8 @@ class Incident(Stateful):
             wait, left = max(_HEALS_WITHIN, lasted // 2), _LEFT_OF_DATA
         is_plain = is_plain and self.cause is None and further == 0
         if self.cause is None and not self._is_again:
-            least, over = margin_of(verdict.kept, self.range.usual), step + 1 - self.since
-            is_plain |= costs_more_than_steps(self.pairs.gains(good), over, least=least, age=step - good)
+            gains, least = self.pairs.gains_by_step(good), margin_of(verdict.kept, self.range.usual)
+            is_plain |= costs_more_than_steps(gains, least=least, age=step - good)
         if is_plain or (
             before is not None and step >= before[0] + wait and lasts and gain >= left * before[1]
         ):
@@ -332,8 +334,11 @@ class Incident(Stateful):
             self.close()
         return Ruling("dismiss", "data" if self.cause == "data" else "unknown", 0, verdict)
 
-    def has_restored(self, step: int) -> None:
-        """Note a rollback at ``step``, and look whether the fault has passed."""
+    def has_restored(self, step: int, before_data: int | None = None) -> None:
+        """Note a rollback at ``step``, to a state from before bad data or another; look whether the fault has passed."""
+        if before_data is not None and before_data <= self.new_data_until:
+            self.new_data_until = -1
+            self.range.take_back()
         if not self.is_open:
             self._open(step)
         self.restores += 1

@@ -69,6 +69,7 @@ class LossRange(Stateful):
     _was_known: bool = memory(False)
     _quiet: int = memory(0)
     _steps: int = memory(0)
+    _before: list[float] = memory(list)
     _steps_to_learn: int | None = memory(None)
 
     @property
@@ -186,6 +187,14 @@ class LossRange(Stateful):
         """Make what the data give now the usual range."""
         if len(losses) >= 2:
             self._was_known = self.is_known
+            self._before = list(self._losses)
             self._losses.clear()
             self._losses.extend(losses)
         self._above = 0
+
+    def take_back(self) -> None:
+        """Make the range what it was before the last ``accept``."""
+        if self._before:
+            self._losses.clear()
+            self._losses.extend(self._before)
+        self._above, self._before = 0, []

@@ -30,15 +30,18 @@ class PairsByState:
 
     def __init__(self) -> None:
         self._pairs: dict[int, list[tuple[float, float]]] = {}
+        self._looks: list[tuple[int, int]] = []
         self._out: set[int] = set()
 
-    def add(self, present: Sequence[float], kept: Mapping[int, Sequence[float]]) -> None:
+    def add(self, present: Sequence[float], kept: Mapping[int, Sequence[float]], *, at: int = 0) -> None:
         """Take the losses of one look.
 
         Args:
             present: Loss of each micro-batch with the present weights.
             kept: The same with kept weights, by their step. A state that is missing takes part no more.
+            at: Present step.
         """
+        self._looks.append((at, len(present)))
         out = self._pairs.keys() - kept.keys()
         self._out |= out
         self._pairs = {step: pairs for step, pairs in self._pairs.items() if step not in out}
@@ -48,32 +51,35 @@ class PairsByState:
     def clear(self) -> None:
         """Forget all losses."""
         self._pairs.clear()
+        self._looks.clear()
         self._out.clear()
 
     @property
     def most(self) -> int:
-        """Number of micro-batches with which the state that was compared most often was compared."""
-        return max((len(pairs) for pairs in self._pairs.values()), default=0)
+        """Number of micro-batches of all looks."""
+        return sum(count for _, count in self._looks)
 
     def means(self) -> dict[int, float]:
         """Return the mean kept loss, by state, on the micro-batches that all of them have in common.
 
-        States that were compared on less than half of all micro-batches are left out.
+        States that were compared on less than half as many as another one are left out.
         """
-        compared = {step: pairs for step, pairs in self._pairs.items() if 2 * len(pairs) >= self.most}
+        most = max(map(len, self._pairs.values()), default=0)
+        compared = {step: pairs for step, pairs in self._pairs.items() if 2 * len(pairs) >= most}
         count = min(map(len, compared.values()), default=0)
         return {step: sum(loss for _, loss in pairs[-count:]) / count for step, pairs in compared.items()}
 
     def needs(self, kept_step: int, spread: float) -> bool:
         """Return whether a state has to be compared on further micro-batches.
 
-        Not if it is older than the best one and is known to do worse: it is no target any more.
+        Not if it is older than the best one and is known to do worse: it is no target any more. Nor are still older
+        ones that were not compared before.
 
         Args:
             kept_step: Step of the state.
             spread: Noise of a loss.
         """
-        if kept_step in self._out:
+        if kept_step in self._out or (kept_step not in self._pairs and kept_step < max(self._out, default=0)):
             return False
         if len(self._pairs.get(kept_step, ())) < _KNOWN:
             return True
@@ -84,10 +90,19 @@ class PairsByState:
         """Return the losses of a state."""
         return [Pair(*pair) for pair in self._pairs[kept_step]]
 
-    def gains(self, kept_step: int | None = None) -> list[float]:
-        """Return by how much a state, or every one, did better, for every micro-batch."""
-        states = self._pairs if kept_step is None else [kept_step]
-        return [now - then for state in states for now, then in self._pairs[state]]
+    def gains(self) -> list[float]:
+        """Return by how much every state did better, for every micro-batch."""
+        return [now - then for pairs in self._pairs.values() for now, then in pairs]
+
+    def gains_by_step(self, kept_step: int) -> list[tuple[int, float]]:
+        """Return by how much a state did better, in the mean of each look, with the step of the look."""
+        pairs, found = list(self._pairs[kept_step]), []
+        for step, count in reversed(self._looks):
+            if len(pairs) < count:
+                break
+            found.append((step, mean_gain(pairs[-count:])))
+            del pairs[-count:]
+        return found[::-1]
 
     def has_older(self, kept_step: int) -> bool:
         """Return whether older states than this one were compared: as long as the incident lasts they are."""

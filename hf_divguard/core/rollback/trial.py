@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from hf_divguard.core.rollback.comparison import Pair, noise
+from hf_divguard.core.rollback.comparison import Pair, Verdict, judge, noise
 from hf_divguard.core.rollback.loss_range import Usual
 
-__all__ = ["Trial", "judge_small", "mean_gain", "newest_good"]
+__all__ = ["Trial", "judge_small", "mean_gain", "newest_good", "verdict_on_small"]
 
 Trial = Literal["damage", "none", "unclear"]
 
@@ -80,6 +80,13 @@ def newest_good(pairs: Mapping[int, Sequence[tuple[float, float]]]) -> int:
     """Return the newest of the kept states that gain nearly as much as the best one."""
     gains = {kept_step: mean_gain(of_state) for kept_step, of_state in pairs.items()}
     return max(kept_step for kept_step, gain in gains.items() if gain >= _NEARLY * max(gains.values()))
+
+
+def verdict_on_small(pairs: Mapping[int, Sequence[tuple[float, float]]], usual: Usual) -> tuple[int, Verdict]:
+    """Return the step of the state to go back to after small damage, and the numbers that speak for it."""
+    good = newest_good(pairs)
+    numbers = judge([Pair(*pair) for pair in pairs[good]], usual).numbers
+    return good, Verdict("weights", numbers=numbers)
 
 
 def mean_gain(pairs: Sequence[tuple[float, float]]) -> float:

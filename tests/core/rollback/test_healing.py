@@ -13,22 +13,48 @@ FAST = [1.6 * 0.6**step for step in range(12)]
 
 
 @pytest.mark.parametrize(
-    ("gains", "over", "age", "expected"),
+    ("gains", "age", "expected"),
     [
-        (SLOW[:8], 8, 8, True),
-        (FAST[:8], 8, 8, False),
-        ([0.5] * 8, 8, 500, True),  # it does not heal at all
-        (SLOW[:8], 8, 200, False),  # a rollback would lose more steps than that
-        (SLOW[:7], 7, 8, False),  # too few to say
-        ([0.1] * 8, 8, 1, False),  # nothing to speak of
-        ([float("inf")] * 8, 8, 8, True),
-        ([0.5, 0.6, -0.1, 0.9, 3.0, 5.0, 4.0, 2.0], 8, 8, False),  # up and down, as at a high rate
+        (SLOW[:8], 8, True),
+        (FAST[:8], 8, False),
+        ([0.5] * 8, 500, True),  # it does not heal at all
+        (SLOW[:8], 200, False),  # a rollback would lose more steps than that
+        (SLOW[:7], 8, False),  # too few to say
+        ([0.1] * 8, 1, False),  # nothing to speak of
+        ([float("inf")] * 8, 8, True),
+        ([0.5, 0.6, -0.1, 0.9, 3.0, 5.0, 4.0, 2.0], 8, False),  # up and down, as at a high rate
     ],
 )
 def test_going_back_is_worth_it_where_damage_heals_more_slowly(
-    gains: list[float], over: int, age: int, expected: bool
+    gains: list[float], age: int, expected: bool
 ) -> None:
-    assert costs_more_than_steps(gains, over, least=0.2, age=age) is expected
+    assert costs_more_than_steps(list(enumerate(gains)), least=0.2, age=age) is expected
+
+
+def test_looks_that_are_far_apart_show_that_damage_heals_more_slowly() -> None:
+    apart = [(5 * number, gain) for number, gain in enumerate(FAST[:8])]
+    assert costs_more_than_steps(apart, least=0.02, age=5)
+    assert not costs_more_than_steps(list(enumerate(FAST[:8])), least=0.02, age=5)
+
+
+def test_many_micro_batches_of_one_look_do_not_show_how_fast_damage_heals() -> None:
+    pairs = PairsByState()
+    pairs.add([2.0, 3.0, 2.5, 2.5], {40: [1.0, 2.0, 1.5, 1.5]}, at=50)
+    pairs.add([2.0, 2.0, 2.0, 2.0], {40: [1.5, 1.5, 1.5, 1.5]}, at=53)
+    assert pairs.gains_by_step(40) == [(50, 1.0), (53, 0.5)]
+    pairs.add([2.0], {40: [1.5], 20: [1.0]}, at=54)
+    assert pairs.gains_by_step(20) == [(54, 1.0)]
+    assert pairs.most == 9
+
+
+def test_a_small_rise_over_several_steps_does_not_make_one_look_enough() -> None:
+    incident = Incident(watches_small=True)
+    for step in range(80):
+        incident.observe(step, 1.5 + 0.02 * (-1) ** step + (0.13 if step >= 60 else 0.0), None)
+        if incident.is_open:
+            assert incident.rule(step, [1.9] * 8, {40: [1.5] * 8}, is_asked=False).act == "none"
+            return
+    raise AssertionError("no incident was opened")
 
 
 def _look_at(gains: list[float], incident: Incident, start: int) -> int | None:
@@ -82,6 +108,7 @@ def test_states_that_are_older_and_worse_are_compared_no_more() -> None:
     assert pairs.means() == {40: 1.5}
     assert pairs.has_older(40)
     assert not pairs.needs(20, 0.05)
+    assert not pairs.needs(1, 0.05)
 
 
 def test_an_older_state_that_does_better_stays_in_question() -> None:
@@ -118,3 +145,32 @@ def test_a_loss_that_rises_again_after_a_rollback_is_not_taken_for_data_that_are
     incident.observe(step, 3.0, None)
     rulings = [incident.rule(step + more, [3.0], {55: [1.65]}, is_asked=False) for more in range(4)]
     assert "act" in [ruling.act for ruling in rulings]
+
+
+def test_a_state_from_just_after_a_rollback_is_no_target_where_an_older_one_does_as_well() -> None:
+    incident = Incident()
+    for step in range(60):
+        incident.observe(step, 3.0 if step < 5 else 1.5 + 0.02 * (-1) ** step, None)
+    incident.observe(60, 9.5, None)
+    assert incident.rule(60, [9.5], {55: [1.5]}, is_asked=False).act == "act"
+    incident.has_restored(60)
+    for kept, target in (({64: [1.5], 55: [1.5]}, 55), ({64: [1.5], 55: [2.4]}, 64)):
+        ruling = incident.rule(66, [9.5], kept, is_asked=False)
+        assert (ruling.act, ruling.good_step) == ("act", target)
+        incident.has_restored(66)
+        incident.last_restore = 60
+
+
+def test_a_rollback_to_before_bad_data_that_were_usual_makes_the_range_that_of_before() -> None:
+    incident = Incident()
+    for step in range(60):
+        incident.observe(step, 3.0 if step < 5 else 1.5 + 0.02 * (-1) ** step, None)
+    for step in range(60, 66):
+        incident.observe(step, 5.0, None)
+    incident.take_as_usual(66)
+    assert incident.range.usual.level == 5.0
+    incident.has_restored(70)
+    assert (incident.new_data_until, incident.range.usual.level) == (66, 5.0)
+    incident.has_restored(70, before_data=55)
+    assert incident.new_data_until == -1
+    assert incident.range.usual.level < 1.6
