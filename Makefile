@@ -214,7 +214,7 @@ ci-long: $(READY) $(OLD_READY) $(EXTRAS_READY) ## What continuous integration ru
 	@$(MAKE) --no-print-directory notebooks docs release-check test-page
 	@$(EXTRAS_BIN)/python -m pytest tests/test_recipes.py -k "adapter or f1 or nan_gradient or embeddings" $(WORKERS) $(PYTEST)
 	@$(EXTRAS_BIN)/python -m pytest tests/matrix $(WORKERS) $(PYTEST)
-	@$(MAKE) --no-print-directory test-slow-share test-pythons PYTHONS=3.10
+	@$(MAKE) --no-print-directory test-pythons PYTHONS=3.10
 	@$(MAKE) --no-print-directory bench-kill BENCH=--short
 	@$(MAKE) --no-print-directory bench-recovery BENCH=--short
 	@$(OLD_BIN)/python -m pytest -m "not slow" $(WORKERS) $(OLD_TESTS) $(PYTEST)
