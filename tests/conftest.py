@@ -29,7 +29,7 @@ TURNS = 4
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that chooses a share of the tests."""
-    parser.addoption("--turn", type=int, help="run one share of the chosen tests: the number modulo 4")
+    parser.addoption("--turn", type=int, help=f"run one share of the chosen tests: the number modulo {TURNS}")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

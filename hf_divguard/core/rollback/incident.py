@@ -305,7 +305,7 @@ class Incident(Stateful):
         return self._later(step, "data", verdict)
 
     def _leave_open(self, step: int, verdict: Verdict) -> Ruling:
-        """Let training go on where the data between may have been bad or new: only an evaluation set can tell."""
+        """Let training go on where the data between may have been bad or new: only an evaluation set knows."""
         self.take_as_usual(step)
         self.open_question_at = step
         return Ruling("dismiss", "data", 0, verdict)

@@ -71,11 +71,17 @@ def _look_at(gains: list[float], incident: Incident, start: int) -> int | None:
     return None
 
 
+def _healthy_incident(steps: int) -> Incident:
+    """Return one of a run whose loss is about 1.5, after it was higher for some steps."""
+    incident = Incident()
+    for step in range(steps):
+        incident.observe(step, 1.5 + 0.02 * (-1) ** step + (1.5 if step < 5 else 0.0), None)
+    return incident
+
+
 def _incident_after_spikes() -> Incident:
     """Return an incident of a run in which a spike has healed before."""
-    incident = Incident()
-    for step in range(40):
-        incident.observe(step, 1.5 + 0.02 * (-1) ** step + (1.5 if step < 5 else 0.0), None)
+    incident = _healthy_incident(40)
     assert _look_at([1.6, 0.8, 0.4, 0.1, 0.0, 0.0, 0.0, 0.0], incident, 40) is None
     for step in range(48, 60):
         incident.observe(step, 1.5 + 0.02 * (-1) ** step, None)
@@ -148,9 +154,7 @@ def test_a_loss_that_rises_again_after_a_rollback_is_not_taken_for_data_that_are
 
 
 def test_a_state_from_just_after_a_rollback_is_no_target_where_an_older_one_does_as_well() -> None:
-    incident = Incident()
-    for step in range(60):
-        incident.observe(step, 3.0 if step < 5 else 1.5 + 0.02 * (-1) ** step, None)
+    incident = _healthy_incident(60)
     incident.observe(60, 9.5, None)
     assert incident.rule(60, [9.5], {55: [1.5]}, is_asked=False).act == "act"
     incident.has_restored(60)
@@ -162,9 +166,7 @@ def test_a_state_from_just_after_a_rollback_is_no_target_where_an_older_one_does
 
 
 def test_a_rollback_to_before_bad_data_that_were_usual_makes_the_range_that_of_before() -> None:
-    incident = Incident()
-    for step in range(60):
-        incident.observe(step, 3.0 if step < 5 else 1.5 + 0.02 * (-1) ** step, None)
+    incident = _healthy_incident(60)
     for step in range(60, 66):
         incident.observe(step, 5.0, None)
     incident.take_as_usual(66)
