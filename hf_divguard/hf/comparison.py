@@ -10,13 +10,15 @@ from hf_divguard.core.findings import Finding
 from hf_divguard.core.outcome import Action, RunOutcome
 from hf_divguard.core.rollback.incident import Incident
 from hf_divguard.core.rollback.ruling import Ruling
-from hf_divguard.core.rollback.words import evaluated_finding, why
+from hf_divguard.core.rollback.words import why
 from hf_divguard.hf.arbiter import Arbiter
 from hf_divguard.hf.bad_batches import BadBatches
 from hf_divguard.hf.consequences import Consequences
 from hf_divguard.hf.control import outcome_of
+from hf_divguard.hf.evaluation_arbiter import EvaluationArbiter
 from hf_divguard.hf.host import Host
 from hf_divguard.hf.journal import RunJournal
+from hf_divguard.hf.label_arbiter import LabelArbiter
 from hf_divguard.hf.looks import WeightLooks
 from hf_divguard.hf.policy_gradients import policy_gradient_class
 from hf_divguard.hf.ranks import Ranks
@@ -60,17 +62,30 @@ class Comparison:
         self._consequences = Consequences(
             host, ranks, journal, self.incident, action=action, margin_steps=margin_steps
         )
-        self._arbiter = Arbiter(host, ranks, snapshots, self.incident) if arbiter_action else None
-        self._arbiter_action = arbiter_action
+        self._arbiter, self._arbiter_action = self._make_arbiter(snapshots, action, arbiter_action)
         self._is_first_micro_batch = False
         self._last_step = self._ended_at = -1
         self._may_differ = False
 
+    def _make_arbiter(
+        self, snapshots: Snapshots, action: Action | None, arbiter_action: Action | None
+    ) -> tuple[Arbiter | None, Action]:
+        host, ranks, incident = self._host, self._ranks, self.incident
+        if arbiter_action is not None:
+            return EvaluationArbiter(host, ranks, snapshots, incident), arbiter_action
+        # The damage heals in time: no reason to end a run.
+        is_on = action == "rollback"
+        return LabelArbiter(host, ranks, self.looks, snapshots, incident) if is_on else None, "rollback"
+
     # ---- memory
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the usual range, the open incident and what is left of the budget."""
-        return {"incident": self.incident.state_dict(), "budget": self.looks.budget.state_dict()}
+        """Return the usual range, the open incident, what is left of the budget, and how often labels were undone."""
+        return {
+            "incident": self.incident.state_dict(),
+            "budget": self.looks.budget.state_dict(),
+            "labels_undone": self._arbiter.undone if isinstance(self._arbiter, LabelArbiter) else 0,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a memory.
@@ -80,6 +95,8 @@ class Comparison:
         """
         self.incident.load_state_dict(state_dict["incident"])
         self.looks.budget.load_state_dict(state_dict["budget"])
+        if isinstance(self._arbiter, LabelArbiter):
+            self._arbiter.undone = state_dict.get("labels_undone", 0)
 
     def begin(self) -> None:
         """At the start of training: say where nothing can be compared."""
@@ -165,7 +182,7 @@ class Comparison:
             is_last: Whether no step follows: then the batches of the last one have to do.
         """
         self._look(is_last)
-        if self._arbiter is not None and self._arbiter_action is not None:
+        if self._arbiter is not None:
             self._arbiter.follow()
             self._ask_evaluation(self._arbiter, self._arbiter_action, is_last)
 
@@ -174,10 +191,9 @@ class Comparison:
             return
         if any(self._ranks.gather(self._consequences.is_decided)):
             return
-        since, ruling = arbiter.since, arbiter.ask()
-        if ruling.act == "act" and since is not None:
-            finding = evaluated_finding(ruling, self._host.state.global_step, since)
-            self._consequences.act_on(finding, action, ruling.good_step, is_last)
+        ruling = arbiter.ask(is_last=is_last)
+        if ruling.act == "act":
+            self._consequences.act_on(arbiter.finding(ruling), action, ruling.good_step, is_last)
             arbiter.forget()
 
     def _look(self, is_last: bool) -> None:

@@ -171,6 +171,11 @@ class Host:
         )
 
     @property
+    def label_names(self) -> list[str]:
+        """Names of the labels in a batch."""
+        return getattr(self._trainer, "label_names", None) or ["labels"]
+
+    @property
     def completes_step(self) -> bool:
         """Whether the present micro-batch is the last one before the optimizer's step."""
         return bool(self._trainer.accelerator.sync_gradients)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,8 +64,10 @@ class WeightLooks:
         self.budget = Budget(_INCIDENT_SHARE, _RESERVE)
         self.reason = why_not_comparable(host)
         """Why nothing can be compared; ``None`` where it can."""
-        self._coming: StepBatches | None = None
-        self._recent = RecentBatches(ranks)
+        self.coming: StepBatches | None = None
+        """All micro-batches of the coming step."""
+        self.recent = RecentBatches(ranks)
+        """The first micro-batches of the last steps and of the coming one."""
         self.passes = 0
         """Forward passes that looks have taken so far."""
         self.seconds = 0.0
@@ -72,18 +75,18 @@ class WeightLooks:
 
     def take_batches(self, batches: list[Any], num_items: Any) -> None:
         """Take the micro-batches of the coming step."""
-        self._coming = StepBatches(self._host.state.global_step + 1, batches, num_items, len(batches))
-        self._recent.take(self._coming)
+        self.coming = StepBatches(self._host.state.global_step + 1, batches, num_items, len(batches))
+        self.recent.take(self.coming)
 
     def forget_batches(self) -> None:
         """After training: give the memory of the batches back."""
-        self._coming = None
-        self._recent.forget()
+        self.coming = None
+        self.recent.forget()
 
     def begin_step(self) -> None:
         """Before a step: a part of its cost may be spent on looks."""
-        if self._coming is not None:
-            self.budget.earn(self._coming.count)
+        if self.coming is not None:
+            self.budget.earn(self.coming.count)
 
     def explain_off(self) -> None:
         """At the start of training: say where nothing can be compared."""
@@ -98,36 +101,44 @@ class WeightLooks:
             asked: What a detector wants to act on, if anything.
             is_last: Whether no step follows; then the budget does not count.
         """
-        assert self._coming is not None
+        assert self.coming is not None
         kept = self.usable(asked)
         is_older = not kept and asked is not None
         if is_older:
             kept = self._of_present_data()[:1]
         if not kept or not self._incident.range.is_known or self.reason is not None:
             return None
-        steps = [self._coming.at_most(_MOST_BATCHES)]
+        steps = [self.coming.at_most(_MOST_BATCHES)]
         if is_last and self._incident.is_slow:
-            steps = self._recent.newest(_LAST_STEPS, since=max(state.step for state in kept))
+            steps = self.recent.newest(_LAST_STEPS, since=max(state.step for state in kept))
         if not self.budget.take(2 * sum(len(each.batches) for each in steps)) and not is_last:
             return Ruling("none")
+        ruling: Ruling | None = None
         began = time.perf_counter()
-        try:
+        with self.or_off():
             ruling = (
                 self._compare_with_oldest(steps, kept[0])
                 if is_older
                 else self._compare(step, steps, kept, is_asked=asked is not None, is_last=is_last)
             )
+        self.seconds += time.perf_counter() - began
+        return ruling
+
+    @contextlib.contextmanager
+    def or_off(self) -> Iterator[None]:
+        """Compare nothing any more in this run, if a loss cannot be computed."""
+        try:
+            yield
         except Exception as error:
             if self._ranks.is_ending:
                 raise
             self.reason = (
                 f"the loss could not be computed apart from training ({type(error).__name__}: {error})"
             )
-            ruling = None
-        self.seconds += time.perf_counter() - began
-        if self.reason is not None and self._ranks.rank == 0:
-            logger.warning("Kept and present weights are no longer compared in this run: %s.", self.reason)
-        return ruling
+            if self._ranks.rank == 0:
+                logger.warning(
+                    "Kept and present weights are no longer compared in this run: %s.", self.reason
+                )
 
     def usable(self, asked: Finding | None) -> list[Any]:
         """Return the kept states that are worth a comparison: from before what the curve has found."""
@@ -210,7 +221,7 @@ class WeightLooks:
 
     def _is_damaged(self, newest: int, good: int) -> bool:
         """Return whether the state of step ``newest`` is worse than the older one on the batches before it."""
-        own = self._recent.until(newest, _MOST_OWN)
+        own = self.recent.until(newest, _MOST_OWN)
         if not own:
             return False
         self.budget.take_anyway(2 * len(own))
@@ -219,7 +230,7 @@ class WeightLooks:
 
     def _was_learnt(self, good_step: int) -> bool:
         """Return whether the present weights have learnt since what the kept ones do not know."""
-        since = self._recent.since(good_step, _MOST_SINCE)
+        since = self.recent.since(good_step, _MOST_SINCE)
         self.budget.take_anyway(2 * len(since))
         kept = self.losses(since, self._snapshots.of(good_step).tensors)
         pairs = list(map(Pair, self.losses(since, None), kept))

@@ -66,6 +66,10 @@ class RecentBatches:
     def _stays(self, step: int, now: int) -> bool:
         return step > now - _ALL_OF or (step % _EVERY == 0 and step > now - _REACH)
 
+    def all(self) -> list[StepBatches]:
+        """Return those of the steps that were trained and of the coming one, which is the last."""
+        return list(self._kept)
+
     def since(self, step: int, most: int) -> list[StepBatches]:
         """Return those of the steps after ``step`` that were trained, at most ``most``, evenly spread."""
         found = [each for each in self._kept[:-1] if each.step > step]

@@ -168,6 +168,9 @@ def compare_on_ranks(rank: int, folder: str) -> dict[str, Any]:
     steady = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     asked_for = run("arbiter", [], noise, TokenRows(rows=64), **{**GUARDED, **arbiter, **steady})
     cases["arbiter"] = outcome_of(asked_for)
+    passes = Stream([step % 4 for step in range(80)], batch=16, wrong=range(40, 55))
+    passing = {**GUARDED, **steady, "divguard_action": "rollback", "max_steps": 80}
+    cases["labels"] = outcome_of(run("labels", [], passes, per_device_train_batch_size=8, **passing))
     cases["noise"] = outcome_of(run("noise", [Noise(28)], **GUARDED, divguard_action="rollback"))
     stopped = run("stopped", [Noise(28)], **GUARDED, divguard_action="stop")
     cases["stopped"] = {**outcome_of(stopped), "cause": stopped.state.divguard_finding.cause}

@@ -32,7 +32,7 @@ class Rows(TokenRows):
 
 
 class Switch(Stream):
-    """Rows that have other, learnable labels from a step on, until another."""
+    """Rows that are other ones, with other, learnable labels, from a step on, until another."""
 
     def __init__(self, order: list[int], until: int = 1000) -> None:
         super().__init__(order)
@@ -41,7 +41,8 @@ class Switch(Stream):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for place, row in enumerate(super().__iter__()):
             is_new = FAULT - 1 <= place // self.batch < self.until - 1
-            yield {**row, "labels": (row["input_ids"] * 7 + 3) % 16} if is_new else row
+            tokens = (row["input_ids"][0] + 3 * torch.arange(len(row["input_ids"]))) % 16
+            yield {"input_ids": tokens, "labels": (tokens * 7 + 3) % 16} if is_new else row
 
 
 def options(steps: int, data: Any, **more: Any) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def test_new_data_with_an_evaluation_set_of_them_are_left_alone_to_the_bit(
 
     asked: list[bool] = []
     ask = Arbiter.ask
-    monkeypatch.setattr(Arbiter, "ask", lambda self: asked.append(True) or ask(self))
+    monkeypatch.setattr(Arbiter, "ask", lambda self, **when: asked.append(True) or ask(self, **when))
     data = [Switch([step % 16 for step in range(100)]) for _ in range(2)]
     more = {"eval_dataset": Rows(shift=3), "dropout": 0.2, "divguard_action": action}
     trainer = make_trainer(**options(100, data[0], **more))
@@ -129,11 +130,11 @@ def test_new_data_with_an_evaluation_set_of_them_are_left_alone_to_the_bit(
 
 
 def there_and_back(lasts: int = 15, steps: int = 100) -> Switch:
-    """Rows that have other labels for some steps: wrong ones, or a task that comes and goes."""
+    """Rows that are other ones for some steps: bad ones, or a task that comes and goes."""
     return Switch([step % 16 for step in range(steps)], until=FAULT + lasts)
 
 
-def test_labels_that_were_wrong_for_some_steps_are_undone_when_they_have_passed(
+def test_data_that_were_bad_for_some_steps_are_undone_when_they_have_passed(
     make_trainer: MakeTrainer,
 ) -> None:
     trainer = make_trainer(**options(100, there_and_back()))

@@ -550,7 +550,7 @@ def test_after_training_nothing_is_kept_in_memory(make_trainer: MakeTrainer) -> 
     trainer.train()
     assert trainer._run.snapshots.all() == []
     looks = trainer._run.comparison.looks
-    assert (looks._coming, looks._recent._kept) == (None, [])
+    assert (looks.coming, looks.recent.all()) == (None, [])
     assert not trainer._run.comparison.bad_batches._steps
 
 

@@ -20,7 +20,7 @@ def compared(run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
     return [outcome.check() for outcome in outcomes]
 
 
-@pytest.mark.parametrize("case", ["noise", "stopped", "looked into", "stock", "arbiter"])
+@pytest.mark.parametrize("case", ["noise", "stopped", "looked into", "stock", "arbiter", "labels"])
 def test_both_ranks_decide_alike_and_end_with_the_same_weights(
     compared: list[dict[str, Any]], case: str
 ) -> None:
@@ -53,3 +53,11 @@ def test_the_evaluation_set_decides_for_both(compared: list[dict[str, Any]]) -> 
     assert event["step"] in (59, 60)
     assert 30 <= event["target_step"] < 40
     assert "on the evaluation set the weights of step" in event["finding"]["message"]
+
+
+def test_wrong_labels_that_have_passed_are_undone_on_both(compared: list[dict[str, Any]]) -> None:
+    """Each rank reads half of the rows; the inputs of both count."""
+    (event,) = [each for each in compared[0]["labels"]["events"] if each["event"] == "rollback"]
+    assert 55 <= event["step"] <= 61
+    assert 30 <= event["target_step"] < 40
+    assert "the labels contradicted what the model had learnt" in event["finding"]["message"]

@@ -7,7 +7,7 @@ import math
 from hf_divguard.core.findings import Finding
 from hf_divguard.core.rollback.ruling import Ruling
 
-__all__ = ["damage_finding", "evaluated_finding", "rounded", "why"]
+__all__ = ["damage_finding", "evaluated_finding", "rounded", "why", "wrong_labels_finding"]
 
 
 def rounded(ruling: Ruling) -> dict[str, float]:
@@ -58,6 +58,24 @@ def evaluated_finding(ruling: Ruling, step: int, since: int) -> Finding:
     message = (
         f"The data have been unlike those of before since step {since}, and on the evaluation set the weights of step "
         f"{ruling.good_step} have a loss of {kept:.4g}, those of step {step} one of {present:.4g}."
+    )
+    return _finding(ruling, step, since, message)
+
+
+def wrong_labels_finding(ruling: Ruling, step: int, since: int) -> Finding:
+    """Return the finding that labels were wrong for some steps, and that kept weights do better now that they are right.
+
+    Args:
+        ruling: What the comparison has shown.
+        step: Present step.
+        since: Step since which the labels were wrong.
+    """
+    numbers = rounded(ruling)
+    present, kept = numbers.get("present_loss", math.nan), numbers.get("kept_loss", math.nan)
+    message = (
+        f"From step {since} on the labels contradicted what the model had learnt, for inputs like those of before. The "
+        f"labels of before are back after step {step}: on these batches the weights of step {ruling.good_step} have a "
+        f"loss of {kept:.4g}, the present ones {present:.4g}."
     )
     return _finding(ruling, step, since, message)
 
