@@ -33,7 +33,9 @@ has moved to the design half, another has taken its place); damaged moments of A
 masked LM; and so was the rate x100 with accumulation, late. With `stop`, two healthy runs of it were ended, a loss that
 rises through the run and SGD at the edge of stability; both kinds have moved to the design half. Three faults
 of the masked LM were looked at for the last rule, damage soon after one high batch: the rate x100, late; half of the
-weights lost, late twice; one weight of every matrix hit, late twice.
+weights lost, late twice; one weight of every matrix hit, late twice. The rule for wrong labels was built with the
+labels that are replaced by the next one in view, all 18 runs, so these are no independent figures; the design half has
+labels at random and labels of other rows.
 
 Each fault acts at six times: {", ".join(TIMES)}. Early is after 15 % of the steps, middle after 50 %, late after
 85 %, each moved by up to 10 steps; twice means once more, {GAP} sound steps after its end.

@@ -40,8 +40,10 @@ class Arbiter(ABC):
         if incident.is_open and incident.cause == "data" and incident.since != self._followed:
             self._followed = incident.since
             sound = [kept.step for kept in self._snapshots.all() if is_sound(kept.step, incident.since)]
-            if sound and (self.since is None or self._knows_more(max(sound))):
-                self.since, self._snapshots.pinned = incident.since, max(sound)
+            newest = max(sound, default=None)
+            is_first = self.since is None
+            if newest is not None and (is_first or (newest != self._kept_step and self._knows_more(newest))):
+                self.since, self._snapshots.pinned = incident.since, newest
         elif self.since is not None and not incident.is_open and incident.new_data_until < self.since:
             self.forget()
 

@@ -150,6 +150,8 @@ class Comparison:
         """After training: give the memory of the batches back."""
         self.looks.forget_batches()
         self.bad_batches.forget()
+        if self._arbiter is not None:
+            self._arbiter.forget()
 
     def begin_step(self) -> None:
         """Before the first micro-batch of a step: look, if there is a reason to."""

@@ -12,11 +12,15 @@ import torch
 
 __all__ = ["are_alike", "row_features", "some_rows"]
 
-# Values of a row are counted in so many classes: token ids, their pairs, and those at the beginning.
-_CLASSES, _CLASSES_AT_START = 256, 64
-_START = 4
-# A row of real numbers is averaged down to so many, and an image to as many on a side.
+# Values of a row are counted in so many classes: token ids or words and their pairs, and those at both ends.
+_CLASSES, _CLASSES_AT_ENDS = 1024, 64
+_ENDS = 4
+# Tensors of few different values, which are no text, and in how many classes those are counted.
+_FEW_VALUES = ("mask", "type_ids")
+_CLASSES_OF_FEW = 16
+# A row of real numbers is averaged down to so many, and an image to as many on a side, from so many at most.
 _MEANS, _SIDE, _CHANNELS = 64, 8, 4
+_MOST_VALUES, _MOST_ON_SIDE = 16384, 64
 # Waves along random directions of it, and their frequency.
 _WAVES, _FREQUENCY = 64, 1.0
 # Rows of each group that can tell a difference, and how far one is beyond those of groups drawn at random, in their
@@ -26,75 +30,125 @@ _BEYOND = 4.0
 _PERMUTATIONS = 400
 # Rows of a micro-batch that are described.
 _MOST_ROWS = 32
-# What a model makes of the labels, such as the `decoder_input_ids` of some collators.
+# What a collator makes of the labels, such as `decoder_input_ids`.
 _MADE_OF_LABELS = "decoder_"
 
 
 def row_features(inputs: Any, labels: Collection[str]) -> numpy.ndarray | None:
     """Return numbers that describe each row of a micro-batch, apart from its labels.
 
-    Token ids are counted, alone, in pairs of neighbours and at the beginning of the row. Real numbers
-    are averaged over parts of the row, and their mean, spread and roughness are taken.
+    Token ids and words are counted, alone, in pairs of neighbours and at both ends of the row. Real
+    numbers are averaged over parts of the row, and their mean, spread and roughness are taken. What
+    belongs to the batch as a whole, such as the name of a task, belongs to each row. Of the labels
+    only a beginning that all rows have in common is described: it says which task is meant.
 
     Args:
         inputs: The micro-batch, as the data loader gave it.
         labels: Names of the labels in it.
 
     Returns:
-        An array of shape ``(rows, features)``, of at most 32 rows; ``None`` where the batch has no labels, or cannot be
-        divided by rows.
+        An array of shape ``(rows, features)``, of at most 32 rows; ``None`` where the batch has no labels, cannot be
+        divided by rows, or has a part that cannot be described.
 
     Example:
         >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [7, 8, 9]]), "labels": torch.tensor([0, 1])}
         >>> row_features(batch, ["labels"]).shape[0], row_features(batch, ["targets"])
         (2, None)
     """
-    if not isinstance(inputs, Mapping) or not any(name in inputs for name in labels):
-        return None
-    parts = {name: value for name, value in inputs.items() if _is_input(name, value, labels)}
-    if len({len(value) for value in parts.values()}) != 1:
-        return None
     try:
-        columns = [column for name in sorted(parts) for column in _columns(parts[name][:_MOST_ROWS])]
-    except (RuntimeError, TypeError, ValueError):
-        return None  # tensors of a kind that has no such numbers, such as nested ones
-    return numpy.concatenate(columns, axis=1)
+        rows = len(next(inputs[name] for name in labels if name in inputs))
+        parts = [_parts(value, name in labels, name, rows) for name, value in sorted(inputs.items())]
+        columns = [column for each in parts for column in each]
+        return numpy.concatenate(columns, axis=1).astype(numpy.float32) if columns else None
+    except Exception:  # whatever a batch may hold: nothing is said of its rows then
+        return None
 
 
-def some_rows(described: list[numpy.ndarray], most: int) -> list[numpy.ndarray]:
-    """Return at most ``most`` rows, evenly spread over all micro-batches.
+def _parts(value: Any, is_label: bool, name: str, rows: int) -> list[numpy.ndarray]:
+    """Return the columns that describe one entry of a batch.
 
-    Example:
-        >>> [len(rows) for rows in some_rows([numpy.zeros((32, 3))] * 4, most=16)]
-        [4, 4, 4, 4]
+    Raises:
+        TypeError: If it cannot be described.
     """
-    every = max(1, math.ceil(sum(map(len, described)) / most))
-    return [rows[::every] for rows in described]
+    if isinstance(value, Mapping):
+        nested = [_parts(each, is_label, str(key), rows) for key, each in sorted(value.items())]
+        return [column for each in nested for column in each]
+    count = min(rows, _MOST_ROWS)
+    if value is None or isinstance(value, bool | int | float | str):
+        return [numpy.repeat(_one_hot(repr(value)), count, axis=0)]
+    if isinstance(value, numpy.ndarray | numpy.generic):
+        value = torch.as_tensor(value)
+    if isinstance(value, list | tuple):
+        value = _of_list(value, rows)
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.is_sparse or value.is_nested:
+        raise TypeError(f"a {type(value).__name__} cannot be described")
+    if value.dim() == 0:
+        return [numpy.repeat(_one_hot(repr(value.item())), count, axis=0)]
+    if len(value) != rows:
+        raise TypeError("the rows of a batch cannot be distinguished")
+    value = value[:_MOST_ROWS].detach()
+    if is_label or name.startswith(_MADE_OF_LABELS):
+        return list(_beginning(value))
+    is_number = value.is_floating_point() or value.dim() > 2
+    if is_number:
+        return [_means(value)]
+    is_text = value.dtype != torch.bool and not any(part in name for part in _FEW_VALUES)
+    return list(_counts(value.reshape(len(value), -1).cpu().long(), is_text))
 
 
-def _is_input(name: str, value: Any, labels: Collection[str]) -> bool:
-    if name in labels or name.startswith(_MADE_OF_LABELS):
-        return False
-    has_rows = value.dim() > 0 if isinstance(value, torch.Tensor) else isinstance(value, list | tuple)
-    return has_rows and len(value) > 0
+def _one_hot(word: str) -> numpy.ndarray:
+    found = numpy.zeros((1, _CLASSES_AT_ENDS))
+    found[0, zlib.crc32(word.encode()) % _CLASSES_AT_ENDS] = 1.0
+    return found
 
 
-def _columns(value: Any) -> Iterator[numpy.ndarray]:
-    if not isinstance(value, torch.Tensor):
-        codes = torch.tensor([[zlib.crc32(repr(each).encode()) % _CLASSES] for each in value])
-        yield _shares(codes, _CLASSES)
-    elif value.is_complex():
-        raise TypeError("complex numbers are not described")
-    elif value.is_floating_point():
-        yield _means(value.detach().float().cpu())
+def _of_list(values: Sequence[Any], rows: int) -> torch.Tensor:
+    """Return a list with an entry for each row as a tensor: numbers as they are, texts as ids of their words."""
+    if len(values) != rows:
+        raise TypeError("the rows of a batch cannot be distinguished")
+    if not all(isinstance(each, str) for each in values):
+        return torch.stack([torch.as_tensor(each) for each in values])
+    words = [[zlib.crc32(word.encode()) for word in each.split()] for each in values]
+    longest = max(1, *map(len, words))
+    # Texts of different lengths: both ends stay at the ends.
+    filled = [each[: len(each) // 2] + [0] * (longest - len(each)) + each[len(each) // 2 :] for each in words]
+    return torch.tensor(filled)
+
+
+def _beginning(labels: torch.Tensor) -> Iterator[numpy.ndarray]:
+    """Describe the places at the beginning at which all rows have the same label."""
+    if labels.dim() == 2 and not labels.is_floating_point() and len(labels) > 1:
+        for place in range(min(_ENDS, labels.shape[1])):
+            values = labels[:, place].tolist()
+            word = repr(values[0]) if len(set(values)) == 1 else "different"
+            yield numpy.repeat(_one_hot(word), len(values), axis=0)
+
+
+def _counts(ids: torch.Tensor, is_text: bool) -> Iterator[numpy.ndarray]:
+    yield numpy.full((len(ids), 1), math.log(1 + ids.shape[1]))
+    if ids.shape[1] == 0:
+        return
+    if not is_text:
+        yield _shares(ids.clamp(0, _CLASSES_OF_FEW - 1), _CLASSES_OF_FEW)
     else:
-        ids = value.detach().cpu().long().reshape(len(value), -1)
-        yield _shares(ids % _CLASSES, _CLASSES)
+        yield _shares(_mixed(ids, 1) % _CLASSES, _CLASSES)
         if ids.shape[1] > 1:
-            yield _shares((ids[:, 1:] * 31 + ids[:, :-1]) % _CLASSES, _CLASSES)
-        yield numpy.full((len(ids), 1), math.log(1 + ids.shape[1]))
-        places = torch.arange(min(_START, ids.shape[1]))
-        yield _shares((ids[:, : len(places)] * 7 + 17 * places) % _CLASSES_AT_START, _CLASSES_AT_START)
+            yield _shares(_mixed(ids[:, 1:] + _mixed(ids[:, :-1], 2), 3) % _CLASSES, _CLASSES)
+    for ends in (ids[:, :_ENDS], _after_padding(ids), ids.flip(1)[:, :_ENDS], _after_padding(ids.flip(1))):
+        places = torch.arange(ends.shape[1])
+        yield _shares(_mixed(ends + 1000003 * places, 4) % _CLASSES_AT_ENDS, _CLASSES_AT_ENDS)
+
+
+def _after_padding(ids: torch.Tensor) -> torch.Tensor:
+    """Return the values at the beginning of each row without a repeated first value, which is padding."""
+    starts = (ids != ids[:, :1]).int().argmax(1, keepdim=True)
+    places = starts + torch.arange(min(_ENDS, ids.shape[1]))
+    return ids.gather(1, places.clamp(max=ids.shape[1] - 1))
+
+
+def _mixed(values: torch.Tensor, salt: int) -> torch.Tensor:
+    """Return numbers that are evenly spread, the same for the same values."""
+    return ((values * 0x9E3779B1 + salt * 0x85EBCA77) & 0xFFFFFFFF) * 0xC2B2AE35 >> 16 & 0xFFFF
 
 
 def _shares(codes: torch.Tensor, classes: int) -> numpy.ndarray:
@@ -104,14 +158,17 @@ def _shares(codes: torch.Tensor, classes: int) -> numpy.ndarray:
 
 
 def _means(values: torch.Tensor) -> numpy.ndarray:
-    rows = values.reshape(len(values), -1)
+    if values.dim() == 4:
+        high, wide = (max(1, side // _MOST_ON_SIDE) for side in values.shape[2:])
+        values = values[:, :_CHANNELS, ::high, ::wide].float().cpu()
+        coarse = torch.nn.functional.adaptive_avg_pool2d(values, _SIDE).reshape(len(values), -1)
+        rows = values.reshape(len(values), -1)
+    else:
+        rows = values.reshape(len(values), -1)
+        rows = rows[:, :: max(1, rows.shape[1] // _MOST_VALUES)].float().cpu()
+        coarse = torch.nn.functional.adaptive_avg_pool1d(rows[:, None], min(_MEANS, rows.shape[1]))[:, 0]
     rough = rows.diff().abs().mean(1) if rows.shape[1] > 1 else torch.zeros(len(rows))
     whole = torch.stack([rows.mean(1), rows.std(1, unbiased=False), rough], 1)
-    if values.dim() == 4:
-        image = torch.nn.functional.adaptive_avg_pool2d(values[:, :_CHANNELS], _SIDE)
-        coarse = image.reshape(len(values), -1)
-    else:
-        coarse = torch.nn.functional.adaptive_avg_pool1d(rows[:, None], min(_MEANS, rows.shape[1]))[:, 0]
     return torch.nan_to_num(torch.cat([whole, coarse, _waves(coarse)], 1)).numpy()
 
 
@@ -124,12 +181,23 @@ def _waves(coarse: torch.Tensor) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
+def some_rows(described: list[numpy.ndarray], most: int) -> list[numpy.ndarray]:
+    """Return at most about ``most`` rows, evenly spread over all micro-batches.
+
+    Example:
+        >>> [len(rows) for rows in some_rows([numpy.zeros((32, 3))] * 4, most=16)]
+        [4, 4, 4, 4]
+    """
+    every = max(1, math.ceil(sum(map(len, described)) / most))
+    return [rows[::every] for rows in described]
+
+
 def are_alike(first: Sequence[numpy.ndarray], second: Sequence[numpy.ndarray]) -> bool | None:
     """Return whether two groups of rows look as if they were drawn from the same data; ``None`` if one has too few.
 
-    The groups are compared in every feature. The largest difference and the sum of all must not lie
-    far beyond those of groups that are drawn from all rows at random (a permutation test). Groups with
-    other features are not alike. A group needs 64 rows.
+    The groups are compared in every feature, and in whether it is there at all. The largest
+    difference and the sum of all must not lie far beyond those of groups that are drawn from all
+    rows at random (a permutation test). Groups with other features are not alike. A group needs 64 rows.
 
     Args:
         first: Features of the rows of each micro-batch of one group.
@@ -147,9 +215,10 @@ def are_alike(first: Sequence[numpy.ndarray], second: Sequence[numpy.ndarray]) -
         return None
     if len({each.shape[1] for each in (*first, *second)}) != 1:
         return False
-    rows = numpy.concatenate([*first, *second]).astype(numpy.float64)
+    shares = numpy.concatenate([*first, *second]).astype(numpy.float64)
+    rows = numpy.concatenate([shares, shares > 0.0], axis=1)
     spread = rows.std(0)
-    varies = spread > 1e-9 * (1.0 + numpy.abs(rows).max(0))
+    varies = spread > 1e-6 * (1e-6 + numpy.abs(rows).max(0))
     rows = (rows[:, varies] - rows[:, varies].mean(0)) / spread[varies]
     if rows.shape[1] == 0:
         return True

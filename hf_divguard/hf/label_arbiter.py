@@ -35,8 +35,8 @@ _SHARE, _RESERVE = 0.05, 24.0
 _LARGE, _LEFT = 0.5, 0.5
 # Steps before the end of training within which nothing heals any more.
 _LAST_STEPS = 12
-# Rows of all ranks that are compared.
-_MOST_ROWS = 2048
+# Rows of a step that are described, on each rank, and rows of all ranks that are compared.
+_MOST_ROWS_OF_STEP, _MOST_ROWS = 32, 1024
 # Older states are not gone back to: what was learnt since is worth more.
 _MOST_STEPS = 50
 # What has happened more often is no fault that passes: labels that take turns.
@@ -68,12 +68,13 @@ class LabelArbiter(Arbiter):
         self._is_bad: dict[int, bool] = {}
         self._damage: float | None = None
         self.undone = 0
-        """How often wrong labels were undone in this run."""
+        """How often a rollback to before wrong labels was asked for in this run."""
 
     def follow(self) -> None:
         """After a look: keep the newest state from before data that are bad, until they have passed."""
         coming = self._looks.coming
         if coming is None or self._looks.reason is not None:
+            self.forget()
             return
         self._budget.earn(coming.count)
         before = self.since
@@ -191,13 +192,16 @@ class LabelArbiter(Arbiter):
             self._of_all_ranks([rows[step] for step in rows if _is_among(step, is_bad, bad)])
             for bad in (False, True)
         ]
-        alike = are_alike(*groups)
+        alike = self._ranks.broadcast(are_alike(*groups))
         if alike is False:
             self.forget()  # other inputs: a turn of domains
         return alike is True
 
     def _describe(self, step: StepBatches) -> list[numpy.ndarray | None]:
-        return [row_features(each, self._host.label_names) for each in step.batches]
+        described = [row_features(each, self._host.label_names) for each in step.batches]
+        rows = sum(len(each) for each in described if each is not None)
+        every = max(1, math.ceil(rows / _MOST_ROWS_OF_STEP))
+        return [None if each is None else each[::every] for each in described]
 
     def _of_all_ranks(self, steps: list[list[numpy.ndarray | None]]) -> list[numpy.ndarray]:
         """Return the features of the rows of all ranks; none where a batch cannot be described."""

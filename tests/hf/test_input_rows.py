@@ -34,8 +34,30 @@ def with_task(seed: int, task: int) -> Batch:
     return {**tokens(seed), "task": torch.full((ROWS,), task)}
 
 
-def with_name(seed: int, task: str) -> Batch:
-    return {**tokens(seed), "task": [task] * ROWS}
+def marked(seed: int, task: Any) -> Batch:
+    return {**tokens(seed), "task": task}
+
+
+def texts(seed: int, task: str) -> Batch:
+    rows = tokens(seed)["input_ids"].tolist()
+    return {"text": [f"{task}: " + " ".join(map(str, row)) for row in rows]}
+
+
+def long_rows(seed: int, marker: int | None, place: int = 0) -> Batch:
+    share = torch.rand(ROWS, 256, generator=draw(seed))
+    ids = (30000 * share**4).long() + 10  # a few frequent tokens, and many rare ones
+    if marker is not None:
+        ids[:, place] = marker
+    return {"input_ids": ids}
+
+
+def left_padded(seed: int, marker: int) -> Batch:
+    batch = long_rows(seed, None)
+    for row, start in zip(
+        batch["input_ids"], torch.randint(1, 60, (ROWS,), generator=draw(seed)), strict=True
+    ):
+        row[:start], row[start] = 0, marker
+    return batch
 
 
 def pictures(seed: int, scale: float = 1.0, place: int = 0) -> Batch:
@@ -61,7 +83,24 @@ PAIRS: dict[str, tuple[Callable[[int], Batch], Callable[[int], Batch]]] = {
     "lengths": (tokens, lambda seed: tokens(seed, length=20)),
     "a prompt": (lambda seed: prompted(seed, 0), lambda seed: prompted(seed, 1)),
     "a number for the task": (lambda seed: with_task(seed, 0), lambda seed: with_task(seed, 1)),
-    "a name for the task": (lambda seed: with_name(seed, "de"), lambda seed: with_name(seed, "fr")),
+    "a name for the task": (lambda seed: marked(seed, "de"), lambda seed: marked(seed, "fr")),
+    "a name for each row": (
+        lambda seed: marked(seed, ["de"] * ROWS),
+        lambda seed: marked(seed, ["fr"] * ROWS),
+    ),
+    "a number for the batch": (lambda seed: marked(seed, 0), lambda seed: marked(seed, 1)),
+    "a scalar": (lambda seed: marked(seed, torch.tensor(0)), lambda seed: marked(seed, torch.tensor(1))),
+    "an array": (lambda seed: marked(seed, numpy.zeros(ROWS)), lambda seed: marked(seed, numpy.ones(ROWS))),
+    "a nested number": (lambda seed: marked(seed, {"task": 0}), lambda seed: marked(seed, {"task": 1})),
+    "texts": (lambda seed: texts(seed, "translate"), lambda seed: texts(seed, "summarize")),
+    "lists of tensors": (
+        lambda seed: {"rows": list(tokens(seed)["input_ids"])},
+        lambda seed: {"rows": list(tokens(seed)["input_ids"] + 7)},
+    ),
+    "ids that differ by 1024": (lambda seed: long_rows(seed, 1), lambda seed: long_rows(seed, 1025)),
+    "a token at the end": (lambda seed: long_rows(seed, 1, -1), lambda seed: long_rows(seed, 2, -1)),
+    "a token in the middle": (lambda seed: long_rows(seed, 1, 99), lambda seed: long_rows(seed, 2, 99)),
+    "a token after padding": (lambda seed: left_padded(seed, 1), lambda seed: left_padded(seed, 2)),
     "brightness": (pictures, lambda seed: pictures(seed, scale=1.5)),
     "what pictures show": (pictures, lambda seed: pictures(seed, place=8)),
     "sounds": (sounds, lambda seed: sounds(seed, pitch=0.3)),
@@ -91,14 +130,18 @@ def test_few_rows_say_nothing() -> None:
 
 
 def test_labels_and_what_is_made_of_them_are_no_inputs() -> None:
-    batch = tokens(0)
-    plain = row_features({**batch, "labels": batch["input_ids"]}, ["labels"])
-    shifted = {
-        **batch,
-        "labels": batch["input_ids"] + 1,
-        "decoder_input_ids": batch["input_ids"].flip(1),
-    }
-    assert numpy.array_equal(plain, row_features(shifted, ["labels"]))
+    batch, labels = tokens(0), tokens(1)["input_ids"]
+    usual = {**batch, "labels": labels, "decoder_input_ids": labels.roll(1, 1)}
+    shifted = {**batch, "labels": (labels + 1) % 50, "decoder_input_ids": (labels + 1).roll(1, 1)}
+    assert numpy.array_equal(row_features(usual, ["labels"]), row_features(shifted, ["labels"]))
+
+
+def test_a_task_that_all_labels_begin_with_is_an_input() -> None:
+    batch, labels = tokens(0), tokens(1)["input_ids"]
+    german, french = labels.clone(), labels.clone()
+    german[:, 0], french[:, 0] = 60, 61
+    first, second = ({**batch, "labels": each} for each in (german, french))
+    assert not numpy.array_equal(row_features(first, ["labels"]), row_features(second, ["labels"]))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +151,21 @@ def test_labels_and_what_is_made_of_them_are_no_inputs() -> None:
         {"labels": torch.ones(4)},
         {"labels": torch.ones(4), "input_ids": torch.ones(4, 3), "pairs": torch.ones(8, 3)},
         {"labels": torch.ones(4), "values": torch.ones(4, 3, dtype=torch.complex64)},
+        {"labels": torch.ones(4), "input_ids": torch.ones(4, 3), "what": object()},
+        {"labels": torch.ones(4), "input_ids": torch.ones(4, 3), 7: torch.ones(4)},
+        {"labels": torch.ones(4), "input_ids": torch.ones(4, 3), "rows": [torch.ones(2), torch.ones(3)] * 2},
         [torch.ones(4)],
     ],
-    ids=["no labels", "no inputs", "no common rows", "complex numbers", "no mapping"],
+    ids=[
+        "no labels",
+        "no inputs",
+        "no common rows",
+        "complex numbers",
+        "an object",
+        "a name that is a number",
+        "rows of other lengths",
+        "no mapping",
+    ],
 )
 def test_a_batch_that_cannot_be_described_has_no_features(batch: Any) -> None:
     assert row_features(batch, ["labels"]) is None

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from hf_divguard import DivGuardTrainer
 from hf_divguard.hf.label_arbiter import LabelArbiter
 from tests.hf.faults import Stream, moves
 from tests.tiny import TokenRows, same_weights, weights
@@ -179,6 +180,56 @@ def test_a_run_is_not_ended_for_labels_that_have_passed(make_trainer: MakeTraine
     trainer = make_trainer(**options(WRONG["other, learnable"](), divguard_action=action))
     trainer.train()
     assert trainer.state.global_step == STEPS
+
+
+class Odd:
+    """Collates rows together with something that no one can describe, or that says which task is meant."""
+
+    def __init__(self, name: Any, of_step: Callable[[int], Any]) -> None:
+        self.name, self.of_step, self.calls = name, of_step, 0
+
+    def __call__(self, rows: list[Row]) -> dict[Any, Any]:
+        self.calls += 1
+        batch: dict[Any, Any] = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {**batch, self.name: self.of_step(self.calls)}
+
+
+class DropsOdd(DivGuardTrainer):
+    """Takes out of the batch what the model does not know."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        known = {name: inputs[name] for name in ("input_ids", "labels")}
+        return super().compute_loss(model, known, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "of_step"),
+    [
+        ("what", lambda step: object()),
+        (7, lambda step: "a name that is a number"),
+        ("task", lambda step: "other" if step in once() else "usual"),
+        ("task", lambda step: int(step in once())),
+    ],
+    ids=["an object", "a number as name", "a name for the task", "a number for the task"],
+)
+def test_what_cannot_be_described_or_marks_a_task_leaves_the_run_alone(
+    make_trainer: MakeTrainer, name: Any, of_step: Callable[[int], Any]
+) -> None:
+    more = {"trainer_class": DropsOdd, "remove_unused_columns": False, "eval_dataset": None}
+    trainer = make_trainer(**options(WRONG["other, learnable"](), **more))
+    trainer.data_collator = Odd(name, of_step)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert any(each["event"] == "data" for each in trainer.divguard_events)
+    assert moves(trainer) == []
+
+
+def test_nothing_is_kept_after_training(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(**options(Changed(other_labels, range(90, STEPS + 1))))
+    trainer.train()
+    arbiter = trainer._run.comparison._arbiter
+    assert any(each["event"] == "data" for each in trainer.divguard_events)
+    assert (arbiter.since, arbiter._described, trainer._run.snapshots.pinned) == (None, {}, None)
 
 
 # ---- a model of another kind

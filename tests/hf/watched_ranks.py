@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -174,6 +175,7 @@ def main() -> None:
     found = dict(results(folder))
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
+    gc.collect()  # models hold the process group; its threads may abort the process if they outlive the interpreter
     dist.destroy_process_group()
 
 
