@@ -81,15 +81,15 @@ class LabelArbiter(Arbiter):
         if self.undone < _MOST_UNDONE:
             with self._looks.or_off():
                 super().follow()
-        if self.since != before:
-            self._begin()
+        if self.since is not None and self.since != before:
+            self._usual = self._incident.range.usual
+            self._clear()
         if self.since is not None and self._is_old:
             self.forget()
         if self.since is not None:
             self._described[coming.step] = self._describe(coming.at_most(_MOST_BATCHES))
 
-    def _begin(self) -> None:
-        self._usual = self._incident.range.usual
+    def _clear(self) -> None:
         self._described.clear()
         self._is_bad.clear()
         self._damage = None
@@ -97,7 +97,7 @@ class LabelArbiter(Arbiter):
     def forget(self) -> None:
         """Keep nothing: the data are as before, or the weights are."""
         super().forget()
-        self._begin()
+        self._clear()
 
     def _knows_more(self, kept_step: int) -> bool:
         """Return whether a state does as well on the data of before as the one that is kept since earlier ones."""
