@@ -186,9 +186,9 @@ class Comparison:
         self._look(is_last)
         if self._arbiter is not None:
             self._arbiter.follow()
-            self._ask_evaluation(self._arbiter, self._arbiter_action, is_last)
+            self._ask_arbiter(self._arbiter, self._arbiter_action, is_last)
 
-    def _ask_evaluation(self, arbiter: Arbiter, action: Action, is_last: bool) -> None:
+    def _ask_arbiter(self, arbiter: Arbiter, action: Action, is_last: bool) -> None:
         if not arbiter.is_due(is_last=is_last, stops=action != "rollback"):
             return
         if any(self._ranks.gather(self._consequences.is_decided)):

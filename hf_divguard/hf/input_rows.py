@@ -23,7 +23,7 @@ _MEANS, _SIDE, _CHANNELS = 64, 8, 4
 _MOST_VALUES, _MOST_ON_SIDE = 16384, 64
 # Waves along random directions of it, and their frequency.
 _WAVES, _FREQUENCY = 64, 1.0
-# Rows of each group that can tell a difference, and how far one is beyond those of groups drawn at random, in their
+# Rows of each group that show a difference, and how far one is beyond those of groups drawn at random, in their
 # standard deviations.
 _FEWEST_ROWS = 64
 _BEYOND = 4.0
@@ -39,7 +39,7 @@ def row_features(inputs: Any, labels: Collection[str]) -> numpy.ndarray | None:
 
     Token ids and words are counted, alone, in pairs of neighbours and at both ends of the row. Real
     numbers are averaged over parts of the row, and their mean, spread and roughness are taken. What
-    belongs to the batch as a whole, such as the name of a task, belongs to each row. Of the labels
+    belongs to all rows of a batch, such as the name of a task, counts for each row. Of the labels
     only a beginning that all rows have in common is described: it says which task is meant.
 
     Args:
@@ -168,8 +168,8 @@ def _means(values: torch.Tensor) -> numpy.ndarray:
         rows = rows[:, :: max(1, rows.shape[1] // _MOST_VALUES)].float().cpu()
         coarse = torch.nn.functional.adaptive_avg_pool1d(rows[:, None], min(_MEANS, rows.shape[1]))[:, 0]
     rough = rows.diff().abs().mean(1) if rows.shape[1] > 1 else torch.zeros(len(rows))
-    whole = torch.stack([rows.mean(1), rows.std(1, unbiased=False), rough], 1)
-    return torch.nan_to_num(torch.cat([whole, coarse, _waves(coarse)], 1)).numpy()
+    overall = torch.stack([rows.mean(1), rows.std(1, unbiased=False), rough], 1)
+    return torch.nan_to_num(torch.cat([overall, coarse, _waves(coarse)], 1)).numpy()
 
 
 def _waves(coarse: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ _MOST_UNDONE = 2
 class LabelArbiter(Arbiter):
     """Goes back to before wrong labels, once right ones have come back.
 
-    New data have new inputs, by which a model can tell them from those of before. Where the inputs
+    New data have new inputs, by which a model can distinguish them from those of before. Where the inputs
     were the usual ones while the labels contradicted what was learnt, the labels were wrong.
 
     Args:
@@ -187,7 +187,8 @@ class LabelArbiter(Arbiter):
                 is_bad[each.step] = each.step > good and self._are_bad(self._losses(each, tensors))
         if sum(is_bad.values()) < FEWEST_LOOKS:
             return False
-        rows = {each.step: self._describe(each) for each in steps} | self._described
+        rows = {each.step: self._describe(each) for each in steps if each.step not in self._described}
+        rows |= self._described
         groups = [
             self._of_all_ranks([rows[step] for step in rows if _is_among(step, is_bad, bad)])
             for bad in (False, True)
